@@ -1,0 +1,144 @@
+"""The text of the tiny model: what every Python installation carries, split so that nothing leaks.
+
+Language reference topics (`pydoc_data.topics`), docstrings and block comments of the standard library, and the
+docstrings of built-in and extension modules. One module or topic is one document. Near-duplicates are dropped by
+whitespace-normalised 24-grams, and documents go to training, planner-holdout or evaluation by a hash of their name.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import io
+import os
+import sys
+import tokenize
+import warnings
+from pathlib import Path
+
+SHINGLE = 24  # words; two documents that share one such run are near-duplicates there
+SPLITS = ("train", "holdout", "evaluation")
+
+
+def topics() -> dict[str, str]:
+    """The language reference that `help()` shows, by topic."""
+    from pydoc_data.topics import topics as found
+
+    return {f"topic {name}": text for name, text in found.items()}
+
+
+def source_documents(root: Path) -> dict[str, str]:
+    """Docstrings and block comments of every module below `root`, one document a module, in order of appearance."""
+    documents = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if any(part in ("site-packages", "pydoc_data", "idlelib", "lib2to3") for part in path.parts):
+            continue
+        try:
+            source = path.read_text("utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+            pieces = docstrings(tree) + block_comments(source)
+        except (SyntaxError, UnicodeDecodeError, ValueError, tokenize.TokenError, RecursionError):
+            continue  # the standard library's own tests hold files that are broken on purpose
+        text = "\n\n".join(piece for _, piece in sorted(pieces))
+        if len(text) >= 200:
+            documents[f"module {name}"] = text
+    return documents
+
+
+def docstrings(tree: ast.Module) -> list[tuple[int, str]]:
+    """(line, 'name\\n\\ndocstring') of every module, class and function that has one."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            name = f"{node.name}\n" if not isinstance(node, ast.Module) else ""
+            found.append((getattr(node, "lineno", 0), name + text))
+    return found
+
+
+def block_comments(source: str, least: int = 120) -> list[tuple[int, str]]:
+    """(line, text) of runs of comment lines that are long enough to be prose."""
+    found: list[tuple[int, str]] = []
+    run: list[str] = []
+    start = last = -2
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or token.line.strip()[0] != "#":
+            continue
+        if token.start[0] != last + 1 and run:
+            found.append((start, "\n".join(run)))
+            run = []
+        if not run:
+            start = token.start[0]
+        run.append(token.string.lstrip("#!:").removeprefix(" ").rstrip())
+        last = token.start[0]
+    found.append((start, "\n".join(run)))
+    return [(line, text) for line, text in found if len(text) >= least and not set(text) <= set("#-=*~ \n")]
+
+
+def builtin_documents() -> dict[str, str]:
+    """Docstrings of modules that are written in C, which no source file carries."""
+    documents = {}
+    for name in sorted(sys.stdlib_module_names):
+        if name in ("antigravity", "this") or name.startswith(("_test", "_xx", "idlelib", "lib2to3", "turtledemo")):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if (getattr(module, "__file__", None) or "").endswith(".py"):
+            continue
+        pieces = [inspect.getdoc(module) or ""]
+        for member, value in sorted(vars(module).items()):
+            pieces.append(_described(member, value))
+            if inspect.isclass(value):
+                pieces += [_described(f"{member}.{name}", part) for name, part in sorted(vars(value).items())]
+        text = "\n\n".join(dict.fromkeys(piece for piece in pieces if piece))
+        if len(text) >= 200:
+            documents[f"builtin {name}"] = text
+    return documents
+
+
+def _described(name: str, value: object) -> str:
+    if not callable(value) or not isinstance(getattr(value, "__doc__", None), str):
+        return ""
+    return f"{name}\n{inspect.getdoc(value)}"
+
+
+def drop_near_duplicates(documents: dict[str, str]) -> dict[str, str]:
+    """Remove every paragraph that shares a whitespace-normalised run of 24 words with an earlier one."""
+    seen: set[int] = set()
+    kept = {}
+    for name, text in documents.items():
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            words = paragraph.split()
+            runs = {hash(" ".join(words[i : i + SHINGLE])) for i in range(max(1, len(words) - SHINGLE + 1))}
+            if not runs & seen:
+                paragraphs.append(paragraph)
+            seen |= runs
+        if sum(map(len, paragraphs)) >= 200:
+            kept[name] = "\n\n".join(paragraphs).strip()
+    return kept
+
+
+def split_of(name: str) -> str:
+    """Where a document goes: 90 % training, 4 % planner-holdout, 6 % evaluation, by a hash of its name."""
+    bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
+    return "train" if bucket < 90 else "holdout" if bucket < 94 else "evaluation"
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """{split: {document name: text}} of everything above. Deterministic for one Python version."""
+    documents = topics() | builtin_documents() | source_documents(Path(os.__file__).parent)
+    documents = drop_near_duplicates(documents)
+    splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for name, text in documents.items():
+        splits[split_of(name)][name] = text
+    return splits

@@ -1,0 +1,363 @@
+"""Train assets/tiny-gemma3: a Gemma-3-shaped model of 7.5 M parameters on the text of the Python installation.
+
+    python scripts/train_tiny.py --out runs/tiny            # resumes by itself after an interruption
+    python scripts/train_tiny.py --out runs/tiny --export assets/tiny-gemma3
+
+About a tenth of the sequences are the recall task of `tpa_ref.recall`, so that long-range attention is used and can be
+measured. Learning rate to zero over the whole run; the weights with the best held-out loss are the ones exported.
+Two CPU cores need about two hours, a GPU minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
+
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import tiny_corpus  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from tpa_ref import recall  # noqa: E402
+from tpa_ref.config import GemmaConfig  # noqa: E402
+from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
+
+LENGTH = 1024  # tokens of a training sequence
+RECALL_SHARE = 0.12
+ANSWER_WEIGHT = 4.0  # an answer token of the recall task counts like four tokens of text
+BOS = 2
+
+
+# ---- tokenizer: Gemma's special ids, 4096 pieces ----
+
+
+def train_tokenizer(documents: list[str], target: Path, vocab_size: int) -> None:
+    """A SentencePiece BPE model with pad 0, eos 1, bos 2, unk 3, mask 4 and the turn tokens at 105 and 106."""
+    special = ["<mask>", "[multimodal]"] + [f"<unused{i}>" for i in range(99)]
+    special += ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n"]
+    lines = [line for text in documents for line in text.split("\n") if line]
+    prefix = str(target.with_suffix("")) + ".tmp"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=prefix,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=special,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        character_coverage=0.9999,
+        num_threads=2,
+        minloglevel=2,
+    )
+    os.replace(prefix + ".model", target)
+    os.remove(prefix + ".vocab")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(target))
+    assert tokenizer.piece_to_id("<start_of_turn>") == 105 and tokenizer.piece_to_id("<end_of_turn>") == 106
+
+
+# ---- the training data ----
+
+
+class Sequences:
+    """Seeded stream of training sequences: shuffled windows of the text, and every tenth a recall document."""
+
+    def __init__(self, tokens: np.ndarray, tokenizer, filler: str, seed: int):
+        self.tokens, self.tokenizer, self.filler, self.seed = tokens, tokenizer, filler, seed
+
+    def batch(self, step: int, size: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens [size, length + 1], weight of each target [size, length]) of one step, the same whenever asked."""
+        rng = random.Random(f"{self.seed} {step}")
+        rows, weights = [], []
+        for _ in range(size):
+            if rng.random() < RECALL_SHARE:
+                row, weight = self.recall_row(rng, length)
+            else:
+                start = self.start(step, rng, length)
+                row = np.concatenate([[BOS], self.tokens[start : start + length]])
+                weight = np.ones(length, np.float32)
+            rows.append(row)
+            weights.append(weight)
+        return torch.from_numpy(np.stack(rows)).long(), torch.from_numpy(np.stack(weights))
+
+    def start(self, step: int, rng: random.Random, length: int) -> int:
+        return rng.randrange(len(self.tokens) - length)
+
+    def recall_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One document of the recall task; its answers carry more weight than text."""
+        row, weight = [BOS], []
+        for text, is_answer in recall.training_document(rng, self.filler, characters=6 * length):
+            ids = self.tokenizer.encode(text)
+            row += ids
+            weight += [ANSWER_WEIGHT if is_answer else 1.0] * len(ids)
+        assert len(weight) >= length, "recall document shorter than the sequence"
+        return np.array(row[: length + 1]), np.array(weight[:length], np.float32)
+
+
+# ---- the model: the same functions as tpa_torch, one fused graph ----
+
+
+def initial_parameters(config: GemmaConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Normal(0, 0.02) for the embedding, 1/sqrt(fan in) for matrices, zero for norms (Gemma applies 1 + w)."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, shape in hf_names(config).items():
+        if len(shape) == 1:
+            value = torch.zeros(shape)
+        else:
+            scale = 0.02 if "embed" in name else 0.5 * shape[1] ** -0.5
+            value = torch.randn(shape, generator=generator) * scale
+        parameters[name] = value.requires_grad_()
+    return parameters
+
+
+def forward(
+    parameters: dict[str, torch.Tensor], config: GemmaConfig, tokens_bq: torch.Tensor, dropout: float = 0.0
+) -> torch.Tensor:
+    """Final hidden states [b, q, m] of whole sequences; every length must be a multiple of the window."""
+    length = tokens_bq.shape[1]
+    device = tokens_bq.device
+    x_bqm = F.embedding(tokens_bq, parameters["model.embed_tokens.weight"]) * config.hidden_size**0.5
+    tables = {flag: rope_tables(config, flag, length, device) for flag in (False, True)}
+    mask = window_mask(config.sliding_window, length, device)
+    for layer, is_global in enumerate(config.is_global):
+        w = {field: parameters[f"model.layers.{layer}.{name}"] for field, (name, _) in LAYER_NAMES.items()}
+        a_bqm = rms_norm(x_bqm, w["attn_norm_m"])
+        q = F.linear(a_bqm, w["WQ_hdm"]).unflatten(-1, (config.num_heads, config.head_dim))
+        k = F.linear(a_bqm, w["WK_gdm"]).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = F.linear(a_bqm, w["WV_gem"]).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q = rotate(rms_norm(q, w["q_norm_d"]), *tables[is_global])
+        k = rotate(rms_norm(k, w["k_norm_d"]), *tables[is_global])
+        n = config.queries_per_kv
+        q, k, v = q.transpose(1, 2), k.repeat_interleave(n, 2).transpose(1, 2), v.repeat_interleave(n, 2).transpose(1, 2)
+        if is_global:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.query_scale)
+        else:
+            o = windowed_attention(q, k, v, mask, config.sliding_window, config.query_scale)
+        o = F.linear(o.transpose(1, 2).flatten(-2), w["WO_mhe"])
+        x_bqm = x_bqm + F.dropout(rms_norm(o, w["post_attn_norm_m"]), dropout)
+        a_bqm = rms_norm(x_bqm, w["mlp_norm_m"])
+        gated = F.gelu(F.linear(a_bqm, w["W_gate_fm"]), approximate="tanh") * F.linear(a_bqm, w["W_up_fm"])
+        x_bqm = x_bqm + F.dropout(rms_norm(F.linear(gated, w["W_down_mf"]), w["post_mlp_norm_m"]), dropout)
+    return rms_norm(x_bqm, parameters["model.norm.weight"])
+
+
+def rms_norm(x, w):
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * (1 + w)).to(x.dtype)
+
+
+def rope_tables(config: GemmaConfig, is_global: bool, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    base = config.rope_base_global if is_global else config.rope_base_local
+    half = config.head_dim // 2
+    frequency = base ** (-torch.arange(half, device=device) / half)
+    angle = torch.arange(length, device=device)[:, None] * frequency
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x, cos, sin):
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def window_mask(window: int, length: int, device) -> torch.Tensor:
+    """Which of the 2w keys of its own and the previous block each query of a block sees: [blocks, w, 2w]."""
+    i = torch.arange(window, device=device)[:, None]
+    j = torch.arange(2 * window, device=device) - window
+    seen = (j <= i) & (i - j < window)
+    mask = seen.expand(length // window, -1, -1).clone()
+    mask[0, :, :window] = False
+    return mask[:, None]
+
+
+def windowed_attention(q, k, v, mask, window, scale):
+    """Block-local attention: a query's window lies in its own block of w keys and the one before."""
+    b, h, length, d = q.shape
+    blocks = length // window
+
+    def with_previous(x):
+        x = x.reshape(b, h, blocks, window, d)
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], 3).transpose(1, 2).reshape(-1, h, 2 * window, d)
+
+    q = q.reshape(b, h, blocks, window, d).transpose(1, 2).reshape(-1, h, window, d)
+    o = F.scaled_dot_product_attention(
+        q, with_previous(k), with_previous(v), attn_mask=mask.repeat(b, 1, 1, 1), scale=scale
+    )
+    return o.reshape(b, blocks, h, window, d).transpose(1, 2).reshape(b, h, length, d)
+
+
+def loss_of(parameters, config, tokens, weight, dropout: float = 0.0) -> torch.Tensor:
+    """Weighted mean cross entropy in nats per token."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        hidden = forward(parameters, config, tokens[:, :-1], dropout)
+        logits = F.linear(hidden, parameters["model.embed_tokens.weight"])
+    losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * weight.flatten()).sum() / weight.sum()
+
+
+# ---- training ----
+
+
+def held_out_loss(parameters, config, windows: torch.Tensor) -> float:
+    """Mean nats per token over windows [n, LENGTH + 1] of unseen documents."""
+    with torch.no_grad():
+        losses = [float(loss_of(parameters, config, w, torch.ones(w[:, 1:].shape, device=w.device))) for w in windows.split(4)]
+    return sum(losses) / len(losses)
+
+
+def recall_accuracy(parameters, config, tokenizer, filler: list[int], distance: int, count: int = 16) -> float:
+    """Share of answers predicted right (all their tokens) when the fact stands `distance` tokens back."""
+    rng = random.Random(f"recall {distance}")
+    device = parameters["model.norm.weight"].device
+    rows, answers = [], []
+    for _ in range(count):
+        prompt, answer = recall.test_tokens(rng, tokenizer.encode, filler, distance)
+        row = [BOS, *prompt, *answer]
+        answers.append(range(len(row) - len(answer) - 1, len(row) - 1))
+        rows.append(row + [0] * (-len(row) % config.sliding_window))
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    right = 0
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        for row, where in zip(tokens, answers, strict=True):
+            hidden = forward(parameters, config, row[None])[0, list(where)]
+            guess = F.linear(hidden, parameters["model.embed_tokens.weight"]).argmax(-1)
+            right += bool((guess == row[[i + 1 for i in where]]).all())
+    return right / count
+
+
+def windows_of(tokens: np.ndarray, length: int = LENGTH) -> torch.Tensor:
+    """Non-overlapping windows with BOS in front: [n, length + 1]."""
+    count = len(tokens) // length
+    rows = tokens[: count * length].reshape(count, length)
+    return torch.from_numpy(np.concatenate([np.full((count, 1), BOS), rows], 1)).long()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 40) -> float:
+    """Linear warm-up, then linear to zero."""
+    return peak * min(1.0, (step + 1) / warmup) * max(0.0, 1 - step / steps)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = GemmaConfig.tiny()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    splits, tokenizer = prepare(out, config)
+    filler = "\n\n".join(splits["train"].values())
+    tokens = np.array(tokenizer.encode(filler), np.int32)
+    unseen = windows_of(np.array(tokenizer.encode("\n\n".join(splits["holdout"].values()))))[:24].to(device)
+    filler_ids = unseen[:, 1:].flatten().tolist()
+    print(f"training tokens {len(tokens):,}; held-out windows {len(unseen)} x {LENGTH}", flush=True)
+
+    parameters = {name: p.detach().to(device).requires_grad_() for name, p in initial_parameters(config, args.seed).items()}
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+    # Muon for the matrices: about half the tokens AdamW needs at this size.
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    step, best, log = resume(out, parameters, optimizers)
+    compiled = torch.compile(loss_of) if args.compile else loss_of
+    data = Sequences(tokens, tokenizer, filler, args.seed)
+    started = time.time()
+    for step in tqdm(range(step, args.steps), initial=step, total=args.steps, unit="step", disable=None):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+        batch, weight = (x.to(device) for x in data.batch(step, args.batch))
+        loss = compiled(parameters, config, batch, weight, args.dropout)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        last = step + 1 == args.steps
+        if (step + 1) % args.evaluate_every == 0 or last:
+            held = held_out_loss(parameters, config, unseen)
+            accuracy = {d: recall_accuracy(parameters, config, tokenizer, filler_ids, d) for d in (150, 400, 900)}
+            log.append({"step": step + 1, "train": round(float(loss.detach()), 4), "held_out": round(held, 4), "recall": accuracy})
+            print(json.dumps(log[-1]), f"{time.time() - started:.0f} s", flush=True)
+            score = held if min(accuracy.values()) >= 0.95 else held + 1.0
+            if score <= best:
+                best = score
+                write_atomically(out / "best.pt", parameters)
+        if (step + 1) % 50 == 0 or last:
+            state = {"parameters": parameters, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "best": best}
+            write_atomically(out / "state.pt", state)
+            (out / "log.json").write_text(json.dumps(log))
+
+
+def write_atomically(path: Path, content) -> None:
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def resume(out: Path, parameters, optimizers):
+    """(next step, best score so far, log) of an interrupted run, whose state is loaded in place."""
+    if not (out / "state.pt").exists():
+        return 0, math.inf, []
+    state = torch.load(out / "state.pt", weights_only=True)
+    with torch.no_grad():
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    log = json.loads((out / "log.json").read_text()) if (out / "log.json").exists() else []
+    return state["step"], state["best"], [entry for entry in log if entry["step"] <= state["step"]]
+
+
+def prepare(out: Path, config: GemmaConfig):
+    """(documents by split, tokenizer), made once and kept in the run folder."""
+    corpus = out / "corpus.json"
+    if not corpus.exists():
+        corpus.write_text(json.dumps(tiny_corpus.collect()))
+    splits = json.loads(corpus.read_text())
+    path = out / "tokenizer.model"
+    if not path.exists():
+        rng = random.Random(0)
+        examples = ["".join(text for text, _ in recall.training_document(rng, " " * 1000, 4000)) for _ in range(200)]
+        train_tokenizer(list(splits["train"].values()) + examples, path, config.vocab_size)
+    return splits, sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/tiny", help="folder of the run: state, log, best weights")
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens a step")
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
