@@ -234,7 +234,7 @@ def recall_accuracy(parameters, config, tokenizer, filler: list[int], distance: 
     device = parameters["model.norm.weight"].device
     rows, answers = [], []
     for _ in range(count):
-        prompt, answer = recall.test_tokens(rng, tokenizer.encode, filler, distance)
+        prompt, answer = recall.prompt_and_answer(rng, tokenizer.encode, filler, distance)
         row = [BOS, *prompt, *answer]
         answers.append(range(len(row) - len(answer) - 1, len(row) - 1))
         rows.append(row + [0] * (-len(row) % config.sliding_window))

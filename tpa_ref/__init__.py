@@ -1,0 +1,45 @@
+"""Tensor Product Attention (arXiv 2501.06425) for Gemma 3, in NumPy: the reference that everybody can read.
+
+Data flows one way: checkpoint -> factorize (norm, rope) -> cache -> attention (masks) -> model -> generate.
+
+One letter per axis in the whole project, the paper's; arrays carry theirs as a suffix (`BK_bksd`), and einsum strings
+use the same:
+
+    b  batch                    h  query heads              r  rank of Q
+    q  query position           g  KV heads                 s  rank of K
+    k  key position             n  queries per KV head      u  rank of V
+    d  head dimension           e  value head dimension     l  layer
+    m  model width              f  MLP width                w  window
+    v  vocabulary               c x y  image channels, rows, columns        i  images
+
+A capital R in a docstring stands for any of r, s, u.
+
+    >>> import tpa_ref
+    >>> model = tpa_ref.load("assets/tiny-gemma3")                        # doctest: +SKIP
+    >>> tpa = tpa_ref.convert(model, tpa_ref.TPAConfig(mode="latent"))    # doctest: +SKIP
+    >>> "".join(tpa_ref.generate(tpa, "The return value is"))             # doctest: +SKIP
+"""
+
+from .calibrate import Moments, calibrate
+from .checkpoint import load, save
+from .config import GemmaConfig, LayerConfig, TPAConfig
+from .errors import TPAError
+from .evaluate import evaluate
+from .generate import generate
+from .model import Model, convert
+
+__version__ = "0.1.0"
+__all__ = [
+    "GemmaConfig",
+    "LayerConfig",
+    "Model",
+    "Moments",
+    "TPAConfig",
+    "TPAError",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "save",
+]

@@ -38,7 +38,7 @@ class GemmaConfig:
     head_dim: int  # d (and e for values: Gemma uses the same)
     intermediate_size: int  # f, hidden width of the MLP
     sliding_window: int  # w, a local layer's query sees itself and w - 1 keys before it
-    query_pre_attn_scalar: float  # logits are q.k / sqrt(this); 27B: 168, not head_dim
+    query_pre_attn_scalar: int  # logits are q.k / sqrt(this); 27B: 168, not head_dim
     max_positions: int
     is_global: tuple[bool, ...]  # one entry a layer
     rope_base_local: float = 10_000.0
@@ -319,3 +319,160 @@ def _name_variant(config: GemmaConfig) -> str:
         if (published.num_layers, published.hidden_size) == (config.num_layers, config.hidden_size):
             return name
     return "custom"
+
+
+# ---- how the cache is compressed ----
+
+MODES = ("contextual", "fixed-a", "fixed-b", "latent")
+KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+def exact_rank(mode: str, config: GemmaConfig) -> int:
+    """The rank from which on a mode loses nothing; larger ranks are clamped to it.
+
+    >>> [exact_rank(mode, GemmaConfig.gemma3_4b()) for mode in MODES]
+    [4, 4, 256, 1024]
+    """
+    g, d = config.num_kv_heads, config.head_dim
+    return {"contextual": min(g, d), "fixed-a": g, "fixed-b": d, "latent": g * d}[mode]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What the cache of one converted layer holds: mode, rank and storage dtype, for K and for V."""
+
+    k_mode: str
+    v_mode: str
+    k_rank: int
+    v_rank: int
+    k_dtype: str
+    v_dtype: str
+
+
+@dataclass(frozen=True)
+class TPAConfig:
+    """How to convert a model. Nothing given: `latent` with half of all coefficients (R = g d / 2) in int8.
+
+    mode (or k_mode, v_mode): contextual, fixed-a, fixed-b, latent. Ranks given without a mode mean `contextual`.
+    k_rank, v_rank: default half of the exact rank of the mode, at least 1. Larger than exact is clamped.
+    kv_dtype (or k_dtype, v_dtype): float32, bfloat16, int8, int4; bfloat16 once a mode or rank is chosen.
+    q_rank: head-mixing rank of Q, at most h (the default, exact). It saves no cache.
+    layers: "all", "global", "local", or numbers such as "5,11"; the other layers keep a dense cache.
+    per_layer: the complete choice, one LayerConfig (or None: dense) a layer, instead of all of the above.
+
+    >>> TPAConfig(k_rank=2, v_rank=2).resolve(GemmaConfig.gemma3_4b())[0][0].k_mode
+    'contextual'
+    """
+
+    mode: str | None = None
+    k_mode: str | None = None
+    v_mode: str | None = None
+    q_rank: int | None = None
+    k_rank: int | None = None
+    v_rank: int | None = None
+    kv_dtype: str | None = None
+    k_dtype: str | None = None
+    v_dtype: str | None = None
+    rate: float | None = None
+    layers: str = "all"
+    per_layer: tuple[LayerConfig | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mode", "k_mode", "v_mode"):
+            _one_of(name, getattr(self, name), MODES)
+        for name in ("kv_dtype", "k_dtype", "v_dtype"):
+            _one_of(name, getattr(self, name), KV_DTYPES)
+        for name in ("q_rank", "k_rank", "v_rank"):
+            rank = getattr(self, name)
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+                raise TPAError(f"tpa config: {name} must be a whole number >= 1, got {rank!r}")
+        if self.rate is not None:
+            raise TPAError(
+                f"tpa config: rate is not supported in this version (got {self.rate!r}); choose k_rank, v_rank, kv_dtype"
+            )
+
+    def resolve(self, config: GemmaConfig) -> tuple[tuple[LayerConfig | None, ...], list[str]]:
+        """(one LayerConfig, or None for dense, per layer; a line for every choice that had to be clamped)."""
+        if self.per_layer is not None:
+            if len(self.per_layer) != config.num_layers:
+                raise TPAError(
+                    f"tpa config: per_layer must have one entry a layer, got {len(self.per_layer)} "
+                    f"for {config.num_layers} layers"
+                )
+            return self.per_layer, []
+        ranks_given = self.k_rank is not None or self.v_rank is not None
+        mode = self.mode or ("contextual" if ranks_given else "latent")
+        k_mode, v_mode = self.k_mode or mode, self.v_mode or mode
+        nothing_chosen = not (ranks_given or self.mode or self.k_mode or self.v_mode)
+        dtype = self.kv_dtype or ("int8" if nothing_chosen else "bfloat16")
+        notes: list[str] = []
+        layer = LayerConfig(
+            k_mode=k_mode,
+            v_mode=v_mode,
+            k_rank=_clamp("k_rank", self.k_rank, k_mode, config, notes),
+            v_rank=_clamp("v_rank", self.v_rank, v_mode, config, notes),
+            k_dtype=self.k_dtype or dtype,
+            v_dtype=self.v_dtype or dtype,
+        )
+        chosen = chosen_layers(self.layers, config)
+        return tuple(layer if index in chosen else None for index in range(config.num_layers)), notes
+
+    def resolve_q_rank(self, config: GemmaConfig) -> tuple[int, list[str]]:
+        """(rank of Q, a line if it had to be clamped); h, the default, is exact."""
+        if self.q_rank is None or self.q_rank == config.num_heads:
+            return config.num_heads, []
+        if self.q_rank > config.num_heads:
+            return config.num_heads, [
+                f"q_rank {self.q_rank} is above the exact bound {config.num_heads} (query heads): "
+                f"clamped to {config.num_heads}"
+            ]
+        return self.q_rank, []
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TPAConfig:
+        """The inverse of `to_dict`."""
+        try:
+            content = dict(content)
+            if content.get("per_layer") is not None:
+                content["per_layer"] = tuple(LayerConfig(**entry) if entry else None for entry in content["per_layer"])
+            return cls(**content)
+        except (TypeError, AttributeError) as problem:
+            raise TPAError(f"tpa config: unreadable: {problem}") from None
+
+
+def chosen_layers(layers: str, config: GemmaConfig) -> set[int]:
+    """The layer numbers that a `layers` choice means.
+
+    >>> sorted(chosen_layers("global", GemmaConfig.tiny()))
+    [5, 11]
+    """
+    everything = range(config.num_layers)
+    if layers == "all":
+        return set(everything)
+    if layers in ("global", "local"):
+        return {layer for layer in everything if config.is_global[layer] == (layers == "global")}
+    try:
+        chosen = {int(part) for part in str(layers).split(",")}
+    except ValueError:
+        raise TPAError(f"tpa config: layers must be all, global, local or numbers like 5,11, got {layers!r}") from None
+    outside = sorted(chosen - set(everything))
+    if outside:
+        raise TPAError(f"tpa config: layers must lie in 0 ... {config.num_layers - 1}, got {outside[0]}")
+    return chosen
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise TPAError(f"tpa config: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _clamp(name: str, rank: int | None, mode: str, config: GemmaConfig, notes: list[str]) -> int:
+    bound = exact_rank(mode, config)
+    if rank is None:
+        return max(1, bound // 2)
+    if rank > bound:
+        notes.append(f"{name} {rank} is above the exact bound {bound} of {mode}: clamped to {bound}")
+    return min(rank, bound)

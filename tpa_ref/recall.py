@@ -20,14 +20,18 @@ VALUES = (
 
 
 def statement(key: str, value: str) -> str:
-    """>>> statement("amber", "river")
+    """The sentence that states a fact.
+
+    >>> statement("amber", "river")
     'Note: the code of amber is river.\\n'
     """
     return f"Note: the code of {key} is {value}.\n"
 
 
 def question(key: str) -> str:
-    """>>> question("amber")
+    """The sentence that asks for it, up to the answer.
+
+    >>> question("amber")
     'Recall: the code of amber is'
     """
     return f"Recall: the code of {key} is"
@@ -54,7 +58,7 @@ def training_document(
         done += length + 40
 
 
-def test_tokens(
+def prompt_and_answer(
     rng: random.Random, encode: Callable[[str], list[int]], filler: list[int], distance: int, facts: int = 8
 ) -> tuple[list[int], list[int]]:
     """(prompt, answer) as token ids, without BOS: the fact asked for stands `distance` tokens before its answer.

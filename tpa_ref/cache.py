@@ -1,0 +1,228 @@
+"""The KV cache: what a token leaves behind in every layer, allocated once, in rings for window layers.
+
+A layer with a sliding window holds min(max_len, window) slots, a global one max_len; token p lives in slot
+p mod slots. No positions are stored: they follow from the length. What is held are exactly the quantized parts of
+`factorize.part_shapes`, and `nbytes` is the sum over those arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import quantize
+from .config import GemmaConfig
+from .errors import TPAError
+from .factorize import Factorization, part_shapes
+
+Parts = dict[str, np.ndarray]
+Stored = dict[str, dict[str, np.ndarray]]  # part -> field -> array [b, k, ...]
+LayerFactors = tuple[Factorization, Factorization]  # how K and how V are cached
+
+
+@dataclass
+class LayerCache:
+    """K and V of one layer: for each the stored fields of its parts, [b, slots, ...]."""
+
+    how: LayerFactors
+    slots: int
+    windowed: bool
+    stored: tuple[Stored, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays really held."""
+        return sum(array.nbytes for side in self.stored for fields in side.values() for array in fields.values())
+
+    def extend(
+        self, new: tuple[Stored, Stored], positions_bq: np.ndarray, lengths_b: np.ndarray
+    ) -> tuple[tuple[Stored, Stored], np.ndarray]:
+        """Store new tokens and return what their queries must read, with the position of each key, [b,k].
+
+        A chunk longer than one token may overwrite ring slots that its own first queries still need: they read the
+        old ring and the new tokens side by side. `positions_bq` is -1 for padding, `lengths_b` the length before.
+        """
+        after_b = np.maximum(lengths_b, positions_bq.max(1) + 1)
+        if self.windowed and positions_bq.shape[1] > 1:
+            old = self.read(lengths_b)
+            held = tuple(_joined(before, now) for before, now in zip(old, new, strict=True))
+            positions_bk = np.concatenate([slot_positions(self._filled(lengths_b), lengths_b, self.slots), positions_bq], 1)
+            self.write(new, positions_bq)
+            return held, positions_bk  # type: ignore[return-value]
+        self.write(new, positions_bq)
+        return self.read(after_b), slot_positions(self._filled(after_b), after_b, self.slots)
+
+    def read(self, lengths_b: np.ndarray) -> tuple[Stored, Stored]:
+        """The filled slots, as views."""
+        filled = self._filled(lengths_b)
+        return tuple(  # type: ignore[return-value]
+            {part: {name: array[:, :filled] for name, array in fields.items()} for part, fields in side.items()}
+            for side in self.stored
+        )
+
+    def write(self, new: tuple[Stored, Stored], positions_bq: np.ndarray) -> None:
+        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
+        newest_b = positions_bq.max(1, keepdims=True)
+        row, column = np.nonzero((positions_bq >= 0) & (positions_bq > newest_b - self.slots))
+        slot = positions_bq[row, column] % self.slots
+        for side, fresh in zip(self.stored, new, strict=True):
+            for part, fields in side.items():
+                for name, array in fields.items():
+                    array[row, slot] = fresh[part][name][row, column]
+
+    def _filled(self, lengths_b: np.ndarray) -> int:
+        return min(self.slots, int(lengths_b.max(initial=0)))
+
+
+def slot_positions(filled: int, lengths_b: np.ndarray, slots: int) -> np.ndarray:
+    """Position of the token in each slot: the newest p < length with p mod slots = slot, -1 where there is none.
+
+    Shapes: lengths [b] -> [b, filled].
+
+    >>> slot_positions(4, np.array([6, 2]), slots=4).tolist()
+    [[4, 5, 2, 3], [0, 1, -1, -1]]
+    """
+    last_b1 = lengths_b[:, None] - 1
+    position = last_b1 - (last_b1 - np.arange(filled)) % slots
+    return np.maximum(position, -1)
+
+
+def _joined(before: Stored, now: Stored) -> Stored:
+    return {
+        part: {name: np.concatenate([before[part][name], array], 1) for name, array in fields.items()}
+        for part, fields in now.items()
+    }
+
+
+def store(parts: Parts, dtype: str) -> Stored:
+    """Quantize every part of new tokens; what comes out is what the cache holds."""
+    return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
+
+
+def load(stored: Stored, how: Factorization, g: int, d: int) -> Parts:
+    """The parts back as numbers: what attention computes with."""
+    shapes = part_shapes(how.mode, how.rank, g, d)
+    return {
+        part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1])
+        for part, fields in stored.items()
+    }
+
+
+def part_dtype(part: str, ndim: int, dtype: str) -> str:
+    """The a's of `contextual` (R g numbers in one row) multiply a whole b each, so they never go below int8."""
+    return "int8" if part == "A" and ndim == 3 and dtype == "int4" else dtype
+
+
+class Cache:
+    """The cache of a whole model: one `LayerCache` a layer and the length of every row of the batch.
+
+    >>> config = GemmaConfig.tiny()
+    >>> cache = Cache(config, [(Factorization("dense"), Factorization("dense"))] * 12, batch=1, max_len=2048)
+    >>> cache.nbytes == cache.nbytes_at(2048) == 2 * 2 * 4 * 32 * (2 * 2048 + 10 * 128)
+    True
+    """
+
+    def __init__(self, config: GemmaConfig, factors: Sequence[LayerFactors], batch: int = 1, max_len: int = 4096):
+        if batch < 1 or max_len < 1:
+            raise TPAError(f"cache: batch and max_len must be >= 1, got {batch} and {max_len}")
+        self.config, self.factors, self.batch, self.max_len = config, list(factors), batch, max_len
+        self.layers = [self._new_layer(layer) for layer in range(config.num_layers)]
+        self.lengths_b = np.zeros(batch, np.int64)
+        self._highest_b = np.zeros(batch, np.int64)  # how far each ring was ever written
+
+    def _new_layer(self, layer: int) -> LayerCache:
+        how, slots = self.factors[layer], self.config.slots(layer, self.max_len)
+        windowed = self.config.window(layer) is not None
+        stored = tuple(
+            {
+                part: {
+                    name: np.zeros((self.batch, slots, *leading, size), kind)
+                    for name, (size, kind) in fields.items()
+                }
+                for part, (leading, fields) in stored_shapes(side, self.config).items()
+            }
+            for side in how
+        )
+        return LayerCache(how, slots, windowed, stored)  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of everything held, scales and padding included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def nbytes_at(self, n: int, batch: int = 1) -> int:
+        """`nbytes` of a new cache for `batch` texts of n tokens, by arithmetic, without allocating it."""
+        return cache_bytes(self.config, self.factors, n, batch)
+
+    def positions(self, q: int, lengths_b: np.ndarray | None) -> np.ndarray:
+        """Positions [b,q] of q new tokens a row; -1 where a row's text (`lengths_b`) is already over."""
+        step_q = np.arange(q)
+        positions_bq = self.lengths_b[:, None] + step_q
+        if lengths_b is not None:
+            positions_bq = np.where(step_q < lengths_b[:, None], positions_bq, -1)
+        if positions_bq.max(initial=-1) >= self.max_len:
+            raise TPAError(
+                f"cache: {positions_bq.max() + 1} tokens do not fit: the cache was made for max_len {self.max_len}"
+            )
+        return positions_bq
+
+    def advance(self, positions_bq: np.ndarray) -> None:
+        """Count the tokens of a chunk that every layer has stored."""
+        self.lengths_b = np.maximum(self.lengths_b, positions_bq.max(1) + 1)
+        self._highest_b = np.maximum(self._highest_b, self.lengths_b)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self.lengths_b = np.zeros(self.batch, np.int64)
+        self._highest_b = np.zeros(self.batch, np.int64)
+
+    def truncate(self, n: int) -> None:
+        """Keep the first n tokens of every row. Past its window a ring has overwritten older keys, so then only the
+        newest token can be taken back.
+        """
+        rings = [layer.slots for layer in self.layers if layer.windowed and layer.slots < self.max_len]
+        ring = min(rings, default=self.max_len)
+        lost = (n < self._highest_b - 1) & (self._highest_b > ring) & (n < self.lengths_b)
+        if n < 0 or lost.any():
+            longest = int(self._highest_b.max())
+            raise TPAError(
+                f"cache: cannot truncate to {n} tokens: window layers hold the newest {ring} of {longest}; "
+                f"reset() and run the text again"
+            )
+        self.lengths_b = np.minimum(self.lengths_b, n)
+
+
+def stored_shapes(
+    how: Factorization, config: GemmaConfig
+) -> dict[str, tuple[tuple[int, ...], dict[str, tuple[int, np.dtype]]]]:
+    """{part: (leading axes, {field: (last axis, dtype)})} of one token: what `store` makes of it."""
+    shapes = part_shapes(how.mode, how.rank, config.num_kv_heads, config.head_dim)
+    return {
+        part: (shape[:-1], quantize.field_shapes(shape[-1], part_dtype(part, 2 + len(shape), how.dtype)))
+        for part, shape in shapes.items()
+    }
+
+
+def token_bytes(how: Factorization, config: GemmaConfig) -> int:
+    """Bytes that one token takes for K (or V) of one layer.
+
+    >>> token_bytes(Factorization("contextual", 2, "int4"), GemmaConfig.gemma3_4b())
+    298
+    """
+    return sum(
+        int(np.prod(leading, dtype=int)) * size * kind.itemsize
+        for leading, fields in stored_shapes(how, config).values()
+        for size, kind in fields.values()
+    )
+
+
+def cache_bytes(config: GemmaConfig, factors: Sequence[LayerFactors], n: int, batch: int = 1) -> int:
+    """Bytes of a cache for n tokens: slots times bytes per token, over all layers."""
+    if n < 1 or batch < 1:
+        raise TPAError(f"cache: n and batch must be >= 1, got {n} and {batch}")
+    return batch * sum(
+        config.slots(layer, n) * (token_bytes(k, config) + token_bytes(v, config))
+        for layer, (k, v) in enumerate(factors)
+    )

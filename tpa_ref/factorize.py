@@ -1,0 +1,257 @@
+"""From K and V of each token to the factors that are cached, and back.
+
+Eq. (3.1) of the paper: one token's matrix of heads by features is a sum of tensor products,
+
+    K = (1/R) sum_r  a_r (x) b_r,        a_r in R^g,  b_r in R^d.
+
+Four modes differ in what is cached per token and what is constant:
+
+    mode         cached per token         constant               exact when
+    contextual   a (R g) and b (R d)      nothing                R >= min(g, d)
+    fixed-a      b (R d)                  A (R x g)              R = g
+    fixed-b      a (g R)                  B (g x R x d)          R = d
+    latent       c (R), for all heads     B (R x g x d)          R = g d
+
+Always the *normed* K is factorized (Gemma norms K before RoPE). `contextual` and `fixed-a` cache b already rotated,
+because RoPE commutes with A (Theorem 3.1); `fixed-b` and `latent` cache K before RoPE and rotate when they read.
+
+Constant factors are the leading eigenvectors of second moments: of calibration text, or of the weights alone.
+The error that every truncation returns is relative: ||X - X_R|| / ||X||, in the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from .config import GemmaConfig
+
+einsum = partial(np.einsum, optimize=True)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """How one layer caches its K (or its V): `mode` is one of the four, or "dense"."""
+
+    mode: str
+    rank: int = 0
+    dtype: str = "bfloat16"
+    basis: np.ndarray | None = field(default=None, repr=False)  # A_sg, B_gsd or B_sgd; None for contextual and dense
+    error: float = 0.0  # share of the second moment that the constant basis leaves out, as a relative norm
+
+    @property
+    def rotated(self) -> bool:
+        """Is K cached after RoPE? Only where rotation and constant factors do not get in each other's way."""
+        return self.mode in ("dense", "contextual", "fixed-a")
+
+
+def part_shapes(mode: str, rank: int, g: int, d: int) -> dict[str, tuple[int, ...]]:
+    """What one token caches, as {part: shape}; the last axis is the one that is quantized in groups.
+
+    The a's of `contextual` are few, so they form one row of R g numbers and share scales.
+
+    >>> part_shapes("contextual", 2, g=4, d=256)
+    {'A': (8,), 'B': (2, 256)}
+    """
+    return {
+        "dense": {"X": (g, d)},
+        "contextual": {"A": (rank * g,), "B": (rank, d)},
+        "fixed-a": {"B": (rank, d)},
+        "fixed-b": {"A": (g, rank)},
+        "latent": {"C": (rank,)},
+    }[mode]
+
+
+# ---- contextual: the best factors of each token by itself ----
+
+
+def exact_contextual(X_bkgd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. (3.1) with R = g and no error: one-hot a's pick the heads, so b_r is head r and a_r carries the R.
+
+    Shapes: [b,k,g,d] -> A [b,k,g,g], B [b,k,g,d].
+    """
+    g = X_bkgd.shape[2]
+    A_bksg = np.broadcast_to(g * np.eye(g, dtype=X_bkgd.dtype), (*X_bkgd.shape[:2], g, g))
+    return A_bksg, X_bkgd
+
+
+def truncate_contextual(X_bkgd: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best rank-R factors of every token, by Eckart-Young: a_r = R u_r, b_r = u_r^T X, u_r the leading left
+    singular vectors of X in R^{g x d}. They come from the small Gram matrix X X^T in R^{g x g}.
+
+    The sign of u_r is free; its largest entry is made positive, so that every backend stores the same codes.
+    The 1/R of Eq. (3.1) is undone in a.
+
+    Shapes: [b,k,g,d], R -> A [b,k,R,g], B [b,k,R,d], relative error.
+
+    >>> A, B, error = truncate_contextual(np.array([[[[3.0, 4.0], [0.0, 0.0]]]]), rank=1)
+    >>> A.ravel().tolist(), B.ravel().tolist(), error
+    ([1.0, 0.0], [3.0, 4.0], 0.0)
+    """
+    G_bkgj = einsum("bkgd,bkjd->bkgj", X_bkgd, X_bkgd)
+    _, U_bkgs = np.linalg.eigh(G_bkgj)  # ascending eigenvalues
+    U_bksg = np.swapaxes(U_bkgs[..., ::-1], -1, -2)[:, :, :rank]
+    largest = np.take_along_axis(U_bksg, np.abs(U_bksg).argmax(-1, keepdims=True), -1)
+    U_bksg = (U_bksg * np.where(largest < 0, -1, 1)).astype(X_bkgd.dtype)
+    B_bksd = einsum("bksg,bkgd->bksd", U_bksg, X_bkgd)
+    lost = max(0.0, 1 - float(np.square(B_bksd).sum()) / max(float(np.square(X_bkgd).sum()), 1e-30))
+    return rank * U_bksg, B_bksd, lost**0.5
+
+
+# ---- constant factors from second moments ----
+
+
+def truncate_fixed_a(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """Constant A of `fixed-a`: leading eigenvectors of the heads' second moment E[X X^T] in R^{g x g}, rows times R.
+
+    Shapes: M [g,d,g,d] = E[x x^T] of the flattened token -> A [R,g], relative error.
+    """
+    M_gj = einsum("gdjd->gj", M_gdgd)
+    U_sg, error = _leading(M_gj, rank)
+    return rank * U_sg, error
+
+
+def exact_fixed_a(g: int) -> np.ndarray:
+    """R = g: b_r is head r. This is the ordinary GQA cache written as TPA (MQA and GQA are special cases of Eq. 3.1)."""
+    return g * np.eye(g)
+
+
+def truncate_fixed_b(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """Constant B of `fixed-b`: per KV head the leading eigenvectors of E[x_g x_g^T] in R^{d x d}.
+
+    Shapes: M [g,d,g,d] -> B [g,R,d] with orthonormal rows, relative error over all heads.
+    """
+    g = M_gdgd.shape[0]
+    M_gdc = einsum("gdgc->gdc", M_gdgd)  # the diagonal blocks: each head with itself
+    B_gsd = np.stack([_leading(M_gdc[head], rank)[0] for head in range(g)])
+    kept = einsum("gsd,gdc,gsc->", B_gsd, M_gdc, B_gsd)
+    return B_gsd, _relative_error(kept, einsum("gdd->", M_gdc))
+
+
+def exact_fixed_b(g: int, d: int) -> np.ndarray:
+    """R = d: the identity for every head."""
+    return np.broadcast_to(np.eye(d), (g, d, d)).copy()
+
+
+def truncate_latent(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """Joint basis of `latent`: leading eigenvectors of E[x x^T] over all heads and features together, R^{gd x gd}.
+
+    Shapes: M [g,d,g,d] -> B [R,g,d] with orthonormal rows (as vectors of length g d), relative error.
+    """
+    g, d = M_gdgd.shape[:2]
+    U_sx, error = _leading(M_gdgd.reshape(g * d, g * d), rank)
+    return U_sx.reshape(rank, g, d), error
+
+
+def exact_latent(g: int, d: int) -> np.ndarray:
+    """R = g d: the identity."""
+    return np.eye(g * d).reshape(g * d, g, d)
+
+
+def _leading(M: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """(leading eigenvectors as rows, largest entry positive; relative error of leaving out the others)."""
+    values, U = np.linalg.eigh((M + M.T).astype(np.float64) / 2)
+    rows = U[:, ::-1][:, :rank].T
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(-1, keepdims=True), -1)
+    return rows * np.where(largest < 0, -1, 1), _relative_error(values[::-1][:rank].sum(), values.sum())
+
+
+def _relative_error(kept: float, total: float) -> float:
+    return float(np.sqrt(max(0.0, 1 - kept / total))) if total > 0 else 0.0
+
+
+def constant_basis(mode: str, rank: int, M_gdgd: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """(constant factor of a mode, relative error); None for `contextual`, which has none."""
+    g, d = M_gdgd.shape[:2]
+    if mode == "contextual":
+        return None, 0.0
+    if mode == "fixed-a" and rank == g:
+        return exact_fixed_a(g), 0.0
+    if mode == "fixed-b" and rank == d:
+        return exact_fixed_b(g, d), 0.0
+    if mode == "latent" and rank == g * d:
+        return exact_latent(g, d), 0.0
+    truncate = {"fixed-a": truncate_fixed_a, "fixed-b": truncate_fixed_b, "latent": truncate_latent}[mode]
+    return truncate(M_gdgd, rank)
+
+
+def moment_from_weights(
+    W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: np.ndarray | None = None
+) -> np.ndarray:
+    """Second moment of K (or V) from the weights alone: the input after its norm is taken as white noise times 1 + w.
+
+    For K give `k_norm_d`: every head is brought to rms 1 and multiplied with 1 + w_d, as QK-norm does on average.
+
+    Shapes: W [g,d,m], input norm [m], k norm [d] or None -> [g,d,g,d].
+    """
+    W_gdm = W_gdm.astype(np.float64) * (1 + input_norm_m.astype(np.float64))
+    if k_norm_d is not None:
+        rms_g = np.sqrt(np.square(W_gdm).sum(-1).mean(-1))
+        W_gdm = W_gdm / np.maximum(rms_g, 1e-30)[:, None, None] * (1 + k_norm_d.astype(np.float64))[:, None]
+    return einsum("gdm,jcm->gdjc", W_gdm, W_gdm)
+
+
+def truncate_query_heads(WQ_hdm: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Head-mixing rank of Q: W_Q = sum_r a_r (x) B_r with a_r in R^h (`fixed-a` on the query heads, by SVD of W_Q).
+
+    Shapes: W_Q [h,d,m], R -> A [R,h], W [R,d,m] (W_Q = einsum("rh,rdm->hdm", A, W)), relative error.
+    """
+    h = WQ_hdm.shape[0]
+    flat = WQ_hdm.reshape(h, -1).astype(np.float64)
+    A_rh, error = _leading(flat @ flat.T, rank)
+    W_rdm = (A_rh @ flat).reshape(rank, *WQ_hdm.shape[1:])
+    return A_rh, W_rdm, error
+
+
+# ---- one token's K or V -> what is cached, and back ----
+
+
+def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
+    """The parts that are cached: {part: [b, k, *part_shapes(...)]}.
+
+    `contextual`: Eq. (3.1) solved per token. `fixed-a`: B = (1/R) A X (A has rows R u_r). `fixed-b`: a_g = B_g x_g.
+    `latent`: c = B vec(X). In the last two the basis is orthonormal, so projecting is also the least-squares answer.
+    """
+    b, k = X_bkgd.shape[:2]
+    if how.mode == "dense":
+        return {"X": X_bkgd}
+    if how.mode == "contextual":
+        A_bksg, B_bksd, _ = truncate_contextual(X_bkgd, how.rank)
+        return {"A": A_bksg.reshape(b, k, -1), "B": B_bksd}
+    assert how.basis is not None
+    basis = how.basis.astype(X_bkgd.dtype)
+    if how.mode == "fixed-a":
+        return {"B": einsum("sg,bkgd->bksd", basis, X_bkgd) / how.rank}
+    if how.mode == "fixed-b":
+        return {"A": einsum("gsd,bkgd->bkgs", basis, X_bkgd)}
+    return {"C": einsum("sgd,bkgd->bks", basis, X_bkgd)}
+
+
+def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarray:
+    """K or V formed again from its parts, Eq. (3.1): [b,k,g,d]. The oracle of the factorized attention, and how
+    `fixed-b` and `latent` rebuild K before they rotate it.
+    """
+    if how.mode == "dense":
+        return parts["X"]
+    if how.mode == "contextual":
+        A_bksg = parts["A"].reshape(*parts["A"].shape[:2], how.rank, g)
+        return einsum("bksg,bksd->bkgd", A_bksg, parts["B"]) / how.rank
+    assert how.basis is not None
+    basis = how.basis.astype(next(iter(parts.values())).dtype)
+    if how.mode == "fixed-a":
+        return einsum("sg,bksd->bkgd", basis, parts["B"]) / how.rank
+    if how.mode == "fixed-b":
+        return einsum("bkgs,gsd->bkgd", parts["A"], basis)
+    return einsum("bks,sgd->bkgd", parts["C"], basis)
+
+
+def numbers_per_token(mode: str, rank: int, config: GemmaConfig) -> int:
+    """How many numbers one token caches for K (or for V) in one layer.
+
+    >>> numbers_per_token("contextual", 1, GemmaConfig.gemma3_1b()), numbers_per_token("dense", 0, GemmaConfig.gemma3_1b())
+    (257, 256)
+    """
+    shapes = part_shapes(mode, rank, config.num_kv_heads, config.head_dim)
+    return sum(int(np.prod(shape)) for shape in shapes.values())

@@ -1,0 +1,88 @@
+"""Bytes of KV caches by arithmetic: the two baselines and TPA. Lives once and serves both backends.
+
+Every ratio of this project is given against both baselines, always bf16 and batch 1:
+    full      a dense cache of context length in every layer (what google/gemma_pytorch allocates)
+    windowed  a dense cache whose window layers hold only their window (the best dense cache; the fair baseline)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import GemmaConfig
+
+BF16 = 2
+
+
+def token_bytes_dense(config: GemmaConfig) -> int:
+    """K and V of one token in one layer, bf16.
+
+    >>> token_bytes_dense(GemmaConfig.gemma3_1b())
+    1024
+    """
+    return 2 * BF16 * config.num_kv_heads * config.head_dim
+
+
+def full_bytes(config: GemmaConfig, n: int) -> int:
+    """full(T) = 2 * 2 * g * d * (G + L) * T.
+
+    >>> full_bytes(GemmaConfig.gemma3_4b(), 32768) / 2**30
+    4.25
+    """
+    return token_bytes_dense(config) * config.num_layers * n
+
+
+def windowed_bytes(config: GemmaConfig, n: int) -> int:
+    """windowed(T) = 2 * 2 * g * d * (G * T + L * min(T, w)).
+
+    >>> round(windowed_bytes(GemmaConfig.gemma3_4b(), 32768) / 2**30, 3)
+    0.738
+    """
+    return token_bytes_dense(config) * sum(config.slots(layer, n) for layer in range(config.num_layers))
+
+
+def table(config: GemmaConfig, rows: list[tuple[str, int, int]]) -> str:
+    """The memory table: rows of (label, tokens, TPA bytes).
+
+    >>> print(table(GemmaConfig.gemma3_1b(), [("now", 1000, 5_000_000)]))
+    KV cache       tokens          full      windowed           TPA   full/TPA  windowed/TPA
+    now             1,000     25.39 MiB     14.91 MiB      4.77 MiB       5.3x          3.1x
+    """
+    lines = [
+        f"{'KV cache':<12}{'tokens':>9}{'full':>14}{'windowed':>14}{'TPA':>14}{'full/TPA':>11}{'windowed/TPA':>14}"
+    ]
+    for label, n, tpa in rows:
+        full, windowed = full_bytes(config, n), windowed_bytes(config, n)
+        lines.append(
+            f"{label:<12}{n:>9,}{human(full):>14}{human(windowed):>14}{human(tpa):>14}"
+            f"{full / tpa:>10.1f}x{windowed / tpa:>13.1f}x"
+        )
+    return "\n".join(lines)
+
+
+def human(size: float) -> str:
+    """A size in the unit that fits it.
+
+    >>> human(1536), human(3 * 2**30)
+    ('1.50 KiB', '3.00 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.2f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    raise AssertionError
+
+
+def kv_report(config: GemmaConfig, measured: Any, context: int, tpa_bytes: int) -> dict[str, Any]:
+    """The "kv" entry of a report: what a really filled cache holds, and the three sizes at `context` tokens."""
+    full, windowed = full_bytes(config, context), windowed_bytes(config, context)
+    return {
+        "measured_tokens": int(measured.max_len),
+        "measured_bytes": int(measured.nbytes),
+        "context": context,
+        "tpa_bytes": tpa_bytes,
+        "full_bytes": full,
+        "windowed_bytes": windowed,
+        "ratio_vs_full": full / tpa_bytes,
+        "ratio_vs_windowed": windowed / tpa_bytes,
+    }

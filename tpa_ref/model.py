@@ -1,0 +1,272 @@
+"""The whole Gemma 3 forward pass in NumPy, dense or with a TPA cache. Data flows one way:
+
+    tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> norm; norm -> MLP -> norm] x l -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import attention, factorize, masks, rope
+from . import cache as kv
+from .calibrate import Moments, calibrate
+from .config import GemmaConfig, LayerConfig, TPAConfig
+from .errors import TPAError
+from .factorize import Factorization
+from .norm import rms_norm
+from .tokenizer import Tokenizer
+from .trace import Tracer, no_trace, scoped
+from .weights import LayerWeights, Weights
+
+einsum = partial(np.einsum, optimize=True)
+QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
+
+
+class Model:
+    """A Gemma 3 text model. `tpa` is None for the dense model; `convert` makes one with a TPA cache.
+
+    `factors[layer]` says how that layer caches K and V; a dense model's layers all say "dense".
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        weights: Weights,
+        tokenizer: Tokenizer | None = None,
+        tpa: TPAConfig | None = None,
+        factors: Sequence[kv.LayerFactors] | None = None,
+        query_factors: Sequence[QueryFactors | None] | None = None,
+        stored_dtype: str = "float32",
+    ):
+        self.config, self.weights, self.tokenizer, self.tpa = config, weights, tokenizer, tpa
+        self.dtype = str(weights.embed_vm.dtype)
+        self.stored_dtype = stored_dtype
+        self.factors = list(factors or [dense_layer(self.dtype)] * config.num_layers)
+        self.query_factors = list(query_factors or [None] * config.num_layers)
+        self.notes: list[str] = []  # what the conversion had to clamp, one line each
+
+    def __call__(
+        self,
+        tokens_bq: np.ndarray,
+        cache: kv.Cache | None = None,
+        lengths_b: np.ndarray | None = None,
+        trace: Tracer = no_trace,
+    ) -> np.ndarray:
+        """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q].
+
+        With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
+        first so many tokens of each row count, the rest is padding on the right.
+        """
+        return self.logits(self.hidden(tokens_bq, cache, lengths_b, trace), trace)
+
+    def hidden(
+        self,
+        tokens_bq: np.ndarray,
+        cache: kv.Cache | None = None,
+        lengths_b: np.ndarray | None = None,
+        trace: Tracer = no_trace,
+    ) -> np.ndarray:
+        """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
+        tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
+        if cache is None:
+            positions_bq = np.broadcast_to(np.arange(tokens_bq.shape[1]), tokens_bq.shape)
+            if lengths_b is not None:
+                positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
+        else:
+            check_cache(cache, self, tokens_bq.shape[0])
+            positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
+        if positions_bq.max(initial=0) >= self.config.max_positions:
+            raise TPAError(
+                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
+                f"{self.config.max_positions} positions"
+            )
+        w = self.weights
+        scale = w.embed_vm.dtype.type(self.config.hidden_size**0.5)
+        x_bqm = trace("embed.x_bqm", w.embed_vm[tokens_bq] * scale)
+        for layer, block in enumerate(w.layers):
+            x_bqm = self.block(x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"))
+        if cache is not None:
+            cache.advance(positions_bq)
+        return trace("final.x_bqm", rms_norm(x_bqm, w.final_norm_m, self.config.rms_eps))
+
+    def logits(self, x_bqm: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
+        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
+        return trace("logits_bqv", einsum("bqm,vm->bqv", x_bqm, self.weights.embed_vm))
+
+    def block(
+        self,
+        x_bqm: np.ndarray,
+        layer: int,
+        w: LayerWeights,
+        positions_bq: np.ndarray,
+        cache: kv.Cache | None,
+        trace: Tracer,
+    ) -> np.ndarray:
+        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
+        eps = self.config.rms_eps
+        a_bqm = trace("attn.norm_bqm", rms_norm(x_bqm, w.attn_norm_m, eps))
+        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace)
+        x_bqm = trace("attn.residual_bqm", x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps))
+        a_bqm = rms_norm(x_bqm, w.mlp_norm_m, eps)
+        return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
+
+    def attend(
+        self,
+        a_bqm: np.ndarray,
+        layer: int,
+        w: LayerWeights,
+        positions_bq: np.ndarray,
+        cache: kv.Cache | None,
+        trace: Tracer,
+    ) -> np.ndarray:
+        """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
+        config = self.config
+        g, d = config.num_kv_heads, config.head_dim
+        how_k, how_v = self.factors[layer]
+        base, scale = config.rope(layer)
+        tables_q = rope.rope_tables(positions_bq, d, base, scale)
+
+        # 1) project; Gemma norms Q and K per head, before RoPE
+        Q_bqhd = trace("attn.Q_bqhd", rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, config.rms_eps))
+        K_bkgd = trace("attn.K_bkgd", rms_norm(einsum("bkm,gdm->bkgd", a_bqm, w.WK_gdm), w.k_norm_d, config.rms_eps))
+        V_bkge = trace("attn.V_bkge", einsum("bkm,gem->bkge", a_bqm, w.WV_gem))
+        Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
+
+        # 2) factorize; RoPE acts on b where b is what is cached
+        parts_k, parts_v = factorize.encode(K_bkgd, how_k), factorize.encode(V_bkge, how_v)
+        if how_k.rotated:
+            part = "X" if how_k.mode == "dense" else "B"
+            parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
+
+        # 3) store, and read what the cache holds: at prefill as at decode
+        new = kv.store(parts_k, how_k.dtype), kv.store(parts_v, how_v.dtype)
+        if cache is None:
+            held, positions_bk = new, positions_bq
+        else:
+            held, positions_bk = cache.layers[layer].extend(new, positions_bq, cache.lengths_b)
+        parts_k, parts_v = kv.load(held[0], how_k, g, d), kv.load(held[1], how_v, g, d)
+
+        # 4) attention on the factors
+        tables_k = rope.rope_tables(positions_bk, d, base, scale)
+        L_bhqk = attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale)
+        L_bhqk = masks.apply_mask(L_bhqk, masks.visible(positions_bq, positions_bk, config.window(layer)))
+        P_bhqk = trace("attn.P_bhqk", attention.softmax(trace("attn.L_bhqk", L_bhqk)))
+        O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk, parts_v, how_v, g))
+        return einsum("bqhe,mhe->bqm", O_bqhe, w.WO_mhe)
+
+    def project_queries(self, a_bqm: np.ndarray, layer: int, w: LayerWeights) -> np.ndarray:
+        """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
+        factors = self.query_factors[layer]
+        if factors is None:
+            return einsum("bqm,hdm->bqhd", a_bqm, w.WQ_hdm)
+        A_rh, W_rdm = factors
+        return einsum("rh,bqrd->bqhd", A_rh, einsum("bqm,rdm->bqrd", a_bqm, W_rdm))
+
+    def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
+        """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
+        return kv.Cache(self.config, self.factors, batch, max_len)
+
+
+def mlp(a_bqm: np.ndarray, w: LayerWeights) -> np.ndarray:
+    """Gated MLP: W_down (gelu(W_gate x) * W_up x)."""
+    gate_bqf = gelu_tanh(einsum("bqm,fm->bqf", a_bqm, w.W_gate_fm))
+    return einsum("bqf,mf->bqm", gate_bqf * einsum("bqm,fm->bqf", a_bqm, w.W_up_fm), w.W_down_mf)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The tanh approximation of GELU, which Gemma was trained with.
+
+    >>> gelu_tanh(np.array([0.0, 1.0])).round(4).tolist()
+    [0.0, 0.8412]
+    """
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+
+
+def dense_layer(dtype: str) -> kv.LayerFactors:
+    """How a layer that is not converted caches K and V."""
+    return Factorization("dense", dtype=dtype), Factorization("dense", dtype=dtype)
+
+
+def check_tokens(
+    tokens_bq: Any, lengths_b: Any, config: GemmaConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens as an array [b,q] with every id in the vocabulary, lengths as an array [b] or None."""
+    tokens_bq = np.asarray(tokens_bq)
+    if tokens_bq.ndim != 2 or tokens_bq.shape[1] == 0 or tokens_bq.dtype.kind not in "iu":
+        raise TPAError(f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}")
+    if tokens_bq.min(initial=0) < 0 or tokens_bq.max(initial=0) >= config.vocab_size:
+        wrong = tokens_bq[(tokens_bq < 0) | (tokens_bq >= config.vocab_size)][0]
+        raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong}")
+    if lengths_b is None:
+        return tokens_bq, None
+    lengths_b = np.asarray(lengths_b)
+    if lengths_b.shape != tokens_bq.shape[:1] or lengths_b.min() < 0 or lengths_b.max() > tokens_bq.shape[1]:
+        raise TPAError(
+            f"model: lengths must be one number a row in 0 ... {tokens_bq.shape[1]}, got {lengths_b.tolist()}"
+        )
+    return tokens_bq, lengths_b
+
+
+def check_cache(cache: Any, model: Any, batch: int) -> None:
+    """A cache belongs to models of one shape, one conversion and one batch size."""
+    if cache.batch != batch:
+        raise TPAError(f"model: the cache was made for batch {cache.batch}, got tokens of batch {batch}")
+    shapes = [(k.mode, k.rank, k.dtype, v.mode, v.rank, v.dtype) for k, v in model.factors]
+    if cache.config != model.config or shapes != [
+        (k.mode, k.rank, k.dtype, v.mode, v.rank, v.dtype) for k, v in cache.factors
+    ]:
+        raise TPAError("model: the cache was made by another model; make one with this model's new_cache()")
+
+
+def convert(model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None) -> Model:
+    """The same model with a TPA cache: weights are shared, only the constant factors are new.
+
+    calibration: `Moments` of `calibrate`, or a text (or a file's path) to calibrate on; None takes the weights alone.
+    """
+    if model.tpa is not None:
+        raise TPAError("convert: the model already has a TPA cache; convert the dense model")
+    tpa = tpa or TPAConfig()
+    per_layer, notes = tpa.resolve(model.config)
+    q_rank, q_notes = tpa.resolve_q_rank(model.config)
+    if isinstance(calibration, str):
+        calibration = calibrate(model, calibration)
+    factors, query_factors = [], []
+    full = "float64" if model.dtype == "float64" else "float32"
+    exact = any("float32" in (choice.k_dtype, choice.v_dtype) for choice in per_layer if choice)
+    for layer, choice in enumerate(per_layer):
+        # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
+        dense = dense_layer(full if exact else "bfloat16")
+        factors.append(layer_factors(model, layer, choice, calibration) if choice else dense)
+        query_factors.append(None if q_rank == model.config.num_heads else truncated_queries(model, layer, q_rank))
+    converted = Model(model.config, model.weights, model.tokenizer, tpa, factors, query_factors, model.stored_dtype)
+    converted.notes = notes + q_notes
+    return converted
+
+
+def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moments | None) -> kv.LayerFactors:
+    """How one converted layer caches K and V, with its constant factors."""
+    full = "float64" if model.dtype == "float64" else "float32"
+    w = model.weights.layers[layer]
+    if moments is None:
+        M_k = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
+        M_v = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
+    else:
+        M_k, M_v = moments.of_layer(layer)
+    made = []
+    for mode, rank, dtype, M in (
+        (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),
+        (choice.v_mode, choice.v_rank, choice.v_dtype, M_v),
+    ):
+        basis, error = factorize.constant_basis(mode, rank, M)
+        basis = None if basis is None else basis.astype(full)
+        made.append(Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error))
+    return made[0], made[1]
+
+
+def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:
+    A_rh, W_rdm, _ = factorize.truncate_query_heads(model.weights.layers[layer].WQ_hdm, rank)
+    return A_rh.astype(model.dtype), W_rdm.astype(model.dtype)

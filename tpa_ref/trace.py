@@ -1,0 +1,77 @@
+"""Named intermediates, recorded the same way by both backends, and the first stage where two runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Tracer = Callable[[str, Any], Any]
+
+
+def no_trace(name: str, array: Any) -> Any:
+    """The default tracer: records nothing and hands the array back."""
+    return array
+
+
+class Trace:
+    """Records every array it is called with, in order.
+
+    >>> trace = Trace()
+    >>> float(trace("attn.scale", np.float32(0.5)))
+    0.5
+    >>> list(trace.stages)
+    ['attn.scale']
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Any] = {}
+
+    def __call__(self, name: str, array: Any) -> Any:
+        self.stages[name] = array
+        return array
+
+
+def scoped(trace: Tracer, prefix: str) -> Tracer:
+    """The same tracer with `prefix.` in front of each name, for instance one per layer."""
+    if trace is no_trace:
+        return no_trace
+    return lambda name, array: trace(f"{prefix}.{name}", array)
+
+
+def compare(
+    reference: Mapping[str, Any], other: Mapping[str, Any], tolerance: float = 1e-5, show: Callable = print
+) -> str | None:
+    """Print one line a stage, [OK], [DIFF], [SHAPE] or [MISSING], and return the first stage that is not OK.
+
+    The error of a stage is its largest absolute difference over the largest magnitude in the reference.
+    `reference` and `other` are the `stages` of two traces; torch tensors are fine.
+
+    >>> compare({"x": np.ones(2)}, {"x": np.array([1.0, 1.5])})
+    [DIFF]    x  max 5.0e-01  mean 2.5e-01
+    'x'
+    """
+    first = None
+    for name, expected in reference.items():
+        if name not in other:
+            verdict, detail = "[MISSING]", ""
+        else:
+            a, b = _to_numpy(expected), _to_numpy(other[name])
+            if a.shape != b.shape:
+                verdict, detail = "[SHAPE]", f"{a.shape} and {b.shape}"
+            else:
+                error = np.abs(a - b) / max(float(np.abs(a).max(initial=0.0)), 1e-30)
+                ok = bool(error.max(initial=0.0) <= tolerance)  # NaN is never OK
+                verdict = "[OK]" if ok else "[DIFF]"
+                detail = f"max {error.max(initial=0.0):.1e}  mean {error.mean() if error.size else 0:.1e}"
+        show(f"{verdict:<9} {name}  {detail}".rstrip())
+        if first is None and verdict != "[OK]":
+            first = name
+    return first
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().double().numpy()
+    return np.asarray(array, dtype=np.float64)
