@@ -47,7 +47,7 @@ class LayerCache:
         after_b = np.maximum(lengths_b, positions_bq.max(1) + 1)
         if self.windowed and positions_bq.shape[1] > 1:
             old = self.read(lengths_b)
-            held = tuple(_joined(before, now) for before, now in zip(old, new, strict=True))
+            held = tuple(self._joined(before, now) for before, now in zip(old, new, strict=True))
             positions_bk = np.concatenate([slot_positions(self._filled(lengths_b), lengths_b, self.slots), positions_bq], 1)
             self.write(new, positions_bq)
             return held, positions_bk  # type: ignore[return-value]
@@ -75,6 +75,14 @@ class LayerCache:
     def _filled(self, lengths_b: np.ndarray) -> int:
         return min(self.slots, int(lengths_b.max(initial=0)))
 
+    @staticmethod
+    def _joined(before: Stored, now: Stored) -> Stored:
+        """Two stretches of tokens side by side."""
+        return {
+            part: {name: np.concatenate([before[part][name], array], 1) for name, array in fields.items()}
+            for part, fields in now.items()
+        }
+
 
 def slot_positions(filled: int, lengths_b: np.ndarray, slots: int) -> np.ndarray:
     """Position of the token in each slot: the newest p < length with p mod slots = slot, -1 where there is none.
@@ -87,13 +95,6 @@ def slot_positions(filled: int, lengths_b: np.ndarray, slots: int) -> np.ndarray
     last_b1 = lengths_b[:, None] - 1
     position = last_b1 - (last_b1 - np.arange(filled)) % slots
     return np.maximum(position, -1)
-
-
-def _joined(before: Stored, now: Stored) -> Stored:
-    return {
-        part: {name: np.concatenate([before[part][name], array], 1) for name, array in fields.items()}
-        for part, fields in now.items()
-    }
 
 
 def store(parts: Parts, dtype: str) -> Stored:

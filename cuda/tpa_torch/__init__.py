@@ -1,0 +1,31 @@
+"""Tensor Product Attention for Gemma 3 in PyTorch: the names and the math of `tpa_ref`, at scale, on CPU and GPU.
+
+    >>> import tpa_torch
+    >>> model = tpa_torch.load("assets/tiny-gemma3", device="auto")             # doctest: +SKIP
+    >>> tpa = tpa_torch.convert(model, tpa_torch.TPAConfig(mode="latent"))      # doctest: +SKIP
+    >>> "".join(tpa_torch.generate(tpa, "The return value is"))                 # doctest: +SKIP
+"""
+
+from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.errors import TPAError
+
+from .calibrate import Moments, calibrate
+from .checkpoint import load, save
+from .evaluate import evaluate
+from .generate import generate
+from .model import Model, convert
+
+__all__ = [
+    "GemmaConfig",
+    "LayerConfig",
+    "Model",
+    "Moments",
+    "TPAConfig",
+    "TPAError",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "save",
+]

@@ -1,0 +1,111 @@
+"""The KV cache on a device. Twin of `tpa_ref.cache`, which explains it; lengths and positions are the same code.
+
+Lengths live on the host, so that asking for them never makes a GPU wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpa_ref import cache as reference
+from tpa_ref.cache import LayerFactors, cache_bytes, part_dtype, slot_positions, stored_shapes, token_bytes
+from tpa_ref.config import GemmaConfig
+from tpa_ref.factorize import Factorization, part_shapes
+
+from . import quantize
+
+__all__ = ["LayerFactors", "cache_bytes", "part_dtype", "slot_positions", "stored_shapes", "token_bytes"]
+
+Parts = dict[str, Tensor]
+Stored = dict[str, dict[str, Tensor]]  # part -> field -> tensor [b, k, ...]
+
+
+@dataclass
+class LayerCache(reference.LayerCache):
+    """K and V of one layer: for each the stored fields of its parts, [b, slots, ...]."""
+
+    def write(self, new: tuple[Stored, Stored], positions_bq: np.ndarray) -> None:
+        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
+        aligned = bool((positions_bq[:, 0] >= 0).all() and (positions_bq == positions_bq[:1]).all())
+        if aligned:  # every row the same, nothing padded: whole slices instead of single entries
+            first = max(0, positions_bq.shape[1] - self.slots)
+            kept = positions_bq[0, first:]
+            start = int(kept[0] % self.slots)
+            split = min(len(kept), self.slots - start)  # how many fit before the ring begins anew
+            for array, fresh in self._pairs(new):
+                array[:, start : start + split] = fresh[:, first : first + split]
+                if split < len(kept):
+                    array[:, : len(kept) - split] = fresh[:, first + split :]
+            return
+        newest_b = positions_bq.max(1, keepdims=True)
+        row, column = np.nonzero((positions_bq >= 0) & (positions_bq > newest_b - self.slots))
+        slot = positions_bq[row, column] % self.slots
+        for array, fresh in self._pairs(new):
+            row_t, column_t, slot_t = (torch.from_numpy(index).to(array.device) for index in (row, column, slot))
+            array[row_t, slot_t] = fresh[row_t, column_t].to(array.dtype)
+
+    def _pairs(self, new: tuple[Stored, Stored]):
+        """(held, fresh) of every array, K's then V's."""
+        for side, fresh in zip(self.stored, new, strict=True):
+            for part, fields in side.items():
+                for name, array in fields.items():
+                    yield array, fresh[part][name]
+
+    @staticmethod
+    def _joined(before: Stored, now: Stored) -> Stored:
+        return {
+            part: {name: torch.cat([before[part][name], array], 1) for name, array in fields.items()}
+            for part, fields in now.items()
+        }
+
+
+def store(parts: Parts, dtype: str) -> Stored:
+    """Quantize every part of new tokens; what comes out is what the cache holds."""
+    return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
+
+
+def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype | None = None) -> Parts:
+    """The parts back as numbers (in `dtype`): what attention computes with."""
+    shapes = part_shapes(how.mode, how.rank, g, d)
+    return {
+        part: quantize.dequantize(
+            fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]
+        ).to(dtype)
+        for part, fields in stored.items()
+    }
+
+
+class Cache(reference.Cache):
+    """The cache of a whole model on one device: one `LayerCache` a layer and the length of every row of the batch."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        factors: Sequence[LayerFactors],
+        batch: int = 1,
+        max_len: int = 4096,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = device
+        super().__init__(config, factors, batch, max_len)
+
+    def _new_layer(self, layer: int) -> LayerCache:
+        how, slots = self.factors[layer], self.config.slots(layer, self.max_len)
+        stored = tuple(
+            {
+                part: {
+                    name: torch.zeros(
+                        (self.batch, slots, *leading, size), dtype=quantize.torch_dtype(kind), device=self.device
+                    )
+                    for name, (size, kind) in fields.items()
+                }
+                for part, (leading, fields) in stored_shapes(side, self.config).items()
+            }
+            for side in how
+        )
+        return LayerCache(how, slots, self.config.window(layer) is not None, stored)  # type: ignore[arg-type]

@@ -1,0 +1,19 @@
+"""Which key a query sees. Twin of `tpa_ref.masks`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tpa_ref.masks import MASKED
+
+
+def visible(positions_bq: Tensor, positions_bk: Tensor, window: int | None) -> Tensor:
+    """True where the query may look: 0 <= i - j < window, causal when None; position -1 is never seen. [b,q,k]."""
+    distance_bqk = positions_bq[:, :, None] - positions_bk[:, None, :]
+    seen_bqk = (distance_bqk >= 0) & (positions_bk >= 0)[:, None, :]
+    return seen_bqk if window is None else seen_bqk & (distance_bqk < window)
+
+
+def apply_mask(L_bhqk: Tensor, seen_bqk: Tensor) -> Tensor:
+    """Logits with a very negative number wherever the query may not look."""
+    return L_bhqk.masked_fill(~seen_bqk[:, None], MASKED)

@@ -1,0 +1,286 @@
+"""The whole Gemma 3 forward pass in PyTorch, dense or with a TPA cache. Twin of `tpa_ref.model`, which explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpa_ref.calibrate import Moments
+from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.errors import TPAError
+from tpa_ref.factorize import Factorization
+from tpa_ref.model import check_cache, check_tokens, dense_layer
+from tpa_ref.tokenizer import Tokenizer
+from tpa_ref.trace import Tracer, no_trace, scoped
+from tpa_ref.weights import LayerWeights, Weights
+
+from . import attention, factorize, masks, rope
+from . import cache as kv
+from .calibrate import calibrate
+from .norm import rms_norm
+
+__all__ = ["check_cache", "check_tokens", "dense_layer"]
+QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
+
+
+class Model:
+    """A Gemma 3 text model on one device. `tpa` is None for the dense model; `convert` makes one with a TPA cache."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        weights: Weights,
+        tokenizer: Tokenizer | None = None,
+        tpa: TPAConfig | None = None,
+        factors: Sequence[kv.LayerFactors] | None = None,
+        query_factors: Sequence[QueryFactors | None] | None = None,
+        stored_dtype: str = "float32",
+    ):
+        self.config, self.weights, self.tokenizer, self.tpa = config, weights, tokenizer, tpa
+        self.dtype = str(weights.embed_vm.dtype).removeprefix("torch.")
+        self.device = weights.embed_vm.device
+        self.stored_dtype = stored_dtype
+        self.factors = list(factors or [dense_layer(self.dtype)] * config.num_layers)
+        self.query_factors = list(query_factors or [None] * config.num_layers)
+        self.notes: list[str] = []  # what the conversion had to clamp, one line each
+        self._tables: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        tokens_bq: Any,
+        cache: kv.Cache | None = None,
+        lengths_b: Any = None,
+        trace: Tracer = no_trace,
+    ) -> Tensor:
+        """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q], as a tensor on the model's device.
+
+        With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
+        first so many tokens of each row count, the rest is padding on the right.
+        """
+        return self.logits(self.hidden(tokens_bq, cache, lengths_b, trace), trace)
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens_bq: Any,
+        cache: kv.Cache | None = None,
+        lengths_b: Any = None,
+        trace: Tracer = no_trace,
+    ) -> Tensor:
+        """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
+        tokens_bq, lengths_b = check_tokens(_to_numpy(tokens_bq), _to_numpy(lengths_b), self.config)
+        if cache is None:
+            positions_bq = np.broadcast_to(np.arange(tokens_bq.shape[1]), tokens_bq.shape)
+            if lengths_b is not None:
+                positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
+        else:
+            check_cache(cache, self, tokens_bq.shape[0])
+            positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
+        if positions_bq.max(initial=0) >= self.config.max_positions:
+            raise TPAError(
+                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
+                f"{self.config.max_positions} positions"
+            )
+        w = self.weights
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=w.embed_vm.dtype, device=self.device)
+        tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
+        x_bqm = trace("embed.x_bqm", F.embedding(tokens, w.embed_vm) * scale)
+        views = _Views(self, positions_bq)
+        for layer, block in enumerate(w.layers):
+            x_bqm = self.block(x_bqm, layer, block, views, cache, scoped(trace, f"layers.{layer}"))
+        if cache is not None:
+            cache.advance(positions_bq)
+        return trace("final.x_bqm", rms_norm(x_bqm, w.final_norm_m, self.config.rms_eps))
+
+    @torch.inference_mode()
+    def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
+        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v], at least float32."""
+        L_bqv = F.linear(x_bqm, self.weights.embed_vm)
+        return trace("logits_bqv", L_bqv if self.dtype == "float64" else L_bqv.float())
+
+    def block(
+        self, x_bqm: Tensor, layer: int, w: LayerWeights, views: _Views, cache: kv.Cache | None, trace: Tracer
+    ) -> Tensor:
+        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
+        eps = self.config.rms_eps
+        a_bqm = trace("attn.norm_bqm", rms_norm(x_bqm, w.attn_norm_m, eps))
+        o_bqm = self.attend(a_bqm, layer, w, views, cache, trace)
+        x_bqm = trace("attn.residual_bqm", x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps))
+        a_bqm = rms_norm(x_bqm, w.mlp_norm_m, eps)
+        return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
+
+    def attend(
+        self, a_bqm: Tensor, layer: int, w: LayerWeights, views: _Views, cache: kv.Cache | None, trace: Tracer
+    ) -> Tensor:
+        """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
+        config = self.config
+        g, d = config.num_kv_heads, config.head_dim
+        how_k, how_v = self.factors[layer]
+        tables_q = views.query_tables(layer)
+
+        # 1) project; Gemma norms Q and K per head, before RoPE
+        Q_bqhd = trace("attn.Q_bqhd", rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, config.rms_eps))
+        K_bkgd = trace("attn.K_bkgd", rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, config.rms_eps))
+        V_bkge = trace("attn.V_bkge", _project(a_bqm, w.WV_gem))
+        Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
+
+        # 2) factorize; RoPE acts on b where b is what is cached
+        parts_k, parts_v = factorize.encode(K_bkgd, how_k), factorize.encode(V_bkge, how_v)
+        if how_k.rotated:
+            part = "X" if how_k.mode == "dense" else "B"
+            parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
+
+        # 3) store, and read what the cache holds: at prefill as at decode
+        new = kv.store(parts_k, how_k.dtype), kv.store(parts_v, how_v.dtype)
+        if cache is None:
+            held, positions_bk = new, views.positions_bq
+        else:
+            held, positions_bk = cache.layers[layer].extend(new, views.positions_bq, cache.lengths_b)
+        parts_k, parts_v = (
+            kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(held, (how_k, how_v), strict=True)
+        )
+
+        # 4) attention on the factors
+        tables_k, seen_bqk = views.of_keys(layer, positions_bk)
+        L_bhqk = attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale)
+        L_bhqk = masks.apply_mask(L_bhqk if self.dtype == "float64" else L_bhqk.float(), seen_bqk)
+        P_bhqk = trace("attn.P_bhqk", attention.softmax(trace("attn.L_bhqk", L_bhqk)))
+        O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk.to(a_bqm.dtype), parts_v, how_v, g))
+        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+
+    def project_queries(self, a_bqm: Tensor, layer: int, w: LayerWeights) -> Tensor:
+        """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
+        factors = self.query_factors[layer]
+        if factors is None:
+            return _project(a_bqm, w.WQ_hdm)
+        A_rh, W_rdm = factors
+        return torch.einsum("rh,bqrd->bqhd", A_rh, _project(a_bqm, W_rdm))
+
+    def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
+        """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
+        return kv.Cache(self.config, self.factors, batch, max_len, self.device)
+
+    def rope_table(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them."""
+        kind = self.config.rope(layer)
+        if kind not in self._tables or len(self._tables[kind][0]) < length:
+            size = max(256, 1 << (length - 1).bit_length())
+            positions = torch.arange(size)[None]
+            work = torch.float64 if self.dtype == "float64" else torch.float32
+            cos, sin = rope.rope_tables(positions, self.config.head_dim, *kind)
+            self._tables[kind] = cos[0].to(self.device, work), sin[0].to(self.device, work)
+        return self._tables[kind]
+
+
+class _Views:
+    """Positions, rotation tables and masks of one forward pass, made once for each kind of layer."""
+
+    def __init__(self, model: Model, positions_bq: np.ndarray):
+        self.model, self.positions_bq = model, positions_bq
+        self._queries: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._keys: dict[bool, tuple[tuple[Tensor, Tensor], Tensor]] = {}
+
+    def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
+        kind = self.model.config.is_global[layer]
+        if kind not in self._queries:
+            self._queries[kind] = self._tables(layer, self.positions_bq)
+        return self._queries[kind]
+
+    def of_keys(self, layer: int, positions_bk: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """(rotation tables of the keys, mask [b,q,k])."""
+        kind = self.model.config.is_global[layer]
+        if kind not in self._keys:
+            q, k = (torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device) for x in (self.positions_bq, positions_bk))
+            seen_bqk = masks.visible(q, k, self.model.config.window(layer))
+            self._keys[kind] = self._tables(layer, positions_bk), seen_bqk
+        return self._keys[kind]
+
+    def _tables(self, layer: int, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        cos, sin = self.model.rope_table(layer, int(positions.max(initial=0)) + 1)
+        first = int(positions[0, 0])
+        if first >= 0 and (positions == np.arange(first, first + positions.shape[1])).all():
+            return cos[None, first : first + positions.shape[1]], sin[None, first : first + positions.shape[1]]
+        index = torch.from_numpy(np.maximum(positions, 0)).to(cos.device)
+        return cos[index], sin[index]
+
+
+def mlp(a_bqm: Tensor, w: LayerWeights) -> Tensor:
+    """Gated MLP: W_down (gelu(W_gate x) * W_up x)."""
+    return F.linear(gelu_tanh(F.linear(a_bqm, w.W_gate_fm)) * F.linear(a_bqm, w.W_up_fm), w.W_down_mf)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, which Gemma was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _project(a_bqm: Tensor, W_hdm: Tensor) -> Tensor:
+    """[b,q,m] through [h,d,m] -> [b,q,h,d]."""
+    return F.linear(a_bqm, W_hdm.flatten(0, 1)).unflatten(-1, W_hdm.shape[:2])
+
+
+def _to_numpy(x: Any) -> Any:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def convert(model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None) -> Model:
+    """The same model with a TPA cache: weights are shared, only the constant factors are new.
+
+    calibration: `Moments` of `calibrate`, or a text (or a file's path) to calibrate on; None takes the weights alone.
+    """
+    if model.tpa is not None:
+        raise TPAError("convert: the model already has a TPA cache; convert the dense model")
+    tpa = tpa or TPAConfig()
+    per_layer, notes = tpa.resolve(model.config)
+    q_rank, q_notes = tpa.resolve_q_rank(model.config)
+    if isinstance(calibration, str):
+        calibration = calibrate(model, calibration)
+    factors, query_factors = [], []
+    full = "float64" if model.dtype == "float64" else "float32"
+    exact = any("float32" in (choice.k_dtype, choice.v_dtype) for choice in per_layer if choice)
+    for layer, choice in enumerate(per_layer):
+        # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
+        dense = dense_layer(full if exact else "bfloat16")
+        factors.append(layer_factors(model, layer, choice, calibration) if choice else dense)
+        query_factors.append(None if q_rank == model.config.num_heads else truncated_queries(model, layer, q_rank))
+    converted = Model(model.config, model.weights, model.tokenizer, tpa, factors, query_factors, model.stored_dtype)
+    converted.notes = notes + q_notes
+    return converted
+
+
+@torch.inference_mode()
+def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moments | None) -> kv.LayerFactors:
+    """How one converted layer caches K and V, with its constant factors."""
+    full = "float64" if model.dtype == "float64" else "float32"
+    w = model.weights.layers[layer]
+    # Eigenvectors want float64, which Apple's GPUs lack.
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    if moments is None:
+        norm, k_norm = w.attn_norm_m.to(device), w.k_norm_d.to(device)
+        M_k = factorize.moment_from_weights(w.WK_gdm.to(device), norm, k_norm)
+        M_v = factorize.moment_from_weights(w.WV_gem.to(device), norm)
+    else:
+        M_k, M_v = (torch.as_tensor(M, device=device) for M in moments.of_layer(layer))
+    made = []
+    for mode, rank, dtype, M in (
+        (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),
+        (choice.v_mode, choice.v_rank, choice.v_dtype, M_v),
+    ):
+        basis, error = factorize.constant_basis(mode, rank, M)
+        basis = None if basis is None else basis.to(dtype=getattr(torch, full)).to(model.device).contiguous()
+        made.append(Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error))
+    return made[0], made[1]
+
+
+@torch.inference_mode()
+def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:
+    """W_Q of one layer at a head-mixing rank, in the model's dtype."""
+    WQ_hdm = model.weights.layers[layer].WQ_hdm
+    A_rh, W_rdm, _ = factorize.truncate_query_heads(WQ_hdm.cpu(), rank)
+    return A_rh.to(WQ_hdm.dtype).to(WQ_hdm.device), W_rdm.to(WQ_hdm.dtype).to(WQ_hdm.device)
