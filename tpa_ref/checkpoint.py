@@ -26,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .config import VARIANTS, GemmaConfig, TPAConfig
+from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig, exact_rank
 from .errors import TPAError
 from .factorize import Factorization
 from .model import Model
@@ -94,7 +94,7 @@ def inspect(
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if not path.exists():
+    if not _exists(path):
         raise TPAError(f"load: no such file or folder: {path}")
     if path.suffix == ".pt" and path.is_file():
         content, proto, shapes, stored_dtype, tensors = _open_pt(path)
@@ -107,8 +107,10 @@ def inspect(
         )
     found_config = _choose_config(path, content, variant, config)
     saved_tpa = content.get("tpa") if content else None
-    if saved_tpa is not None and saved_tpa.get("version") != VERSION:
-        raise TPAError(f"load: {path} was saved in format version {saved_tpa.get('version')}, this program reads {VERSION}")
+    if saved_tpa is not None and not isinstance(saved_tpa, dict):
+        raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
+    if saved_tpa is not None:
+        _check_version(path, saved_tpa.get("version"))
     check_tensors(path, shapes, found_config, saved_tpa)
     words = Tokenizer.from_file(tokenizer) if tokenizer else Tokenizer(proto, str(path)) if proto else None
     if words and not words.vocab_size <= found_config.vocab_size <= words.vocab_size + SPARE_ROWS:
@@ -145,7 +147,12 @@ def _open_safetensors(path: Path):
     content, proto = None, None
     folder = path if path.is_dir() else path.parent
     if path.is_file() and metadata.get("format") == FORMAT:
-        content, proto = _parse_json(metadata["config"], path), base64.b64decode(metadata.get("tokenizer", "")) or None
+        _check_version(path, metadata.get("version"))
+        content = _parse_json(metadata.get("config", ""), path)
+        try:
+            proto = base64.b64decode(metadata.get("tokenizer", ""), validate=True) or None
+        except ValueError:
+            raise TPAError(f"load: the tokenizer inside {path} is damaged (not base64)") from None
     elif (folder / "config.json").is_file():
         content = _parse_json(_read_text(folder / "config.json"), folder / "config.json")
     if proto is None and (folder / "tokenizer.model").is_file() and not metadata.get("format") == FORMAT:
@@ -173,7 +180,7 @@ def _safetensors_files(path: Path) -> list[Path]:
             raise TPAError(f"load: {index} must hold a weight_map of names, got {type(shards).__name__}")
         files = [path / name for name in sorted(set(shards.values()))]
         for file in files:
-            if file.parent != path or not file.is_file():
+            if file.parent != path or not _exists(file):
                 raise TPAError(f"load: {index.name} names {file.name}, which is not in {path}")
         return files
     if (path / "model.safetensors").is_file():
@@ -221,8 +228,7 @@ def _open_pt(path: Path):
         raise TPAError(f"load: {path} is damaged or holds more than tensors, and is not opened: {first_line}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TPAError(f"load: {path} is not a model saved by this program (format must be {FORMAT!r})")
-    if content.get("version") != VERSION:
-        raise TPAError(f"load: {path} was saved in format version {content.get('version')}, this program reads {VERSION}")
+    _check_version(path, content.get("version"))
     held = content["tensors"]
 
     def tensors(framework: str) -> Iterator[tuple[str, Any]]:
@@ -239,6 +245,18 @@ def _open_pt(path: Path):
     return _parse_json(content["config"], path), proto, shapes, stored_dtype, tensors
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a null byte in it
+        return False
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if str(version) != str(VERSION):
+        raise TPAError(f"load: {path} was saved in format version {version}, this program reads {VERSION}")
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -251,7 +269,7 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise TPAError(f"load: {path} is not valid JSON: {problem}") from None
     if not isinstance(content, dict):
         raise TPAError(f"load: {path} must hold a JSON object, got {type(content).__name__}")
@@ -316,8 +334,7 @@ def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: A
                 )
                 for layer, pair in enumerate(found.tpa["factors"])
             ]
-            if len(factors) != config.num_layers:
-                raise ValueError(f"{len(factors)} layers of factors for {config.num_layers} layers")
+            check_factors(factors, config)
             queries = [
                 (tensors[f"tpa.layers.{layer}.q.A"], tensors[f"tpa.layers.{layer}.q.W"])
                 if f"tpa.layers.{layer}.q.A" in tensors
@@ -328,6 +345,29 @@ def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: A
             raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
     weights = from_named(tensors, config)
     return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype, **extra)
+
+
+def check_factors(factors: list[Any], config: GemmaConfig) -> None:
+    """Saved factorizations are ones this program could have made: known modes and dtypes, bases of the right shape."""
+    if len(factors) != config.num_layers:
+        raise TPAError(f"load: saved factors must cover {config.num_layers} layers, got {len(factors)}")
+    g, d = config.num_kv_heads, config.head_dim
+    for layer, pair in enumerate(factors):
+        for side, how in zip("KV", pair, strict=True):
+            where = f"load: saved factors of layer {layer}, {side}"
+            if how.mode not in (*MODES, "dense"):
+                raise TPAError(f"{where}: mode must be one of {', '.join(MODES)} or dense, got {how.mode!r}")
+            if how.dtype not in (*KV_DTYPES, "float64"):
+                raise TPAError(f"{where}: dtype must be one of {', '.join(KV_DTYPES)}, got {how.dtype!r}")
+            if how.mode == "dense":
+                continue
+            if type(how.rank) is not int or not 1 <= how.rank <= exact_rank(how.mode, config):
+                raise TPAError(f"{where}: rank must lie in 1 ... {exact_rank(how.mode, config)}, got {how.rank!r}")
+            R = how.rank
+            expected = {"contextual": None, "fixed-a": (R, g), "fixed-b": (g, R, d), "latent": (R, g, d)}[how.mode]
+            got = None if how.basis is None else tuple(how.basis.shape)
+            if got != expected:
+                raise TPAError(f"{where}: basis must have shape {expected}, got {got}")
 
 
 # ---- saving ----
@@ -412,6 +452,8 @@ def _to_torch(value: np.ndarray) -> Any:
 def check_output(path: str | Path) -> Path:
     """Refuse, before any work is done, a place that cannot be written to or that holds something else."""
     path = Path(path)
+    if len(path.name) > 200 or "\0" in str(path):
+        raise TPAError(f"save: the name must be shorter than 200 characters, without null bytes, got {path.name[:40]!r}...")
     if path.suffix not in ("", ".pt", ".safetensors"):
         raise TPAError(f"save: {path} must end in .pt, .safetensors or nothing (a folder), got {path.suffix}")
     parent = path.absolute().parent
@@ -431,7 +473,10 @@ def check_output(path: str | Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place when all went well, and vanishes when not."""
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.absolute().parent))
+    except OSError as problem:
+        raise TPAError(f"save: cannot write in {path.absolute().parent}: {problem.strerror or problem}") from None
     temporary = holder / path.name
     try:
         yield temporary

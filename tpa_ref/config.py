@@ -15,6 +15,7 @@ from .errors import TPAError
 
 # Gemma 3 alternates five sliding-window ("local") layers with one that sees everything ("global").
 LAYERS_PER_GLOBAL = 6
+MAX_LAYERS = 10_000  # anything above is a damaged config
 
 
 def layer_pattern(num_layers: int, period: int = LAYERS_PER_GLOBAL) -> tuple[bool, ...]:
@@ -38,7 +39,7 @@ class GemmaConfig:
     head_dim: int  # d (and e for values: Gemma uses the same)
     intermediate_size: int  # f, hidden width of the MLP
     sliding_window: int  # w, a local layer's query sees itself and w - 1 keys before it
-    query_pre_attn_scalar: int  # logits are q.k / sqrt(this); 27B: 168, not head_dim
+    query_pre_attn_scalar: float  # logits are q.k / sqrt(this); 27B: 168, not head_dim
     max_positions: int
     is_global: tuple[bool, ...]  # one entry a layer
     rope_base_local: float = 10_000.0
@@ -50,10 +51,14 @@ class GemmaConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in ("int", "float") and not (isinstance(value, (int, float)) and value > 0):
-                raise TPAError(f"config: {field.name} must be a number > 0, got {value!r}")
+            if field.type not in ("int", "float"):
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0 < value < 2**53):
+                raise TPAError(f"config: {field.name} must be a number in (0, 2^53), got {value!r:.60}")
             if field.type == "int" and int(value) != value:
                 raise TPAError(f"config: {field.name} must be a whole number, got {value!r}")
+            object.__setattr__(self, field.name, (int if field.type == "int" else float)(value))
         if self.num_heads % self.num_kv_heads:
             raise TPAError(
                 f"config: query heads must be a multiple of KV heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -175,6 +180,8 @@ class GemmaConfig:
 
         try:
             num_layers = int(read("num_hidden_layers", 26))
+            if not 0 < num_layers <= MAX_LAYERS:
+                raise TPAError(f"{where}: num_hidden_layers must lie in 1 ... {MAX_LAYERS}, got {num_layers}")
             for name in ("attn_logit_softcapping", "final_logit_softcapping"):
                 if text.get(name) is not None:
                     raise TPAError(f"{where}: {name} must be null for Gemma 3, got {text[name]!r}")
@@ -202,8 +209,8 @@ class GemmaConfig:
                 rope_scale_global=scale,
                 rms_eps=read("rms_norm_eps", 1e-6),
             )
-        except (TypeError, ValueError, AttributeError) as problem:
-            raise TPAError(f"{where}: a value has the wrong type: {problem}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
+            raise TPAError(f"{where}: a value has the wrong type or size: {problem}") from None
         return dataclasses.replace(found, variant=_name_variant(found))
 
     def to_hf(self) -> dict[str, Any]:
@@ -221,7 +228,7 @@ class GemmaConfig:
             "intermediate_size": self.intermediate_size,
             "sliding_window": self.sliding_window,
             "layer_types": ["full_attention" if flag else "sliding_attention" for flag in self.is_global],
-            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "query_pre_attn_scalar": _whole(self.query_pre_attn_scalar),
             "max_position_embeddings": self.max_positions,
             "rope_theta": self.rope_base_global,
             "rope_local_base_freq": self.rope_base_local,
@@ -238,6 +245,11 @@ class GemmaConfig:
             "bos_token_id": 2,
             "torch_dtype": "bfloat16",
         }
+
+
+def _whole(value: float) -> int | float:
+    """An int where the number is one: `transformers` wants query_pre_attn_scalar as an int."""
+    return int(value) if value == int(value) else value
 
 
 def _published(
@@ -276,7 +288,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TPAError(f"config: file not found: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8, not JSON, or absurd numbers
         raise TPAError(f"config: {path} is not a readable JSON file: {problem}") from None
     if not isinstance(content, dict):
         raise TPAError(f"config: {path} must hold a JSON object, got {type(content).__name__}")

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 GROUP = 64
+HALF_MAX = 65504.0  # largest float16
 
 
 def field_shapes(n: int, dtype: str) -> dict[str, tuple[int, np.dtype]]:
@@ -64,7 +65,7 @@ def quantize_int8(x: np.ndarray) -> dict[str, np.ndarray]:
     [64, -127, 32]
     """
     groups = _grouped(x.astype(np.float32))
-    scale = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float16)
+    scale = _half(np.abs(groups).max(-1) / np.float32(127))
     step = scale.astype(np.float32)[..., None]
     codes = np.rint(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0))
     codes = np.clip(codes, -127, 127).astype(np.int8)
@@ -86,9 +87,9 @@ def quantize_int4(x: np.ndarray) -> dict[str, np.ndarray]:
     """
     n = x.shape[-1]
     groups = _grouped(x.astype(np.float32), fill="edge")
-    minimum = groups.min(-1).astype(np.float16)
+    minimum = _half(groups.min(-1))
     low = minimum.astype(np.float32)[..., None]
-    scale = np.maximum((groups.max(-1) - low[..., 0]) / np.float32(15), 0).astype(np.float16)
+    scale = _half(np.maximum((groups.max(-1) - low[..., 0]) / np.float32(15), 0))
     step = scale.astype(np.float32)[..., None]
     codes = np.rint(np.divide(groups - low, step, out=np.zeros_like(groups), where=step > 0))
     codes = _ungrouped(np.clip(codes, 0, 15).astype(np.uint8), n)
@@ -111,6 +112,11 @@ def _grouped(x: np.ndarray, fill: str = "constant") -> np.ndarray:
     width = min(GROUP, n)
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -n % width)]
     return np.pad(x, padding, mode=fill).reshape(*x.shape[:-1], -1, width)  # type: ignore[call-overload]
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    """float16, saturating: a scale beyond its range must not become infinite."""
+    return np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16)
 
 
 def _ungrouped(groups: np.ndarray, n: int) -> np.ndarray:

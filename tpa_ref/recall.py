@@ -23,18 +23,18 @@ def statement(key: str, value: str) -> str:
     """The sentence that states a fact.
 
     >>> statement("amber", "river")
-    'Note: the code of amber is river.\\n'
+    'Note: amber river.\\n'
     """
-    return f"Note: the code of {key} is {value}.\n"
+    return f"Note: {key} {value}.\n"
 
 
 def question(key: str) -> str:
     """The sentence that asks for it, up to the answer.
 
     >>> question("amber")
-    'Recall: the code of amber is'
+    'Recall: amber'
     """
-    return f"Recall: the code of {key} is"
+    return f"Recall: {key}"
 
 
 def training_document(
@@ -47,7 +47,7 @@ def training_document(
     done = 0
     while done < characters:
         # Many short distances and some long ones: the short ones teach the task, the long ones are the task.
-        length = rng.choice((0, 0, 40, 120, 400))
+        length = rng.choice((0, 0, 0, 0, 40, 120, 400))
         start = rng.randrange(len(filler) - length)
         key = rng.choice(list(chosen))
         text = filler[start : start + length]
@@ -55,7 +55,7 @@ def training_document(
         yield question(key), False
         yield f" {chosen[key]}", True
         yield ".\n", False
-        done += length + 40
+        done += length + 24
 
 
 def prompt_and_answer(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_ref import quantize as reference
-from tpa_ref.quantize import GROUP, stored_bytes
+from tpa_ref.quantize import GROUP, HALF_MAX, stored_bytes
 
 __all__ = [
     "GROUP",
@@ -56,7 +56,7 @@ def dequantize(fields: dict[str, Tensor], dtype: str, n: int) -> Tensor:
 def quantize_int8(x: Tensor) -> dict[str, Tensor]:
     """Symmetric: scale = max|x| / 127 per group, rounded to float16 before it is used."""
     groups = _grouped(x.float())
-    scale = (groups.abs().amax(-1) / 127).half()
+    scale = _half(groups.abs().amax(-1) / 127)
     step = scale.float()[..., None]
     codes = torch.where(step > 0, groups / step, 0).round().clamp(-127, 127).to(torch.int8)
     return {"codes": _ungrouped(codes, x.shape[-1]), "scale": scale}
@@ -71,9 +71,9 @@ def quantize_int4(x: Tensor) -> dict[str, Tensor]:
     """Asymmetric: 16 steps from the group's minimum to its maximum; number 2i is the low half of byte i."""
     n = x.shape[-1]
     groups = _grouped(x.float(), edge=True)
-    minimum = groups.amin(-1).half()
+    minimum = _half(groups.amin(-1))
     low = minimum.float()[..., None]
-    scale = ((groups.amax(-1) - low[..., 0]) / 15).clamp(min=0).half()
+    scale = _half(((groups.amax(-1) - low[..., 0]) / 15).clamp(min=0))
     step = scale.float()[..., None]
     codes = torch.where(step > 0, (groups - low) / step, 0).round().clamp(0, 15).to(torch.uint8)
     codes = F.pad(_ungrouped(codes, n), (0, n % 2))
@@ -96,6 +96,11 @@ def _grouped(x: Tensor, edge: bool = False) -> Tensor:
         filling = x[..., -1:].expand(*x.shape[:-1], missing)
         x = torch.cat([x, filling if edge else torch.zeros_like(filling)], -1)
     return x.unflatten(-1, (-1, width))
+
+
+def _half(x: Tensor) -> Tensor:
+    """float16, saturating."""
+    return x.clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def _ungrouped(groups: Tensor, n: int) -> Tensor:
