@@ -81,7 +81,11 @@ def rope() -> dict[str, np.ndarray]:
     ):
         cos, sin = Gemma3RotaryEmbedding(text_config(scale))(x, positions, kind)
         rotated, _ = apply_rotary_pos_emb(x, x, cos, sin)
-        made |= {f"{name}_cos_bkd": cos.numpy(), f"{name}_sin_bkd": sin.numpy(), f"{name}_rotated_bhkd": rotated.numpy()}
+        made |= {
+            f"{name}_cos_bkd": cos.numpy(),
+            f"{name}_sin_bkd": sin.numpy(),
+            f"{name}_rotated_bhkd": rotated.numpy(),
+        }
     return made
 
 

@@ -35,8 +35,9 @@ from tpa_ref.config import GemmaConfig  # noqa: E402
 from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
 
 LENGTH = 1024  # tokens of a training sequence
-RECALL_SHARE = 0.12
-ANSWER_WEIGHT = 25.0  # answers are few (about 30 among 8,000 tokens of a step) and must still be heard
+RECALL_SHARE = (0.33, 0.1)  # of the sequences: while induction forms, and from EARLY on
+EARLY = 0.65  # share of the run
+ANSWER_WEIGHT = 10.0  # an answer of the recall task counts like ten tokens of text
 BOS = 2
 
 
@@ -85,15 +86,15 @@ def train_tokenizer(documents: list[str], target: Path, vocab_size: int) -> None
 class Sequences:
     """Seeded stream of training sequences: shuffled windows of the text, and every tenth a recall document."""
 
-    def __init__(self, tokens: np.ndarray, tokenizer, filler: str, seed: int):
-        self.tokens, self.tokenizer, self.filler, self.seed = tokens, tokenizer, filler, seed
+    def __init__(self, tokens: np.ndarray, tokenizer, filler: str, seed: int, steps: int = 1000):
+        self.tokens, self.tokenizer, self.filler, self.seed, self.steps = tokens, tokenizer, filler, seed, steps
 
     def batch(self, step: int, size: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens [size, length + 1], weight of each target [size, length]) of one step, the same whenever asked."""
         rng = random.Random(f"{self.seed} {step}")
         rows, weights = [], []
         for _ in range(size):
-            if rng.random() < RECALL_SHARE:
+            if rng.random() < RECALL_SHARE[step > EARLY * self.steps]:
                 row, weight = self.recall_row(rng, length)
             else:
                 start = self.start(step, rng, length)
@@ -284,7 +285,7 @@ def train(args: argparse.Namespace) -> None:
     ]
     step, best, log = resume(out, parameters, optimizers)
     compiled = torch.compile(loss_of) if args.compile else loss_of
-    data = Sequences(tokens, tokenizer, filler, args.seed)
+    data = Sequences(tokens, tokenizer, filler, args.seed, args.steps)
     started = time.time()
     for step in tqdm(range(step, args.steps), initial=step, total=args.steps, unit="step", disable=None):
         for optimizer in optimizers:
@@ -341,9 +342,72 @@ def prepare(out: Path, config: GemmaConfig):
     path = out / "tokenizer.model"
     if not path.exists():
         rng = random.Random(0)
-        examples = ["".join(text for text, _ in recall.training_document(rng, " " * 1000, 4000)) for _ in range(200)]
+        examples = ["".join(text for text, _ in recall.training_document(rng, " " * 2000, 4000)) for _ in range(200)]
         train_tokenizer(list(splits["train"].values()) + examples, path, config.vocab_size)
     return splits, sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+# ---- export ----
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the best weights of a run as a Hugging Face folder, with its texts, its card and its loss curve."""
+    from safetensors.torch import save_file
+
+    out, target = Path(args.out), Path(args.export)
+    target.mkdir(parents=True, exist_ok=True)
+    config = GemmaConfig.tiny()
+    splits, tokenizer = prepare(out, config)
+    best = torch.load(out / "best.pt", weights_only=True, map_location="cpu")
+    parameters = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in best.items()}
+    save_file(parameters, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    (target / "tokenizer.model").write_bytes((out / "tokenizer.model").read_bytes())
+    texts = {split: "\n\n".join(documents.values()) for split, documents in splits.items()}
+    (target / "evaluation.txt").write_text(texts["evaluation"], encoding="utf-8")
+    (target / "holdout.txt").write_text(texts["holdout"], encoding="utf-8")
+    chosen = random.Random(0).sample(sorted(splits["train"]), 120)
+    calibration = "\n\n".join(splits["train"][name][:3000] for name in chosen)[:300_000]
+    (target / "calibration.txt").write_text(calibration, encoding="utf-8")
+
+    # Figures of the weights as they are shipped: bfloat16, computed in float32.
+    weights = {name: value.float() for name, value in parameters.items()}
+    unseen = np.array(tokenizer.encode(texts["evaluation"]))
+    seen = np.array(tokenizer.encode(texts["train"]))
+    stride = max(1, len(seen) // LENGTH // 60)
+    figures = {
+        "loss_unseen_documents": held_out_loss(weights, config, windows_of(unseen)),
+        "loss_training_documents": held_out_loss(weights, config, windows_of(seen)[::stride]),
+        "recall": {
+            d: recall_accuracy(weights, config, tokenizer, unseen.tolist(), d, count=100) for d in (150, 300, 500, 700, 900)
+        },
+        "training_tokens": len(seen),
+        "evaluation_tokens": len(unseen),
+        "log": json.loads((out / "log.json").read_text()),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+    (target / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+    plot_log(figures, target / "training.png")
+    print(json.dumps({name: figures[name] for name in ("loss_unseen_documents", "loss_training_documents", "recall")}))
+
+
+def plot_log(figures: dict, path: Path) -> None:
+    """Loss curve and recall over the run."""
+    from tpa_ref import plots
+
+    figure, (left, right) = plots.new_figure(2)
+    steps = [entry["step"] for entry in figures["log"]]
+    left.plot(steps, [entry["train"] for entry in figures["log"]], ":", color=plots.INK["windowed"], label="training batch")
+    left.plot(steps, [entry["held_out"] for entry in figures["log"]], "-", color=plots.INK["tpa"], label="held-out documents")
+    left.set(xlabel="step", ylabel="nats per token", title="Loss")
+    left.legend(frameon=False)
+    for distance, style in zip(figures["log"][-1]["recall"], ("-", "--", ":"), strict=False):
+        values = [100 * entry["recall"][distance] for entry in figures["log"]]
+        right.plot(steps, values, style, color="black", label=f"{distance} tokens back")
+    right.set(xlabel="step", ylabel="answered right (%)", title="Recall", ylim=(0, 105))
+    right.legend(frameon=False)
+    plots.write(figure, path)
 
 
 def main() -> None:
@@ -356,7 +420,9 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    train(parser.parse_args())
+    parser.add_argument("--export", metavar="DIR", help="write the best weights of the run there instead of training")
+    args = parser.parse_args()
+    export(args) if args.export else train(args)
 
 
 if __name__ == "__main__":

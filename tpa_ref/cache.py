@@ -102,11 +102,13 @@ def store(parts: Parts, dtype: str) -> Stored:
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
 
 
-def load(stored: Stored, how: Factorization, g: int, d: int) -> Parts:
-    """The parts back as numbers: what attention computes with."""
+def load(stored: Stored, how: Factorization, g: int, d: int, dtype: np.dtype | type = np.float32) -> Parts:
+    """The parts back as numbers (in `dtype`): what attention computes with."""
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {
-        part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1])
+        part: quantize.dequantize(
+            fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]
+        ).astype(dtype, copy=False)
         for part, fields in stored.items()
     }
 

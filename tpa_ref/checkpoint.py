@@ -35,6 +35,7 @@ from .weights import from_named, hf_names, to_named
 
 FORMAT, VERSION = "tpa-gemma3", 1
 DTYPES = ("float32", "float64")
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
 
 
@@ -137,13 +138,9 @@ def _open_safetensors(path: Path):
                     raise TPAError(f"load: {key} is held twice, in {where[name][0].name} and in {file.name}")
                 view = handle.get_slice(key)
                 where[name], shapes[name] = (file, key), tuple(view.get_shape())
-                kinds.add(view.get_dtype() if not name.startswith("tpa.") else "-")
-    if "F16" in kinds:
-        raise TPAError(
-            f"load: {path} holds float16 weights; Gemma 3's activations exceed its range (65,504): use bfloat16 or float32"
-        )
-    if unknown := kinds - {"F32", "F64", "BF16", "-"}:
-        raise TPAError(f"load: {path}: weights must be bfloat16 or float32, got {sorted(unknown)[0]}")
+                if not name.startswith("tpa."):
+                    kinds.add(SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()))
+    stored_dtype = _stored_dtype(path, kinds)
     content, proto = None, None
     folder = path if path.is_dir() else path.parent
     if path.is_file() and metadata.get("format") == FORMAT:
@@ -165,8 +162,19 @@ def _open_safetensors(path: Path):
                     if held_in == file:
                         yield name, handle.get_tensor(key)
 
-    stored_dtype = "bfloat16" if kinds <= {"BF16", "-"} else "float64" if "F64" in kinds else "float32"
     return content, proto, shapes, stored_dtype, tensors
+
+
+def _stored_dtype(path: Path, kinds: set[str]) -> str:
+    """The widest dtype of the weights; refused where Gemma 3 cannot live in it."""
+    if "float16" in kinds:
+        raise TPAError(
+            f"load: {path} holds float16 weights; Gemma 3's activations exceed its range (65,504): use bfloat16 or float32"
+        )
+    allowed = ("float64", "float32", "bfloat16")
+    if unknown := sorted(kinds - set(allowed)):
+        raise TPAError(f"load: {path}: weights must be bfloat16, float32 or float64, got {unknown[0]}")
+    return next((dtype for dtype in allowed if dtype in kinds), "float32")
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -229,7 +237,15 @@ def _open_pt(path: Path):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TPAError(f"load: {path} is not a model saved by this program (format must be {FORMAT!r})")
     _check_version(path, content.get("version"))
-    held = content["tensors"]
+    held, words = content.get("tensors"), content.get("tokenizer")
+    plain = isinstance(held, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in held.items()
+    )
+    if not plain or not isinstance(content.get("config"), str) or not (words is None or isinstance(words, torch.Tensor)):
+        raise TPAError(f"load: {path} must hold a config text, a tokenizer tensor or None, and named dense tensors")
+    kinds = {str(value.dtype).removeprefix("torch.") for name, value in held.items() if not name.startswith("tpa.")}
+    stored_dtype = _stored_dtype(path, kinds)
 
     def tensors(framework: str) -> Iterator[tuple[str, Any]]:
         for name, value in held.items():
@@ -238,9 +254,7 @@ def _open_pt(path: Path):
                 value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_bf16 else value.numpy()
             yield name, value
 
-    weights = [value.dtype for name, value in held.items() if not name.startswith("tpa.")]
-    stored_dtype = str(weights[0]).removeprefix("torch.")
-    proto = bytes(content["tokenizer"].numpy().tobytes()) if content["tokenizer"] is not None else None
+    proto = words.numpy().tobytes() if words is not None else None
     shapes = {name: tuple(value.shape) for name, value in held.items()}
     return _parse_json(content["config"], path), proto, shapes, stored_dtype, tensors
 
@@ -313,11 +327,23 @@ def check_tensors(
     problems += [
         f"unexpected {name}"
         for name in shapes
-        if name not in expected and not (saved_tpa and name.startswith("tpa."))
+        if name not in expected and not (saved_tpa and _is_factor(name, config))
     ]
     if problems:
         more = f" ... and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise TPAError(f"load: {path} does not fit its config: {'; '.join(problems[:4])}{more}")
+
+
+def _is_factor(name: str, config: GemmaConfig) -> bool:
+    """Is this the name of a constant factor that a saved TPA model may hold?"""
+    parts = name.split(".")
+    return (
+        len(parts) == 5
+        and parts[:2] == ["tpa", "layers"]
+        and parts[2].isdecimal()
+        and int(parts[2]) < config.num_layers
+        and (parts[3], parts[4]) in {("k", "basis"), ("v", "basis"), ("q", "A"), ("q", "W")}
+    )
 
 
 def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: Any) -> Any:
@@ -335,16 +361,25 @@ def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: A
                 for layer, pair in enumerate(found.tpa["factors"])
             ]
             check_factors(factors, config)
-            queries = [
-                (tensors[f"tpa.layers.{layer}.q.A"], tensors[f"tpa.layers.{layer}.q.W"])
-                if f"tpa.layers.{layer}.q.A" in tensors
-                else None
-                for layer in range(config.num_layers)
-            ]
+            queries = [_query_factors(tensors, layer, config) for layer in range(config.num_layers)]
         except (KeyError, TypeError, ValueError) as problem:
             raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
     weights = from_named(tensors, config)
     return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype, **extra)
+
+
+def _query_factors(tensors: dict[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
+    """A [r,h] and W [r,d,m] of one layer where a q rank was saved, else None."""
+    names = f"tpa.layers.{layer}.q.A", f"tpa.layers.{layer}.q.W"
+    found = [tensors[name] for name in names if name in tensors]
+    if not found:
+        return None
+    shapes = [tuple(value.shape) for value in found]
+    r = shapes[0][0] if shapes[0] else 0
+    expected = [(r, config.num_heads), (r, config.head_dim, config.hidden_size)]
+    if shapes != expected or not 1 <= r <= config.num_heads:
+        raise TPAError(f"load: {names[0]} and {names[1]} must have shapes {expected}, got {shapes}")
+    return found[0], found[1]
 
 
 def check_factors(factors: list[Any], config: GemmaConfig) -> None:
@@ -367,7 +402,11 @@ def check_factors(factors: list[Any], config: GemmaConfig) -> None:
             expected = {"contextual": None, "fixed-a": (R, g), "fixed-b": (g, R, d), "latent": (R, g, d)}[how.mode]
             got = None if how.basis is None else tuple(how.basis.shape)
             if got != expected:
-                raise TPAError(f"{where}: basis must have shape {expected}, got {got}")
+                raise TPAError(
+                    f"load: tpa.layers.{layer}.{side.lower()}.basis of {how.mode} must have shape {expected}, got {got}"
+                )
+            if how.basis is not None and "float" not in str(how.basis.dtype):
+                raise TPAError(f"load: tpa.layers.{layer}.{side.lower()}.basis must be float, got {how.basis.dtype}")
 
 
 # ---- saving ----
@@ -483,7 +522,8 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rename(holder / "replaced")
         os.replace(temporary, path)
-    except OSError as problem:
-        raise TPAError(f"save: cannot write {path}: {problem.strerror or problem}") from None
+    except (OSError, SafetensorError, RuntimeError) as problem:  # the last two: a disk that fills up inside a library
+        reason = getattr(problem, "strerror", None) or str(problem).split("\n", 1)[0][:120]
+        raise TPAError(f"save: cannot write {path}: {reason}") from None
     finally:
         shutil.rmtree(holder, ignore_errors=True)

@@ -185,8 +185,9 @@ class GemmaConfig:
             for name in ("attn_logit_softcapping", "final_logit_softcapping"):
                 if text.get(name) is not None:
                     raise TPAError(f"{where}: {name} must be null for Gemma 3, got {text[name]!r}")
-            if text.get("attention_bias"):
-                raise TPAError(f"{where}: attention_bias must be false for Gemma 3, got {text['attention_bias']!r}")
+            for name in ("attention_bias", "use_bidirectional_attention"):
+                if text.get(name):
+                    raise TPAError(f"{where}: {name} must be false for Gemma 3, got {text[name]!r}")
             if read("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
                 raise TPAError(
                     f"{where}: hidden_activation must be 'gelu_pytorch_tanh', got {text['hidden_activation']!r}"

@@ -47,7 +47,7 @@ def generate_tokens(
     cache: Any = None,
 ) -> Iterator[int]:
     """The same on token ids: prefill in chunks, then one step a token; the cache ends up holding all but the last token."""
-    check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p)
+    check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
     rng = np.random.default_rng(seed)
     if cache is None:
         cache = model.new_cache(batch=1, max_len=len(ids) + max_new_tokens)
@@ -85,8 +85,8 @@ def sample(
     if temperature == 0:
         return int(logits_v.argmax())
     order = np.argsort(-logits_v, kind="stable")[: top_k or len(logits_v)]
-    logits = logits_v[order].astype(np.float64) / temperature
-    p = np.exp(logits - logits.max())
+    logits = logits_v[order].astype(np.float64)
+    p = np.exp((logits - logits.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
         p = p[: int(np.searchsorted(np.cumsum(p), top_p - 1e-12)) + 1]
@@ -127,7 +127,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def check_sampling(
-    config: Any, prompt: int, new: int, temperature: float, top_k: int | None, top_p: float | None
+    config: Any, prompt: int, new: int, temperature: float, top_k: int | None, top_p: float | None, seed: int = 0
 ) -> None:
     """Every rule on the arguments of `generate`, in one place for both backends."""
     if prompt < 1:
@@ -140,6 +140,8 @@ def check_sampling(
         )
     if not 0 <= temperature < float("inf"):
         raise TPAError(f"generate: temperature must be a number >= 0, got {temperature}")
+    if not 0 <= seed < 2**63:
+        raise TPAError(f"generate: seed must lie in 0 ... 2^63 - 1, got {seed}")
     if top_k is not None and top_k < 1:
         raise TPAError(f"generate: top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

@@ -73,7 +73,7 @@ class Model:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
         if cache is None:
-            positions_bq = np.broadcast_to(np.arange(tokens_bq.shape[1]), tokens_bq.shape)
+            positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
             if lengths_b is not None:
                 positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
         else:
@@ -148,13 +148,15 @@ class Model:
             held, positions_bk = new, positions_bq
         else:
             held, positions_bk = cache.layers[layer].extend(new, positions_bq, cache.lengths_b)
-        parts_k, parts_v = kv.load(held[0], how_k, g, d), kv.load(held[1], how_v, g, d)
+        parts_k, parts_v = (
+            kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(held, (how_k, how_v), strict=True)
+        )
 
         # 4) attention on the factors
         tables_k = rope.rope_tables(positions_bk, d, base, scale)
-        L_bhqk = attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale)
+        L_bhqk = trace("attn.L_bhqk", attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale))
         L_bhqk = masks.apply_mask(L_bhqk, masks.visible(positions_bq, positions_bk, config.window(layer)))
-        P_bhqk = trace("attn.P_bhqk", attention.softmax(trace("attn.L_bhqk", L_bhqk)))
+        P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk))
         O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk, parts_v, how_v, g))
         return einsum("bqhe,mhe->bqm", O_bqhe, w.WO_mhe)
 

@@ -49,7 +49,7 @@ def quantize(x: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
 
 
 def dequantize(fields: dict[str, np.ndarray], dtype: str, n: int) -> np.ndarray:
-    """The numbers back, float32: the inverse of `quantize` up to its rounding."""
+    """The numbers back, at least float32: the inverse of `quantize` up to its rounding."""
     if dtype == "int8":
         return dequantize_int8(fields, n)
     if dtype == "int4":

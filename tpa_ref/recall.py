@@ -40,22 +40,26 @@ def question(key: str) -> str:
 def training_document(
     rng: random.Random, filler: str, characters: int, facts: int = 12
 ) -> Iterator[tuple[str, bool]]:
-    """Pieces (text, is it an answer?) of one document: facts, then text with questions about them in between."""
+    """Pieces (text, is it an answer?) of one document: facts, then rounds of questions with stretches of text between.
+
+    A round asks many questions, because only answers teach; the stretches are long enough that the facts (and the
+    answers of the round before) lie beyond a local layer's window.
+    """
     chosen = dict(zip(rng.sample(KEYS, facts), rng.sample(VALUES, facts), strict=True))
     for key, value in chosen.items():
         yield statement(key, value), False
     done = 0
     while done < characters:
-        # Many short distances and some long ones: the short ones teach the task, the long ones are the task.
-        length = rng.choice((0, 0, 0, 0, 40, 120, 400))
+        for _ in range(rng.randint(4, 16)):
+            key = rng.choice(list(chosen))
+            yield question(key), False
+            yield f" {chosen[key]}", True
+            yield ".\n", False
+            done += 24
+        length = rng.choice((60, 300, 600, 1200))
         start = rng.randrange(len(filler) - length)
-        key = rng.choice(list(chosen))
-        text = filler[start : start + length]
-        yield f"{text}\n" if text else "", False
-        yield question(key), False
-        yield f" {chosen[key]}", True
-        yield ".\n", False
-        done += length + 24
+        yield filler[start : start + length] + "\n", False
+        done += length
 
 
 def prompt_and_answer(

@@ -6,6 +6,7 @@
     >>> "".join(tpa_torch.generate(tpa, "The return value is"))                 # doctest: +SKIP
 """
 
+from tpa_ref import __version__
 from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
 from tpa_ref.errors import TPAError
 
@@ -22,6 +23,7 @@ __all__ = [
     "Moments",
     "TPAConfig",
     "TPAError",
+    "__version__",
     "calibrate",
     "convert",
     "evaluate",

@@ -31,7 +31,7 @@ class LayerCache(reference.LayerCache):
 
     def write(self, new: tuple[Stored, Stored], positions_bq: np.ndarray) -> None:
         """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
-        aligned = bool((positions_bq[:, 0] >= 0).all() and (positions_bq == positions_bq[:1]).all())
+        aligned = bool((positions_bq >= 0).all() and (positions_bq == positions_bq[:1]).all())
         if aligned:  # every row the same, nothing padded: whole slices instead of single entries
             first = max(0, positions_bq.shape[1] - self.slots)
             kept = positions_bq[0, first:]
@@ -69,7 +69,7 @@ def store(parts: Parts, dtype: str) -> Stored:
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
 
 
-def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype | None = None) -> Parts:
+def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype = torch.float32) -> Parts:
     """The parts back as numbers (in `dtype`): what attention computes with."""
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {

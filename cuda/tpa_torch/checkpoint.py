@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tpa_ref.checkpoint import (
     assemble,
+    check_factors,
     check_output,
     check_tensors,
     config_json,
@@ -26,7 +27,7 @@ from tpa_ref.errors import TPAError
 
 from .model import Model
 
-__all__ = ["assemble", "check_output", "check_tensors", "config_json", "inspect", "named_tensors", "our_name"]
+__all__ = ["assemble", "check_factors", "check_output", "check_tensors", "config_json", "inspect", "named_tensors", "our_name"]
 
 DTYPES = ("float32", "bfloat16", "float64")
 

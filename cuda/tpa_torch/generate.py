@@ -49,7 +49,7 @@ def generate_tokens(
     cache: Any = None,
 ) -> Iterator[int]:
     """The same on token ids: prefill in chunks, then one step a token; the cache ends up holding all but the last token."""
-    check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p)
+    check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
     rng = torch.Generator().manual_seed(seed)
     if cache is None:
         cache = model.new_cache(batch=1, max_len=len(ids) + max_new_tokens)
@@ -84,7 +84,7 @@ def sample(
     if temperature == 0:
         return int(logits_v.argmax())
     logits, order = logits_v.double().cpu().sort(descending=True, stable=True)
-    p = torch.softmax(logits[:top_k] / temperature, -1)
+    p = torch.softmax((logits[:top_k] - logits[0]) / temperature, -1)
     if top_p is not None:
         p = p[: int(torch.searchsorted(p.cumsum(-1), top_p - 1e-12)) + 1]
     return int(order[torch.multinomial(p, 1, generator=rng)])

@@ -76,7 +76,7 @@ class Model:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(_to_numpy(tokens_bq), _to_numpy(lengths_b), self.config)
         if cache is None:
-            positions_bq = np.broadcast_to(np.arange(tokens_bq.shape[1]), tokens_bq.shape)
+            positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
             if lengths_b is not None:
                 positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
         else:
@@ -148,9 +148,9 @@ class Model:
 
         # 4) attention on the factors
         tables_k, seen_bqk = views.of_keys(layer, positions_bk)
-        L_bhqk = attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale)
+        L_bhqk = trace("attn.L_bhqk", attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale))
         L_bhqk = masks.apply_mask(L_bhqk if self.dtype == "float64" else L_bhqk.float(), seen_bqk)
-        P_bhqk = trace("attn.P_bhqk", attention.softmax(trace("attn.L_bhqk", L_bhqk)))
+        P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk))
         O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk.to(a_bqm.dtype), parts_v, how_v, g))
         return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
@@ -196,7 +196,7 @@ class _Views:
         """(rotation tables of the keys, mask [b,q,k])."""
         kind = self.model.config.is_global[layer]
         if kind not in self._keys:
-            q, k = (torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device) for x in (self.positions_bq, positions_bk))
+            q, k = (torch.from_numpy(x).to(self.model.device) for x in (self.positions_bq, positions_bk))
             seen_bqk = masks.visible(q, k, self.model.config.window(layer))
             self._keys[kind] = self._tables(layer, positions_bk), seen_bqk
         return self._keys[kind]

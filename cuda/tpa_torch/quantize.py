@@ -29,7 +29,9 @@ def field_shapes(n: int, dtype: str) -> dict[str, tuple[int, torch.dtype]]:
 
 
 def torch_dtype(kind: np.dtype) -> torch.dtype:
-    """>>> torch_dtype(np.dtype(np.int8))
+    """The torch dtype of a NumPy one (ml_dtypes' bfloat16 too).
+
+    >>> torch_dtype(np.dtype(np.int8))
     torch.int8
     """
     return getattr(torch, kind.name)

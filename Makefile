@@ -1,0 +1,43 @@
+# `make demo` and `make test` do everything a new user needs; both create .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out
+
+.PHONY: demo test lint table golden tiny clean
+
+demo: .venv/.demo
+	@mkdir -p $(OUT)
+	$(BIN)/python run_test_tpa_1b.py --output $(OUT)/tpa_model.pt --report $(OUT)/report.json --plot $(OUT)/report.png
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The table mode x rank x dtype of the tiny model, as shown in the README.
+table: .venv/.demo
+	$(BIN)/python scripts/quality_table.py
+
+# The golden arrays, made anew by the installed transformers.
+golden: .venv/.test
+	$(BIN)/python scripts/make_golden.py
+
+# Train the tiny model again: about two hours on two cores, minutes on a GPU; resumes after an interruption.
+tiny: .venv/.demo
+	$(BIN)/python scripts/train_tiny.py --out runs/tiny
+	$(BIN)/python scripts/train_tiny.py --out runs/tiny --export assets/tiny-gemma3
+
+.venv/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot]
+	@touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,test,lint]
+	@touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

@@ -1,0 +1,201 @@
+"""The tests of the tests: each classic mistake of a Gemma or TPA port, put in on purpose, turns the comparison red.
+
+Every mistake is one small patch of a package; the comparisons are those of `test_against_transformers`. Green without
+a patch and far beyond the tolerance with each of them: so they see what they claim to see.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import TOLERANCE, in_kind, largest_relative, relative, run_cached, run_whole, submodule
+
+CLEARLY = 100  # a mistake must exceed the tolerance by this factor
+
+
+def flipped_rope_sign(backend, patch):
+    rope = submodule(backend, "rope")
+    right = rope.rotate
+    patch(rope, "rotate", lambda x, cos, sin: right(x, cos, -sin))
+
+
+def interleaved_rope_pairs(backend, patch):
+    rope = submodule(backend, "rope")
+    right = rope.rotate
+
+    def rotate(x_bkgd, cos, sin):
+        d = x_bkgd.shape[-1]
+        pairs = np.concatenate([np.arange(0, d, 2), np.arange(1, d, 2)])  # feature 2i is paired with 2i + 1
+        return right(x_bkgd[..., pairs], cos, sin)[..., np.argsort(pairs)]
+
+    patch(rope, "rotate", rotate)
+
+
+def dropped_one_over_r_in_scores(backend, patch):
+    attention = submodule(backend, "attention")
+    right = attention.scores_contextual
+    patch(attention, "scores_contextual", lambda Q, A, B, scale: right(Q, A, B, scale * A.shape[2]))
+
+
+def dropped_one_over_r_in_values(backend, patch):
+    attention = submodule(backend, "attention")
+    right = attention.values_contextual
+    patch(attention, "values_contextual", lambda P, A, B: right(P, A, B) * A.shape[2])
+
+
+def norm_after_rope(backend, patch):
+    model, rope = submodule(backend, "model"), submodule(backend, "rope")
+    right_norm, right_rotate = model.rms_norm, rope.rotate
+    waiting = []  # weights of the norms of Q and K that are still to be applied
+
+    def rms_norm(x, w, eps):
+        if x.ndim < 4:
+            return right_norm(x, w, eps)
+        waiting.append((w, eps))
+        return x
+
+    patch(model, "rms_norm", rms_norm)
+    patch(rope, "rotate", lambda x, cos, sin: right_norm(right_rotate(x, cos, sin), *waiting.pop(0)))
+
+
+def window_too_long(backend, patch):
+    masks = submodule(backend, "masks")
+    right = masks.visible
+    patch(masks, "visible", lambda q, k, window: right(q, k, window and window + 1))
+
+
+def window_too_short(backend, patch):
+    masks = submodule(backend, "masks")
+    right = masks.visible
+    patch(masks, "visible", lambda q, k, window: right(q, k, window and window - 1))
+
+
+def unscaled_embedding(backend, patch):
+    model_class = submodule(backend, "model").Model
+    right = model_class.block
+
+    def block(self, x_bqm, layer, *rest):
+        return right(self, x_bqm / x_bqm.shape[-1] ** 0.5 if layer == 0 else x_bqm, layer, *rest)
+
+    patch(model_class, "block", block)
+
+
+def norm_times_w(backend, patch):
+    model = submodule(backend, "model")
+    right = model.rms_norm
+    patch(model, "rms_norm", lambda x, w, eps: right(x, w - 1, eps))
+
+
+def norm_without_weight(backend, patch):
+    model = submodule(backend, "model")
+    right = model.rms_norm
+    patch(model, "rms_norm", lambda x, w, eps: right(x, w * 0, eps))
+
+
+def wrong_head_grouping(backend, patch):
+    attention = submodule(backend, "attention")
+    right_scores, right_values = attention.scores, attention.values
+
+    def order(h, g):  # query head h belongs to KV head h % g instead of h // n
+        heads = np.arange(h).reshape(-1, g).T.ravel()
+        return heads, np.argsort(heads)
+
+    def scores(Q_bqhd, parts, how, g, tables, scale):
+        heads, back = order(Q_bqhd.shape[2], g)
+        return right_scores(Q_bqhd[:, :, heads], parts, how, g, tables, scale)[:, back]
+
+    def values(P_bhqk, parts, how, g):
+        heads, back = order(P_bhqk.shape[1], g)
+        return right_values(P_bhqk[:, heads], parts, how, g)[:, :, back]
+
+    patch(attention, "scores", scores)
+    patch(attention, "values", values)
+
+
+def local_base_on_global_layers(backend, patch):
+    patch(backend.GemmaConfig, "rope", lambda self, layer: (self.rope_base_local, self.rope_scale_global))
+
+
+def global_base_on_local_layers(backend, patch):
+    patch(backend.GemmaConfig, "rope", lambda self, layer: (self.rope_base_global, 1.0))
+
+
+def no_rope_scaling(backend, patch):
+    right = backend.GemmaConfig.rope
+    patch(backend.GemmaConfig, "rope", lambda self, layer: (right(self, layer)[0], 1.0))
+
+
+def wrong_ring_slot(backend, patch):
+    layer_cache = submodule(backend, "cache").LayerCache
+    right = layer_cache.write
+
+    def write(self, new, positions_bq):
+        right(self, new, np.where(positions_bq >= 0, positions_bq + self.windowed, -1))
+
+    patch(layer_cache, "write", write)
+
+
+# What is compared: logits of the whole text, logits through a cache, outputs of the heads of every layer.
+WHOLE, CACHED, HEADS = "whole", "cached", "heads"
+CONTROLS = [(run, kind) for run in (WHOLE, CACHED, HEADS) for kind in ("dense", "contextual", "latent")]
+
+# name -> (patcher, what is compared, dense or a mode at full rank)
+MISTAKES = {
+    "flipped RoPE sign": (flipped_rope_sign, WHOLE, "dense"),
+    "flipped RoPE sign, K rotated when read": (flipped_rope_sign, WHOLE, "latent"),
+    "interleaved RoPE pairs": (interleaved_rope_pairs, WHOLE, "dense"),
+    "interleaved RoPE pairs, b rotated": (interleaved_rope_pairs, WHOLE, "contextual"),
+    "dropped 1/R in the scores": (dropped_one_over_r_in_scores, WHOLE, "contextual"),
+    "dropped 1/R in the values": (dropped_one_over_r_in_values, HEADS, "contextual"),  # the logits: next test
+    "norm after RoPE": (norm_after_rope, WHOLE, "dense"),
+    "window one too long": (window_too_long, WHOLE, "dense"),
+    "window one too short": (window_too_short, WHOLE, "dense"),
+    "window one too short in a ring": (window_too_short, CACHED, "dense"),
+    "unscaled embedding": (unscaled_embedding, WHOLE, "dense"),
+    "norm times w instead of 1 + w": (norm_times_w, WHOLE, "dense"),
+    "norm without its weight": (norm_without_weight, WHOLE, "dense"),
+    "wrong head grouping": (wrong_head_grouping, WHOLE, "dense"),
+    "wrong head grouping of b": (wrong_head_grouping, WHOLE, "contextual"),
+    "local base on global layers": (local_base_on_global_layers, WHOLE, "dense"),
+    "global base on local layers": (global_base_on_local_layers, WHOLE, "dense"),
+    "no rope scaling": (no_rope_scaling, WHOLE, "dense"),
+    "ring written at the wrong slot": (wrong_ring_slot, CACHED, "dense"),
+    "ring of a mode written at the wrong slot": (wrong_ring_slot, CACHED, "contextual"),
+    "ring of unrotated K written at the wrong slot": (wrong_ring_slot, CACHED, "latent"),
+}
+
+
+def error(backend, random_gemma, run, kind):
+    """How far a run is from that of `transformers`: what `test_against_transformers` holds to its tolerance."""
+    gemma = random_gemma(g=2, h=4, scaled=True)
+    model = in_kind(backend, backend.load(gemma.path), kind)
+    if run == CACHED:
+        return relative(run_cached(model, gemma.tokens_bq, (20, 7, 8))[1], gemma.logits_bqv)
+    logits_bqv, O_lbqhe = run_whole(model, gemma.tokens_bq)
+    return relative(logits_bqv, gemma.logits_bqv) if run == WHOLE else largest_relative(O_lbqhe, gemma.O_lbqhe)
+
+
+@pytest.mark.parametrize(("run", "kind"), CONTROLS)
+def test_control(backend, random_gemma, run, kind):
+    """Without a mistake every comparison used below is green."""
+    assert error(backend, random_gemma, run, kind) < TOLERANCE["transformers"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_turns_the_comparison_red(backend, random_gemma, monkeypatch, name):
+    """With the mistake the error is far beyond the tolerance."""
+    patcher, run, kind = MISTAKES[name]
+    patcher(backend, monkeypatch.setattr)
+    assert error(backend, random_gemma, run, kind) > CLEARLY * TOLERANCE["transformers"]
+
+
+def test_the_logits_cannot_show_the_scale_of_the_values(backend, random_gemma, monkeypatch):
+    """Why the heads' outputs are compared at all: Gemma norms what attention gives, so logits hide a wrong 1/R."""
+    dropped_one_over_r_in_values(backend, monkeypatch.setattr)
+    assert error(backend, random_gemma, WHOLE, "contextual") < TOLERANCE["transformers"]
+    assert error(backend, random_gemma, HEADS, "contextual") > CLEARLY * TOLERANCE["transformers"]
+
+
+def test_every_mistake_is_compared_with_its_control():
+    """No mistake is judged by a comparison that was not shown to be green."""
+    assert {(run, kind) for _, run, kind in MISTAKES.values()} <= set(CONTROLS)

@@ -1,0 +1,369 @@
+"""Sampling rules, streaming of text, the chat template, and generation against repeated full forward passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import MODES, part, to
+
+from tpa_ref.config import TPAConfig
+from tpa_ref.errors import TPAError
+from tpa_ref.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
+
+P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
+
+
+def rng_of(backend, seed=0):
+    if not small.is_torch(backend):
+        return np.random.default_rng(seed)
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def draws(backend, count=400, p=P, seed=0, **rules):
+    """`count` draws from logits log p under the rules."""
+    sample, rng, logits = part(backend, "generate").sample, rng_of(backend, seed), to(backend, np.log(p))
+    return [sample(logits, rng, **rules) for _ in range(count)]
+
+
+def refused(call, *words):
+    with pytest.raises(TPAError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert str(word) in str(caught.value), caught.value
+
+
+# ---- sampling ----
+
+
+def test_temperature_zero_is_greedy(backend):
+    """The most likely token, whatever the other rules; it takes nothing from the random numbers."""
+    assert set(draws(backend, 20, temperature=0.0)) == {1}
+    assert set(draws(backend, 20, temperature=0.0, top_k=3, top_p=0.9)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_raises_probabilities_to_its_inverse(backend, temperature):
+    """Frequencies follow p^(1/T): at T = 0.5 they are (1, 16, 9, 4)/30."""
+    drawn = np.bincount(draws(backend, 2000, temperature=temperature), minlength=4) / 2000
+    expected = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
+    assert np.abs(drawn - expected).max() < 0.05  # over four standard deviations
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-310])
+def test_a_tiny_temperature_is_nearly_greedy(backend, temperature):
+    """Close to zero nothing overflows: the most likely token is drawn."""
+    assert set(draws(backend, 20, temperature=temperature)) == {1}
+
+
+@pytest.mark.parametrize(
+    ("k", "kept"), [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (10**9, {0, 1, 2, 3})]
+)
+def test_top_k_keeps_the_k_most_likely(backend, k, kept):
+    """By hand on p = (.1, .4, .3, .2)."""
+    assert set(draws(backend, temperature=1.0, top_k=k)) == kept
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"),
+    [(1e-9, {1}), (0.39, {1}), (0.4, {1}), (0.41, {1, 2}), (0.7, {1, 2}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_fewest_that_reach_p(backend, p, kept):
+    """By hand: .4, .4 + .3 = .7, + .2 = .9, + .1 = 1; reaching p exactly is enough."""
+    assert set(draws(backend, temperature=1.0, top_p=p)) == kept
+
+
+def test_top_p_is_measured_after_temperature_and_top_k(backend):
+    """Within the two most likely, 1 has 4/7 = .571: so p = .57 keeps it alone, and .58 both. At T = .5 it has 16/25."""
+    assert set(draws(backend, temperature=1.0, top_k=2, top_p=0.57)) == {1}
+    assert set(draws(backend, temperature=1.0, top_k=2, top_p=0.58)) == {1, 2}
+    assert set(draws(backend, temperature=0.5, top_k=2, top_p=0.63)) == {1}
+    assert set(draws(backend, temperature=0.5, top_k=2, top_p=0.65)) == {1, 2}
+
+
+def test_what_is_kept_keeps_its_proportions(backend):
+    """After top_k = 2 the two are drawn 4 : 3."""
+    drawn = np.bincount(draws(backend, 2000, temperature=1.0, top_k=2), minlength=4) / 2000
+    np.testing.assert_allclose(drawn, [0, 4 / 7, 3 / 7, 0], atol=0.05)
+
+
+def test_equal_logits_are_cut_by_their_number(backend):
+    """Ties: the lower token comes first, greedy and under top_k."""
+    assert set(draws(backend, 20, p=np.full(4, 0.25), temperature=0.0)) == {0}
+    assert set(draws(backend, p=np.full(4, 0.25), temperature=1.0, top_k=2)) == {0, 1}
+
+
+# ---- generation against the full forward pass ----
+
+
+def repeated_argmax(model, ids, count):
+    """Greedy by definition: a full forward pass over the whole text for every token."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(small.logits(model, np.array([ids]))[0, -1].argmax()))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+def test_greedy_generation_equals_repeated_full_forward(backend, mode):
+    """Prefill and steps through the cache, past the window, give the tokens of full passes without one."""
+    model = small.model(backend, dtype="float64")
+    if mode != "dense":
+        model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
+    ids = small.tokens(8)[0].tolist()
+    expected = repeated_argmax(model, ids, 12)
+    assert not {EOS, END_OF_TURN} & set(expected) and len(set(expected)) > 3
+    assert list(part(backend, "generate").generate_tokens(model, ids, 12)) == expected
+
+
+def test_a_prompt_longer_than_a_prefill_chunk(backend):
+    """520 tokens are run in two chunks, none twice, none left out: the state is that of one pass over all of them."""
+    generate = part(backend, "generate")
+    assert generate.PREFILL_CHUNK == 512
+    model = small.model(backend, small.config(max_positions=600, num_layers=6), "float64")
+    ids = small.tokens(520)
+    cache = model.new_cache(max_len=520)
+    hidden = small.back(generate.prefill(model, ids[0].tolist(), cache))
+    assert cache.lengths_b.tolist() == [520]
+    np.testing.assert_allclose(hidden[:, -1], small.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
+
+
+def test_the_cache_holds_all_but_the_last_token(backend):
+    """A given cache is used and can be continued: prompt + new - 1 tokens are in it."""
+    model = small.model(backend, dtype="float64")
+    generate_tokens = part(backend, "generate").generate_tokens
+    ids = small.tokens(6)[0].tolist()
+    cache = model.new_cache(max_len=40)
+    new = list(generate_tokens(model, ids, 5, cache=cache))
+    assert len(new) == 5 and cache.lengths_b.tolist() == [10]
+    continued = list(generate_tokens(model, new[-1:], 4, cache=cache))
+    assert new + continued == repeated_argmax(model, ids, 9)
+
+
+def test_a_seed_repeats_a_text_and_another_does_not(backend):
+    """Same seed, same tokens; five other seeds do not all give the same."""
+    model = small.model(backend)
+    generate_tokens = part(backend, "generate").generate_tokens
+
+    def run(seed):
+        return list(generate_tokens(model, [2, 5, 7], 10, temperature=3.0, seed=seed))
+
+    assert run(7) == run(7)
+    assert len({tuple(run(seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_an_unusual_seed_works_or_is_refused_in_one_line(backend, seed):
+    """Any whole number may be given on the command line: tokens or a TPAError, nothing else."""
+    model = small.model(backend)
+    try:
+        tokens = list(part(backend, "generate").generate_tokens(model, [2, 5], 2, temperature=1.0, seed=seed))
+    except TPAError as problem:
+        assert "seed" in str(problem) and "\n" not in str(problem)
+    else:
+        assert 1 <= len(tokens) <= 2
+
+
+class Scripted:
+    """A model that says given tokens, whatever it reads, and counts its forward passes."""
+
+    def __init__(self, backend, script):
+        self.config, self.backend, self.script, self.passes = small.config(), backend, script, 0
+
+    def new_cache(self, batch, max_len):
+        return None
+
+    def hidden(self, tokens_bq, cache=None):
+        self.passes += 1
+        return to(self.backend, np.zeros((1, len(tokens_bq[0]), 4), np.float32))
+
+    def logits(self, hidden):
+        return to(self.backend, np.eye(300, dtype=np.float32)[[[self.script[self.passes - 1]]]])
+
+
+@pytest.mark.parametrize(("script", "said"), [([5, 6, EOS, 7], [5, 6, EOS]), ([5, END_OF_TURN, 7], [5, END_OF_TURN])])
+def test_generation_stops_on_eos_and_end_of_turn(backend, script, said):
+    """The stop token ends the text, and no forward pass is spent after it."""
+    model = Scripted(backend, script)
+    assert list(part(backend, "generate").generate_tokens(model, [2, 3], 4)) == said
+    assert model.passes == len(said)
+
+
+def test_no_forward_pass_is_spent_on_the_last_token(backend):
+    """n tokens take n passes, the prompt's among them."""
+    model = Scripted(backend, [5, 6, 7, 8])
+    assert list(part(backend, "generate").generate_tokens(model, [2, 3], 3)) == [5, 6, 7]
+    assert model.passes == 3
+
+
+def test_generated_text_is_the_decoded_tokens(backend):
+    """`generate` is `generate_tokens` on BOS and the prompt's pieces, decoded, without the stop token."""
+    model = small.model(backend)
+    model.tokenizer = tokenizer = Tokenizer(small.tokenizer_proto())
+    ids = [BOS, *tokenizer.encode("the list", bos=False)]
+    tokens = list(part(backend, "generate").generate_tokens(model, ids, 12))
+    kept = [token for token in tokens if token not in (EOS, END_OF_TURN)]
+    assert "".join(backend.generate(model, "the list", 12)) == tokenizer.decode(kept)
+
+
+# ---- streaming ----
+
+
+def streamed(ids):
+    from tpa_ref.generate import decode_stream
+
+    return list(decode_stream(Tokenizer(small.tokenizer_proto()), iter(ids)))
+
+
+@pytest.mark.parametrize(
+    "text", ["list", "é", "aé€😀b", "😀😀", "ascii only", "漢字 text\n\nend", "\ufffd", "a\ufffdb"]
+)
+def test_streamed_pieces_are_whole_characters(text):
+    """A character of several tokens appears once, whole, with its last token; joined, the pieces are the text."""
+    tokenizer = Tokenizer(small.tokenizer_proto())
+    ids = tokenizer.encode(text, bos=False)
+    pieces = streamed(ids)
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert sum("😀" in piece for piece in pieces) == text.count("😀")
+
+
+def test_the_emoji_really_takes_several_tokens():
+    """The test above is about byte pieces: this tokenizer has none for these characters."""
+    tokenizer = Tokenizer(small.tokenizer_proto())
+    assert len(tokenizer.encode("😀", bos=False)) == 4
+    assert streamed(tokenizer.encode("a😀b", bos=False)) == ["a", "😀", "b"]
+
+
+def test_a_text_cut_inside_a_character_shows_that_it_is_broken():
+    """Generation may end in the middle of a character: what is there is shown as replacement characters."""
+    ids = Tokenizer(small.tokenizer_proto()).encode("a😀", bos=False)
+    pieces = streamed(ids[:-1])
+    assert pieces[0] == "a" and set("".join(pieces[1:])) == {"\ufffd"}
+
+
+def test_streaming_stops_before_the_stop_token():
+    """Neither <eos> nor what would come after it is shown."""
+    ids = Tokenizer(small.tokenizer_proto()).encode("the list", bos=False)
+    assert "".join(streamed([*ids, EOS, *ids])) == "the list"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(4, 299).filter(lambda token: token != END_OF_TURN), max_size=12))
+def test_streaming_any_tokens_gives_their_text(ids):
+    """Random tokens, invalid bytes among them: the pieces joined are the decoded whole."""
+    assert "".join(streamed(ids)) == Tokenizer(small.tokenizer_proto()).decode(ids)
+
+
+# ---- chat ----
+
+
+def test_chat_template_text_by_hand():
+    """Gemma's template: user and model turns, a system text before the first user text, white space stripped."""
+    assert chat_text([("user", " Hi\n")]) == "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+    assert chat_text([("system", "Be brief. "), ("user", "Hi"), ("model", "Yes?"), ("user", "Go")]) == (
+        "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+        "<start_of_turn>model\nYes?<end_of_turn>\n"
+        "<start_of_turn>user\nGo<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+
+
+def test_chat_tokens_have_bos_once_and_the_turn_tokens():
+    """BOS first and nowhere else, even if the text says so; 105 and 106 are single tokens."""
+    from tpa_ref.generate import prompt_tokens
+
+    tokenizer = Tokenizer(small.tokenizer_proto(400, turns=True))
+    ids = prompt_tokens(tokenizer, "the <bos> list", chat=True)
+    assert ids[0] == BOS and ids.count(BOS) == 1
+    assert [token for token in ids if token in (START_OF_TURN, END_OF_TURN)] == [105, 106, 105]
+    assert ids[1] == START_OF_TURN
+    assert tokenizer.decode(ids[1:]) == chat_text([("user", "the <bos> list")])
+
+
+def test_plain_prompts_have_bos_once():
+    """Without it Gemma's predictions mean nothing; twice is as bad."""
+    from tpa_ref.generate import prompt_tokens
+
+    tokenizer = Tokenizer(small.tokenizer_proto())
+    ids = prompt_tokens(tokenizer, "the list", chat=False)
+    assert ids[0] == BOS and ids.count(BOS) == 1
+    assert tokenizer.decode(ids[1:]) == "the list"
+    assert tokenizer.encode("the list", bos=False) == ids[1:]
+
+
+@pytest.mark.parametrize(
+    "turns", [[("model", "Hi")], [("user", "a"), ("user", "b")], [("system", "a")], [("user", "a"), ("tool", "b")]]
+)
+def test_turns_that_do_not_alternate_are_refused(turns):
+    """user, model, user, ... and a system text only before the first user turn."""
+    refused(lambda: chat_text(turns), "chat")
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_new_tokens": 0}, ("max_new_tokens", 0)),
+        ({"max_new_tokens": -5}, ("max_new_tokens", -5)),
+        ({"max_new_tokens": 126}, (3, 126, 128)),
+        ({"temperature": -0.1}, ("temperature", -0.1)),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"temperature": float("inf")}, ("temperature", "inf")),
+        ({"top_k": 0}, ("top_k", 0)),
+        ({"top_k": -1}, ("top_k", -1)),
+        ({"top_p": 0.0}, ("top_p", 0.0)),
+        ({"top_p": 1.1}, ("top_p", 1.1)),
+        ({"top_p": float("nan")}, ("top_p", "nan")),
+    ],
+)
+def test_wrong_arguments_are_named_with_rule_and_value(backend, arguments, words):
+    """One line naming the argument, what it may be and what it was; before the model is run."""
+    model = Scripted(backend, [5] * 200)
+    refused(lambda: list(part(backend, "generate").generate_tokens(model, [2, 3, 4], **arguments)), "generate", *words)
+    assert model.passes == 0
+
+
+def test_the_longest_text_that_fits_is_accepted(backend):
+    """3 + 125 = 128 positions are not too many."""
+    model = Scripted(backend, [5] * 200)
+    assert len(list(part(backend, "generate").generate_tokens(model, [2, 3, 4], 125))) == 125
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_empty_prompt_is_refused(backend, prompt, chat):
+    """Nothing to continue."""
+    model = small.model(backend)
+    model.tokenizer = Tokenizer(small.tokenizer_proto())
+    refused(lambda: list(backend.generate(model, prompt, chat=chat)), "prompt", "empty")
+
+
+def test_no_tokens_and_no_tokenizer_are_refused(backend):
+    """An empty list of ids; and text for a model without a tokenizer, with the way to give one."""
+    model = small.model(backend)
+    refused(lambda: list(part(backend, "generate").generate_tokens(model, [])), "prompt", 0)
+    refused(lambda: list(backend.generate(model, "the list")), "tokenizer=")
+
+
+def test_a_prompt_too_long_is_refused_with_its_length(backend):
+    """The model's positions are named as well."""
+    model = small.model(backend)
+    model.tokenizer = tokenizer = Tokenizer(small.tokenizer_proto())
+    prompt = "the list " * 100
+    refused(lambda: list(backend.generate(model, prompt, 4)), len(tokenizer.encode(prompt)), 4, 128)
+
+
+def test_a_given_cache_that_is_too_small_is_refused(backend):
+    """A cache for 4 tokens and a prompt of 6."""
+    model = small.model(backend)
+    cache = model.new_cache(max_len=4)
+    refused(lambda: list(part(backend, "generate").generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4")

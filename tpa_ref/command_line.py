@@ -1,0 +1,273 @@
+"""What the scripts share: options, one-line errors, peak memory, and the report. No torch is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import replacing
+from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig
+from .errors import TPAError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets" / "tiny-gemma3"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and that takes --k_rank for --k-rank."""
+
+    def error(self, message: str):
+        raise TPAError(f"{self.prog}: {message}")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        given = sys.argv[1:] if args is None else list(args)
+        return super().parse_args([_hyphens(argument) for argument in given], namespace)
+
+
+def _hyphens(argument: str) -> str:
+    """The hyphen spelling of an option.
+
+    >>> _hyphens("--k_rank=2"), _hyphens("a_b")
+    ('--k-rank=2', 'a_b')
+    """
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main: what the user gave wrong is one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except TPAError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, .safetensors or saved TPA model")
+    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where the checkpoint has none")
+    group.add_argument("--variant", choices=[name for name in VARIANTS if name != "tiny"], help="what --ckpt must be")
+    group.add_argument("--config", metavar="FILE", help="a Hugging Face config.json, where the checkpoint has none")
+    group.add_argument("--backend", choices=("torch", "numpy"), default="torch")
+    group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+
+
+def add_tpa_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TPA (nothing given: latent, half of all coefficients, int8)")
+    group.add_argument("--mode", choices=MODES, help="for K and V")
+    group.add_argument("--k-mode", choices=MODES)
+    group.add_argument("--v-mode", choices=MODES)
+    group.add_argument("--q-rank", type=int, metavar="R", help="head-mixing rank of Q; saves no cache")
+    group.add_argument("--k-rank", type=int, metavar="R")
+    group.add_argument("--v-rank", type=int, metavar="R")
+    group.add_argument("--kv-dtype", choices=KV_DTYPES, help="how factors are stored")
+    group.add_argument("--k-dtype", choices=KV_DTYPES)
+    group.add_argument("--v-dtype", choices=KV_DTYPES)
+    group.add_argument("--layers", default="all", help="all, global, local, or numbers like 5,11; others stay dense")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text for the constant factors (default: the shipped one); 'none': weights alone",
+    )
+    group.add_argument("--calibration-tokens", type=int, metavar="N", help="how much of it is used")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--chat", action="store_true", help="put the prompt into Gemma's chat template")
+
+
+def tpa_config(args: argparse.Namespace) -> TPAConfig:
+    """The TPAConfig that the options mean."""
+    names = "mode k_mode v_mode q_rank k_rank v_rank kv_dtype k_dtype v_dtype layers".split()
+    return TPAConfig(**{name: getattr(args, name) for name in names})
+
+
+def backend_module(name: str) -> Any:
+    """tpa_torch or tpa_ref; one line where torch is missing."""
+    if name == "numpy":
+        return importlib.import_module("tpa_ref")
+    sys.path.append(str(ROOT / "cuda"))  # an uninstalled clone
+    try:
+        return importlib.import_module("tpa_torch")
+    except ModuleNotFoundError as problem:
+        raise TPAError(
+            f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy"
+        ) from None
+
+
+def load_model(backend: Any, args: argparse.Namespace, progress: Callable = iter) -> Any:
+    """The model of --ckpt (default: the shipped tiny one) with the options that concern it."""
+    options: dict[str, Any] = {"dtype": args.dtype, "progress": progress}
+    if args.backend == "torch":
+        options["device"] = args.device
+    return backend.load(args.ckpt or TINY, args.variant, args.config, args.tokenizer, **options)
+
+
+def progress_bar(label: str) -> Callable:
+    """Wraps a list in a tqdm bar that shows only on a terminal."""
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc=label, leave=False, disable=None)
+
+
+def parameter_count(config: GemmaConfig) -> int:
+    """Numbers in all weights.
+
+    >>> parameter_count(GemmaConfig.tiny())
+    7549952
+    """
+    from .weights import hf_names
+
+    return sum(int(np.prod(shape)) for shape in hf_names(config).values())
+
+
+def describe_config(config: GemmaConfig) -> str:
+    return (
+        f"Gemma 3 {config.variant}: {config.num_layers} layers ({config.num_global} global), "
+        f"width {config.hidden_size}, {config.num_heads} query and {config.num_kv_heads} KV heads of "
+        f"{config.head_dim}, window {config.sliding_window}, {parameter_count(config) / 1e6:,.1f} M parameters"
+    )
+
+
+def describe_factors(model: Any) -> list[str]:
+    """One line for each run of layers that cache in the same way."""
+    lines: list[str] = []
+    start = 0
+    shown = [tuple(f"{how.mode} R={how.rank} {how.dtype}" for how in pair) for pair in model.factors]
+    for layer in range(1, len(shown) + 1):
+        if layer == len(shown) or shown[layer] != shown[start]:
+            k, v = (text.replace(" R=0", "") for text in shown[start])
+            lines.append(f"layers {start}-{layer - 1}: K {k}, V {v}")
+            start = layer
+    return lines
+
+
+def environment(backend: str, device: str) -> dict[str, Any]:
+    """What the numbers of a report were measured on."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": None,
+        "device": device,
+        "processor": _processor(),
+        "threads": os.cpu_count(),
+    }
+    if backend == "torch":
+        import torch
+
+        found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        if device.startswith("cuda"):
+            found["processor"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """Largest anonymous memory of this process while the block runs (mapped file pages apart), in bytes.
+
+    On CUDA the allocator's own peak. Where the system does not tell anonymous memory apart: the largest resident set.
+    """
+
+    def __init__(self, device: str = "cpu", interval: float = 0.02):
+        self.device, self.interval, self.bytes = device, interval, 0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.device.startswith("cuda"):
+            import torch
+
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, anonymous_memory())
+            if self._stop.wait(self.interval):
+                return
+
+
+def anonymous_memory() -> int:
+    """Anonymous resident memory of this process in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def timed(work: Callable[[], Any], synchronize: Callable[[], None]) -> float:
+    """Seconds that `work` takes, with the device finished."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write a report under a temporary name, then rename."""
+    with replacing(check_writable(path)) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_writable(path: str) -> Path:
+    """Refuse early, before minutes of work, a file that cannot be written."""
+    target = Path(path)
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise TPAError(f"output: the folder of {target} does not exist: {parent}")
+    if target.is_dir():
+        raise TPAError(f"output: {target} is a folder, a file was expected")
+    if not os.access(parent, os.W_OK):
+        raise TPAError(f"output: no permission to write in {parent}")
+    return target
