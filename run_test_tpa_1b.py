@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Convert a Gemma 3 checkpoint to TPA, save it, and show what that costs and saves: memory, quality, speed, text.
 
-    python run_test_tpa_1b.py                                       # the shipped tiny model
-    python run_test_tpa_1b.py --ckpt /models/gemma-3-1b-pt          # your checkpoint
-    python run_test_tpa_1b.py --mode latent --k-rank 48 --v-rank 64 --kv-dtype int4 --report out.json --plot out.png
+python run_test_tpa_1b.py                                       # the shipped tiny model
+python run_test_tpa_1b.py --ckpt /models/gemma-3-1b-pt          # your checkpoint
+python run_test_tpa_1b.py --mode latent --k-rank 48 --v-rank 64 --kv-dtype int4 --report out.json --plot out.png
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tpa_ref import __version__, memory  # noqa: E402
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref.calibrate import read_text  # noqa: E402
-from tpa_ref.checkpoint import check_output  # noqa: E402
-from tpa_ref.errors import TPAError  # noqa: E402
-from tpa_ref.tokenizer import BOS  # noqa: E402
+from tpa_ref import __version__, memory
+from tpa_ref import command_line as cli
+from tpa_ref.calibrate import read_text
+from tpa_ref.checkpoint import check_output
+from tpa_ref.errors import TPAError
+from tpa_ref.tokenizer import BOS
 
 PROMPT = "Return a new list containing"
 LARGE = 100_000_000  # parameters from which on measurements use less text, to end in minutes on a CPU
@@ -60,7 +60,9 @@ def main() -> None:
     check_output(args.output)
     tpa_config = cli.tpa_config(args)
     eval_text = read_text(Path(args.eval_text or cli.TINY / "evaluation.txt"))
-    calibration_text = None if args.calibration == "none" else read_text(Path(args.calibration or cli.TINY / "calibration.txt"))
+    calibration_text = (
+        None if args.calibration == "none" else read_text(Path(args.calibration or cli.TINY / "calibration.txt"))
+    )
     backend = cli.backend_module(args.backend)
 
     dense = cli.load_model(backend, args, cli.progress_bar("loading"))
@@ -90,14 +92,19 @@ def main() -> None:
     for line in tpa.notes + cli.describe_factors(tpa):
         print(f"  {line}")
     if config.num_kv_heads == 1 and any(how.mode in ("contextual", "fixed-a") for pair in tpa.factors for how in pair):
-        print("  note: this model has one KV head; head-rank factors (contextual, fixed-a) cannot make its cache smaller")
+        print(
+            "  note: this model has one KV head; head-rank factors (contextual, fixed-a) cannot make its cache smaller"
+        )
     saved = backend.save(tpa, args.output)
     print(f"  saved to {saved} ({memory.human(size_on_disk(saved))})")
 
     # memory: what a really filled cache holds, then arithmetic at --context
     speed, measured = measure_speed(backend, dense, tpa, eval_text, synchronizer(device))
     tpa_bytes = tpa.new_cache(1, 1).nbytes_at(context)
-    print("\n" + memory.table(config, [("measured", measured.max_len, measured.nbytes), ("at --context", context, tpa_bytes)]))
+    print(
+        "\n"
+        + memory.table(config, [("measured", measured.max_len, measured.nbytes), ("at --context", context, tpa_bytes)])
+    )
 
     quality = backend.evaluate(dense, tpa, eval_text, max_tokens=eval_tokens, progress=cli.progress_bar("evaluating"))
     print_quality(quality)
@@ -122,7 +129,10 @@ def main() -> None:
             "mode": args.mode,
             "ranks_requested": {"q": args.q_rank, "k": args.k_rank, "v": args.v_rank},
             "ranks_used": [
-                {"k": {"mode": k.mode, "rank": k.rank, "dtype": k.dtype}, "v": {"mode": v.mode, "rank": v.rank, "dtype": v.dtype}}
+                {
+                    "k": {"mode": k.mode, "rank": k.rank, "dtype": k.dtype},
+                    "v": {"mode": v.mode, "rank": v.rank, "dtype": v.dtype},
+                }
                 for k, v in tpa.factors
             ],
             "rate": None,
@@ -158,7 +168,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 def measure_speed(
     backend: Any, dense: Any, tpa: Any, text: str, synchronize: Callable[[], None], rounds: int = 3
 ) -> tuple[dict[str, dict[str, float]], Any]:
-    """(tokens per second of both, the filled TPA cache): prefill of real text, then greedy steps; interleaved medians."""
+    """(tokens per second of both, the filled TPA cache): prefill of real text, then greedy steps; medians."""
     config = dense.config
     new = 32
     length = min(2048, config.max_positions - new, config.max_positions // 2)
@@ -171,7 +181,9 @@ def measure_speed(
             prefill = cli.timed(lambda m=model, c=cache: prefill_all(m, ids, c), synchronize)
             decode = cli.timed(lambda m=model, c=cache: greedy_steps(m, c, ids[-1], new), synchronize)
             seconds[name].append((prefill, decode))
-    medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in seconds.items()}
+    medians = {
+        name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in seconds.items()
+    }
     return {
         name: {"prefill_tokens_per_s": len(ids) / prefill, "decode_tokens_per_s": new / decode}
         for name, (prefill, decode) in medians.items()
@@ -209,8 +221,8 @@ def print_quality(quality: dict[str, Any]) -> None:
     if quality["recall_dense"] is not None:
         distances = list(quality["recall_dense_by_distance"])
         print(
-            f"  recall             dense {100 * quality['recall_dense']:.0f} %   TPA {100 * quality['recall_tpa']:.0f} %"
-            f"   (facts {distances[0]} to {distances[-1]} tokens back)"
+            f"  recall             dense {100 * quality['recall_dense']:.0f} %"
+            f"   TPA {100 * quality['recall_tpa']:.0f} %   (facts {distances[0]} to {distances[-1]} tokens back)"
         )
 
 

@@ -69,7 +69,9 @@ def main() -> None:
     print(HEADER)
     for mode, rank, dtype in cli.progress_bar("settings")(SETTINGS):
         start = time.perf_counter()
-        tpa = backend.convert(dense, TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype), calibration=moments)
+        tpa = backend.convert(
+            dense, TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype), calibration=moments
+        )
         quality = backend.evaluate(dense, tpa, text, args.eval_tokens, recall_prompts=args.recall_prompts)
         held = tpa.new_cache(1, args.context).nbytes
         rows.append(

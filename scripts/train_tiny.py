@@ -11,7 +11,6 @@ Two CPU cores need about two hours, a GPU minutes.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -25,11 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
-import tiny_corpus  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import tiny_corpus  # noqa: E402
 from tpa_ref import recall  # noqa: E402
 from tpa_ref.config import GemmaConfig  # noqa: E402
 from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
@@ -153,7 +152,11 @@ def forward(
         q = rotate(rms_norm(q, w["q_norm_d"]), *tables[is_global])
         k = rotate(rms_norm(k, w["k_norm_d"]), *tables[is_global])
         n = config.queries_per_kv
-        q, k, v = q.transpose(1, 2), k.repeat_interleave(n, 2).transpose(1, 2), v.repeat_interleave(n, 2).transpose(1, 2)
+        q, k, v = (
+            q.transpose(1, 2),
+            k.repeat_interleave(n, 2).transpose(1, 2),
+            v.repeat_interleave(n, 2).transpose(1, 2),
+        )
         if is_global:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.query_scale)
         else:
@@ -225,7 +228,9 @@ def loss_of(parameters, config, tokens, weight, dropout: float = 0.0) -> torch.T
 def held_out_loss(parameters, config, windows: torch.Tensor) -> float:
     """Mean nats per token over windows [n, LENGTH + 1] of unseen documents."""
     with torch.no_grad():
-        losses = [float(loss_of(parameters, config, w, torch.ones(w[:, 1:].shape, device=w.device))) for w in windows.split(4)]
+        losses = [
+            float(loss_of(parameters, config, w, torch.ones(w[:, 1:].shape, device=w.device))) for w in windows.split(4)
+        ]
     return sum(losses) / len(losses)
 
 
@@ -275,7 +280,9 @@ def train(args: argparse.Namespace) -> None:
     filler_ids = unseen[:, 1:].flatten().tolist()
     print(f"training tokens {len(tokens):,}; held-out windows {len(unseen)} x {LENGTH}", flush=True)
 
-    parameters = {name: p.detach().to(device).requires_grad_() for name, p in initial_parameters(config, args.seed).items()}
+    parameters = {
+        name: p.detach().to(device).requires_grad_() for name, p in initial_parameters(config, args.seed).items()
+    }
     matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
     # Muon for the matrices: about half the tokens AdamW needs at this size.
@@ -283,11 +290,11 @@ def train(args: argparse.Namespace) -> None:
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
-    step, best, log = resume(out, parameters, optimizers)
+    done, best, log = resume(out, parameters, optimizers)
     compiled = torch.compile(loss_of) if args.compile else loss_of
     data = Sequences(tokens, tokenizer, filler, args.seed, args.steps)
     started = time.time()
-    for step in tqdm(range(step, args.steps), initial=step, total=args.steps, unit="step", disable=None):
+    for step in tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
@@ -302,14 +309,26 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % args.evaluate_every == 0 or last:
             held = held_out_loss(parameters, config, unseen)
             accuracy = {d: recall_accuracy(parameters, config, tokenizer, filler_ids, d) for d in (150, 400, 900)}
-            log.append({"step": step + 1, "train": round(float(loss.detach()), 4), "held_out": round(held, 4), "recall": accuracy})
+            log.append(
+                {
+                    "step": step + 1,
+                    "train": round(float(loss.detach()), 4),
+                    "held_out": round(held, 4),
+                    "recall": accuracy,
+                }
+            )
             print(json.dumps(log[-1]), f"{time.time() - started:.0f} s", flush=True)
             score = held if min(accuracy.values()) >= 0.95 else held + 1.0
             if score <= best:
                 best = score
                 write_atomically(out / "best.pt", parameters)
         if (step + 1) % 50 == 0 or last:
-            state = {"parameters": parameters, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "best": best}
+            state = {
+                "parameters": parameters,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+                "best": best,
+            }
             write_atomically(out / "state.pt", state)
             (out / "log.json").write_text(json.dumps(log))
 
@@ -379,7 +398,8 @@ def export(args: argparse.Namespace) -> None:
         "loss_unseen_documents": held_out_loss(weights, config, windows_of(unseen)),
         "loss_training_documents": held_out_loss(weights, config, windows_of(seen)[::stride]),
         "recall": {
-            d: recall_accuracy(weights, config, tokenizer, unseen.tolist(), d, count=100) for d in (150, 300, 500, 700, 900)
+            d: recall_accuracy(weights, config, tokenizer, unseen.tolist(), d, count=100)
+            for d in (150, 300, 500, 700, 900)
         },
         "training_tokens": len(seen),
         "evaluation_tokens": len(unseen),
@@ -398,8 +418,12 @@ def plot_log(figures: dict, path: Path) -> None:
 
     figure, (left, right) = plots.new_figure(2)
     steps = [entry["step"] for entry in figures["log"]]
-    left.plot(steps, [entry["train"] for entry in figures["log"]], ":", color=plots.INK["windowed"], label="training batch")
-    left.plot(steps, [entry["held_out"] for entry in figures["log"]], "-", color=plots.INK["tpa"], label="held-out documents")
+    left.plot(
+        steps, [entry["train"] for entry in figures["log"]], ":", color=plots.INK["windowed"], label="training batch"
+    )
+    left.plot(
+        steps, [entry["held_out"] for entry in figures["log"]], "-", color=plots.INK["tpa"], label="held-out documents"
+    )
     left.set(xlabel="step", ylabel="nats per token", title="Loss")
     left.legend(frameon=False)
     for distance, style in zip(figures["log"][-1]["recall"], ("-", "--", ":"), strict=False):

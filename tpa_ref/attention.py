@@ -141,7 +141,7 @@ def values_latent(P_bhqk: np.ndarray, C_bku: np.ndarray, B_uge: np.ndarray) -> n
 
     Shapes: P [b,h,q,k], C [b,k,u], B [u,g,e] -> [b,q,h,e].
     """
-    b, h, q, k = P_bhqk.shape
+    b, h, q, _ = P_bhqk.shape
     g = B_uge.shape[1]
     Y_bgnqu = einsum("bhqk,bku->bhqu", P_bhqk, C_bku).reshape(b, g, h // g, q, -1)
     return einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).reshape(b, q, h, -1)
@@ -179,8 +179,7 @@ def values(P_bhqk: np.ndarray, parts: dict[str, np.ndarray], how: Factorization,
     return values_latent(P_bhqk, parts["C"], basis)
 
 
-def _like(basis: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    assert basis is not None
+def _like(basis: np.ndarray, x: np.ndarray) -> np.ndarray:
     return basis.astype(x.dtype)
 
 

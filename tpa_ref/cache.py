@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from .config import GemmaConfig
 from .errors import TPAError
 from .factorize import Factorization, part_shapes
 
-Parts = dict[str, np.ndarray]
-Stored = dict[str, dict[str, np.ndarray]]  # part -> field -> array [b, k, ...]
+Parts = dict[str, Any]  # part -> array [b, k, ...]; NumPy here, torch in the twin
+Stored = dict[str, dict[str, Any]]  # part -> field -> array [b, k, ...]
 LayerFactors = tuple[Factorization, Factorization]  # how K and how V are cached
 
 
@@ -48,7 +49,9 @@ class LayerCache:
         if self.windowed and positions_bq.shape[1] > 1:
             old = self.read(lengths_b)
             held = tuple(self._joined(before, now) for before, now in zip(old, new, strict=True))
-            positions_bk = np.concatenate([slot_positions(self._filled(lengths_b), lengths_b, self.slots), positions_bq], 1)
+            positions_bk = np.concatenate(
+                [slot_positions(self._filled(lengths_b), lengths_b, self.slots), positions_bq], 1
+            )
             self.write(new, positions_bq)
             return held, positions_bk  # type: ignore[return-value]
         self.write(new, positions_bq)
@@ -106,9 +109,9 @@ def load(stored: Stored, how: Factorization, g: int, d: int, dtype: np.dtype | t
     """The parts back as numbers (in `dtype`): what attention computes with."""
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {
-        part: quantize.dequantize(
-            fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]
-        ).astype(dtype, copy=False)
+        part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]).astype(
+            dtype, copy=False
+        )
         for part, fields in stored.items()
     }
 
@@ -141,8 +144,7 @@ class Cache:
         stored = tuple(
             {
                 part: {
-                    name: np.zeros((self.batch, slots, *leading, size), kind)
-                    for name, (size, kind) in fields.items()
+                    name: np.zeros((self.batch, slots, *leading, size), kind) for name, (size, kind) in fields.items()
                 }
                 for part, (leading, fields) in stored_shapes(side, self.config).items()
             }

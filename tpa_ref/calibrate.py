@@ -73,7 +73,9 @@ def read_text(text_or_path: str | Path) -> str:
             if isinstance(text_or_path, Path) or path.is_file():
                 return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as problem:
-            raise TPAError(f"text: {path} is not UTF-8: byte {problem.start} is {problem.object[problem.start]:#x}") from None
+            raise TPAError(
+                f"text: {path} is not UTF-8: byte {problem.start} is {problem.object[problem.start]:#x}"
+            ) from None
         except OSError as problem:
             if isinstance(text_or_path, Path):
                 raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
@@ -85,7 +87,9 @@ def text_windows(
 ) -> Iterator[list[int]]:
     """The text as token windows of at most `length` (default: 1024 or the model's positions), BOS on every one."""
     if model.tokenizer is None:
-        raise TPAError("text: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)")
+        raise TPAError(
+            "text: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
+        )
     length = min(length or 1024, model.config.max_positions)
     ids = model.tokenizer.encode(read_text(text_or_path), bos=False)[:max_tokens]
     if not ids:

@@ -49,9 +49,9 @@ def load(
 ) -> Model:
     """A model from a Hugging Face folder, a .safetensors file, or a saved TPA model.
 
-    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a Hugging
-    Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: what is computed in;
-    bf16 files are widened. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
+    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a
+    Hugging Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: what is
+    computed in; bf16 files are widened. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -126,7 +126,8 @@ def _open_safetensors(path: Path):
     files = _safetensors_files(path)
     where: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds, metadata = set(), {}
+    kinds: set[str] = set()
+    metadata: dict[str, str] = {}
     for file in files:
         with _opened(file, "numpy") as handle:
             metadata = handle.metadata() or metadata
@@ -152,7 +153,7 @@ def _open_safetensors(path: Path):
             raise TPAError(f"load: the tokenizer inside {path} is damaged (not base64)") from None
     elif (folder / "config.json").is_file():
         content = _parse_json(_read_text(folder / "config.json"), folder / "config.json")
-    if proto is None and (folder / "tokenizer.model").is_file() and not metadata.get("format") == FORMAT:
+    if proto is None and (folder / "tokenizer.model").is_file() and metadata.get("format") != FORMAT:
         proto = (folder / "tokenizer.model").read_bytes()
 
     def tensors(framework: str) -> Iterator[tuple[str, Any]]:
@@ -169,7 +170,7 @@ def _stored_dtype(path: Path, kinds: set[str]) -> str:
     """The widest dtype of the weights; refused where Gemma 3 cannot live in it."""
     if "float16" in kinds:
         raise TPAError(
-            f"load: {path} holds float16 weights; Gemma 3's activations exceed its range (65,504): use bfloat16 or float32"
+            f"load: {path} holds float16 weights, but Gemma 3's activations exceed its range: use bfloat16 or float32"
         )
     allowed = ("float64", "float32", "bfloat16")
     if unknown := sorted(kinds - set(allowed)):
@@ -237,12 +238,17 @@ def _open_pt(path: Path):
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TPAError(f"load: {path} is not a model saved by this program (format must be {FORMAT!r})")
     _check_version(path, content.get("version"))
-    held, words = content.get("tensors"), content.get("tokenizer")
+    held: Any = content.get("tensors")
+    words = content.get("tokenizer")
     plain = isinstance(held, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         for name, value in held.items()
     )
-    if not plain or not isinstance(content.get("config"), str) or not (words is None or isinstance(words, torch.Tensor)):
+    if (
+        not plain
+        or not isinstance(content.get("config"), str)
+        or not (words is None or isinstance(words, torch.Tensor))
+    ):
         raise TPAError(f"load: {path} must hold a config text, a tokenizer tensor or None, and named dense tensors")
     kinds = {str(value.dtype).removeprefix("torch.") for name, value in held.items() if not name.startswith("tpa.")}
     stored_dtype = _stored_dtype(path, kinds)
@@ -325,9 +331,7 @@ def check_tensors(
         if name in expected and shape != expected[name]
     ]
     problems += [
-        f"unexpected {name}"
-        for name in shapes
-        if name not in expected and not (saved_tpa and _is_factor(name, config))
+        f"unexpected {name}" for name in shapes if name not in expected and not (saved_tpa and _is_factor(name, config))
     ]
     if problems:
         more = f" ... and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -430,9 +434,7 @@ def cast(value: np.ndarray, dtype: str) -> np.ndarray:
 
 def named_tensors(model: Any, cast: Callable[[Any, str], Any]) -> dict[str, Any]:
     """Everything of a model that is an array, by name; weights in the dtype they were stored in, bases as they are."""
-    tensors = {
-        name: cast(value, model.stored_dtype) for name, value in to_named(model.weights, model.config).items()
-    }
+    tensors = {name: cast(value, model.stored_dtype) for name, value in to_named(model.weights, model.config).items()}
     for layer, (pair, query) in enumerate(zip(model.factors, model.query_factors, strict=True)):
         for side, how in zip("kv", pair, strict=True):
             if how.basis is not None:
@@ -492,7 +494,9 @@ def check_output(path: str | Path) -> Path:
     """Refuse, before any work is done, a place that cannot be written to or that holds something else."""
     path = Path(path)
     if len(path.name) > 200 or "\0" in str(path):
-        raise TPAError(f"save: the name must be shorter than 200 characters, without null bytes, got {path.name[:40]!r}...")
+        raise TPAError(
+            f"save: the name must be shorter than 200 characters, without null bytes, got {path.name[:40]!r}..."
+        )
     if path.suffix not in ("", ".pt", ".safetensors"):
         raise TPAError(f"save: {path} must end in .pt, .safetensors or nothing (a folder), got {path.suffix}")
     parent = path.absolute().parent

@@ -63,7 +63,9 @@ def run(main: Callable[[], None]) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, .safetensors or saved TPA model")
+    group.add_argument(
+        "--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, .safetensors or saved TPA model"
+    )
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where the checkpoint has none")
     group.add_argument("--variant", choices=[name for name in VARIANTS if name != "tiny"], help="what --ckpt must be")
     group.add_argument("--config", metavar="FILE", help="a Hugging Face config.json, where the checkpoint has none")
@@ -104,7 +106,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def tpa_config(args: argparse.Namespace) -> TPAConfig:
     """The TPAConfig that the options mean."""
-    names = "mode k_mode v_mode q_rank k_rank v_rank kv_dtype k_dtype v_dtype layers".split()
+    names = ["mode", "k_mode", "v_mode", "q_rank", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype", "layers"]
     return TPAConfig(**{name: getattr(args, name) for name in names})
 
 
@@ -116,9 +118,7 @@ def backend_module(name: str) -> Any:
     try:
         return importlib.import_module("tpa_torch")
     except ModuleNotFoundError as problem:
-        raise TPAError(
-            f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy"
-        ) from None
+        raise TPAError(f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy") from None
 
 
 def load_model(backend: Any, args: argparse.Namespace, progress: Callable = iter) -> Any:

@@ -401,7 +401,7 @@ class TPAConfig:
                 raise TPAError(f"tpa config: {name} must be a whole number >= 1, got {rank!r}")
         if self.rate is not None:
             raise TPAError(
-                f"tpa config: rate is not supported in this version (got {self.rate!r}); choose k_rank, v_rank, kv_dtype"
+                f"tpa config: rate is not supported in this version, got {self.rate!r}; choose ranks and kv_dtype"
             )
 
     def resolve(self, config: GemmaConfig) -> tuple[tuple[LayerConfig | None, ...], list[str]]:

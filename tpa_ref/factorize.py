@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Factorization:
     mode: str
     rank: int = 0
     dtype: str = "bfloat16"
-    basis: np.ndarray | None = field(default=None, repr=False)  # A_sg, B_gsd or B_sgd; None for contextual and dense
+    basis: Any = field(default=None, repr=False)  # A_sg, B_gsd or B_sgd (array or tensor); None where there is none
     error: float = 0.0  # share of the second moment that the constant basis leaves out, as a relative norm
 
     @property
@@ -55,13 +56,14 @@ def part_shapes(mode: str, rank: int, g: int, d: int) -> dict[str, tuple[int, ..
     >>> part_shapes("contextual", 2, g=4, d=256)
     {'A': (8,), 'B': (2, 256)}
     """
-    return {
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "dense": {"X": (g, d)},
         "contextual": {"A": (rank * g,), "B": (rank, d)},
         "fixed-a": {"B": (rank, d)},
         "fixed-b": {"A": (g, rank)},
         "latent": {"C": (rank,)},
-    }[mode]
+    }
+    return shapes[mode]
 
 
 # ---- contextual: the best factors of each token by itself ----
@@ -114,7 +116,7 @@ def truncate_fixed_a(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
 
 
 def exact_fixed_a(g: int) -> np.ndarray:
-    """R = g: b_r is head r. This is the ordinary GQA cache written as TPA (MQA and GQA are special cases of Eq. 3.1)."""
+    """R = g: b_r is head r, the ordinary GQA cache written as TPA (MQA and GQA are special cases of Eq. 3.1)."""
     return g * np.eye(g)
 
 
@@ -177,9 +179,7 @@ def constant_basis(mode: str, rank: int, M_gdgd: np.ndarray) -> tuple[np.ndarray
     return truncate(M_gdgd, rank)
 
 
-def moment_from_weights(
-    W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: np.ndarray | None = None
-) -> np.ndarray:
+def moment_from_weights(W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: np.ndarray | None = None) -> np.ndarray:
     """Second moment of K (or V) from the weights alone: the input after its norm is taken as white noise times 1 + w.
 
     For K give `k_norm_d`: every head is brought to rms 1 and multiplied with 1 + w_d, as QK-norm does on average.
@@ -220,7 +220,6 @@ def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
     if how.mode == "contextual":
         A_bksg, B_bksd, _ = truncate_contextual(X_bkgd, how.rank)
         return {"A": A_bksg.reshape(b, k, -1), "B": B_bksd}
-    assert how.basis is not None
     basis = how.basis.astype(X_bkgd.dtype)
     if how.mode == "fixed-a":
         return {"B": einsum("sg,bkgd->bksd", basis, X_bkgd) / how.rank}
@@ -238,7 +237,6 @@ def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarr
     if how.mode == "contextual":
         A_bksg = parts["A"].reshape(*parts["A"].shape[:2], how.rank, g)
         return einsum("bksg,bksd->bkgd", A_bksg, parts["B"]) / how.rank
-    assert how.basis is not None
     basis = how.basis.astype(next(iter(parts.values())).dtype)
     if how.mode == "fixed-a":
         return einsum("sg,bksd->bkgd", basis, parts["B"]) / how.rank
@@ -250,8 +248,8 @@ def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarr
 def numbers_per_token(mode: str, rank: int, config: GemmaConfig) -> int:
     """How many numbers one token caches for K (or for V) in one layer.
 
-    >>> numbers_per_token("contextual", 1, GemmaConfig.gemma3_1b()), numbers_per_token("dense", 0, GemmaConfig.gemma3_1b())
-    (257, 256)
+    >>> [numbers_per_token(mode, 1, GemmaConfig.gemma3_1b()) for mode in ("contextual", "dense")]
+    [257, 256]
     """
     shapes = part_shapes(mode, rank, config.num_kv_heads, config.head_dim)
     return sum(int(np.prod(shape)) for shape in shapes.values())

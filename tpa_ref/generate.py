@@ -46,7 +46,7 @@ def generate_tokens(
     seed: int = 0,
     cache: Any = None,
 ) -> Iterator[int]:
-    """The same on token ids: prefill in chunks, then one step a token; the cache ends up holding all but the last token."""
+    """The same on token ids: prefill in chunks, then one step a token; the cache ends up without the last token."""
     check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
     rng = np.random.default_rng(seed)
     if cache is None:
@@ -115,7 +115,9 @@ def decode_stream(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
 def require_tokenizer(model: Any) -> Any:
     """The model's tokenizer, or one line that says how to give one."""
     if model.tokenizer is None:
-        raise TPAError("generate: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)")
+        raise TPAError(
+            "generate: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
+        )
     return model.tokenizer
 
 

@@ -1,6 +1,6 @@
 """The whole Gemma 3 forward pass in NumPy, dense or with a TPA cache. Data flows one way:
 
-    tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> norm; norm -> MLP -> norm] x l -> logits
+tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> norm; norm -> MLP -> norm] x l -> logits
 """
 
 from __future__ import annotations
@@ -193,13 +193,13 @@ def dense_layer(dtype: str) -> kv.LayerFactors:
     return Factorization("dense", dtype=dtype), Factorization("dense", dtype=dtype)
 
 
-def check_tokens(
-    tokens_bq: Any, lengths_b: Any, config: GemmaConfig
-) -> tuple[np.ndarray, np.ndarray | None]:
+def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[np.ndarray, np.ndarray | None]:
     """Tokens as an array [b,q] with every id in the vocabulary, lengths as an array [b] or None."""
     tokens_bq = np.asarray(tokens_bq)
     if tokens_bq.ndim != 2 or tokens_bq.shape[1] == 0 or tokens_bq.dtype.kind not in "iu":
-        raise TPAError(f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}")
+        raise TPAError(
+            f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}"
+        )
     if tokens_bq.min(initial=0) < 0 or tokens_bq.max(initial=0) >= config.vocab_size:
         wrong = tokens_bq[(tokens_bq < 0) | (tokens_bq >= config.vocab_size)][0]
         raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong}")
@@ -214,13 +214,11 @@ def check_tokens(
 
 
 def check_cache(cache: Any, model: Any, batch: int) -> None:
-    """A cache belongs to models of one shape, one conversion and one batch size."""
+    """A cache belongs to one conversion (its numbers mean nothing to other constant factors) and one batch size."""
     if cache.batch != batch:
         raise TPAError(f"model: the cache was made for batch {cache.batch}, got tokens of batch {batch}")
-    shapes = [(k.mode, k.rank, k.dtype, v.mode, v.rank, v.dtype) for k, v in model.factors]
-    if cache.config != model.config or shapes != [
-        (k.mode, k.rank, k.dtype, v.mode, v.rank, v.dtype) for k, v in cache.factors
-    ]:
+    same = all(ours is theirs for pair in zip(model.factors, cache.factors) for ours, theirs in zip(*pair))
+    if cache.config != model.config or not same:
         raise TPAError("model: the cache was made by another model; make one with this model's new_cache()")
 
 

@@ -1,4 +1,4 @@
-"""The pictures: memory against context, recall against distance, speed. Readable in grey: line styles and hatches differ."""
+"""The pictures: memory against context, recall against distance, speed. Readable in grey."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def plot_memory(axis: Any, model: Any, cache_of: Any, context: int) -> None:
     lengths = sorted({*lengths, context})
     MiB = 2**20
     axis.plot(lengths, [full_bytes(config, n) / MiB for n in lengths], ":", color=INK["full"], label="full")
-    axis.plot(lengths, [windowed_bytes(config, n) / MiB for n in lengths], "--", color=INK["windowed"], label="windowed")
+    axis.plot(
+        lengths, [windowed_bytes(config, n) / MiB for n in lengths], "--", color=INK["windowed"], label="windowed"
+    )
     axis.plot(lengths, [cache_of(n) / MiB for n in lengths], "-", color=INK["tpa"], lw=2, label="TPA")
     axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="KV cache (MiB)", title="Memory, batch 1")
     axis.legend(frameon=False)

@@ -1,7 +1,7 @@
 """The recall task: a fact stated early, asked for up to 900 tokens later, far beyond a local layer's window.
 
-Only a model that really reads its long-range KV cache can answer, so it shows what compression breaks there. The text is
-plain; any tokenizer can read it. No array library is imported here.
+Only a model that really reads its long-range KV cache can answer, so it shows what compression breaks there. The text
+is plain; any tokenizer can read it. No array library is imported here.
 """
 
 from __future__ import annotations
@@ -9,14 +9,74 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-KEYS = (
-    "amber birch cedar delta ember falcon garnet harbor indigo jasper kernel lagoon maple nectar onyx pepper quartz raven "
-    "saddle timber umber violet walnut yarrow zephyr anchor beacon copper dagger engine feather glacier"
-).split()
-VALUES = (
-    "apple bread cloud dream eagle flame grape house island juice knife lemon mouse night ocean paper queen river stone "
-    "tiger uncle voice water yacht zebra brick chair dance earth fruit glass horse"
-).split()
+KEYS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "falcon",
+    "garnet",
+    "harbor",
+    "indigo",
+    "jasper",
+    "kernel",
+    "lagoon",
+    "maple",
+    "nectar",
+    "onyx",
+    "pepper",
+    "quartz",
+    "raven",
+    "saddle",
+    "timber",
+    "umber",
+    "violet",
+    "walnut",
+    "yarrow",
+    "zephyr",
+    "anchor",
+    "beacon",
+    "copper",
+    "dagger",
+    "engine",
+    "feather",
+    "glacier",
+]
+VALUES = [
+    "apple",
+    "bread",
+    "cloud",
+    "dream",
+    "eagle",
+    "flame",
+    "grape",
+    "house",
+    "island",
+    "juice",
+    "knife",
+    "lemon",
+    "mouse",
+    "night",
+    "ocean",
+    "paper",
+    "queen",
+    "river",
+    "stone",
+    "tiger",
+    "uncle",
+    "voice",
+    "water",
+    "yacht",
+    "zebra",
+    "brick",
+    "chair",
+    "dance",
+    "earth",
+    "fruit",
+    "glass",
+    "horse",
+]
 
 
 def statement(key: str, value: str) -> str:
@@ -37,9 +97,7 @@ def question(key: str) -> str:
     return f"Recall: {key}"
 
 
-def training_document(
-    rng: random.Random, filler: str, characters: int, facts: int = 12
-) -> Iterator[tuple[str, bool]]:
+def training_document(rng: random.Random, filler: str, characters: int, facts: int = 12) -> Iterator[tuple[str, bool]]:
     """Pieces (text, is it an answer?) of one document: facts, then rounds of questions with stretches of text between.
 
     A round asks many questions, because only answers teach; the stretches are long enough that the facts (and the

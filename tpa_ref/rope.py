@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split: feature i is paired with feature i + d/2 and rotated by +position * frequency_i.
+"""Rotary position embedding, half-split: feature i pairs with feature i + d/2, rotated by +position * frequency_i.
 
 Gemma 3 has two kinds of layers and two tables: local layers use base 10,000, global ones base 1,000,000, and from
 4B up the global frequencies are divided by 8 (linear scaling). Tables are built per kind and passed in.
@@ -12,7 +12,7 @@ import numpy as np
 def rope_tables(
     positions_bk: np.ndarray, head_dim: int, base: float, scale: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of position * base^(-2i/d) / scale, i = 0 ... d/2 - 1. Float64: at 100,000 tokens float32 is too coarse.
+    """cos and sin of position * base^(-2i/d) / scale, i = 0 ... d/2 - 1, in float64: float32 is too coarse at 100,000.
 
     Shapes: positions [b,k] -> two arrays [b,k,d/2].
 
@@ -27,7 +27,7 @@ def rope_tables(
 
 
 def rotate(x_bkgd: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """RoPE, the linear map R_t of Eq. (3.5), on every head (or every rank) of every token. Theorem 3.1: it acts on B alone.
+    """RoPE, the linear map R_t of Eq. (3.5), on every head (or rank) of every token. Theorem 3.1: it acts on B alone.
 
     RoPE(A^T B) = A^T RoPE(B), since it mixes columns of K (features) and A mixes rows (heads).
 

@@ -1,9 +1,9 @@
 """Tensor Product Attention for Gemma 3 in PyTorch: the names and the math of `tpa_ref`, at scale, on CPU and GPU.
 
-    >>> import tpa_torch
-    >>> model = tpa_torch.load("assets/tiny-gemma3", device="auto")             # doctest: +SKIP
-    >>> tpa = tpa_torch.convert(model, tpa_torch.TPAConfig(mode="latent"))      # doctest: +SKIP
-    >>> "".join(tpa_torch.generate(tpa, "The return value is"))                 # doctest: +SKIP
+>>> import tpa_torch
+>>> model = tpa_torch.load("assets/tiny-gemma3", device="auto")             # doctest: +SKIP
+>>> tpa = tpa_torch.convert(model, tpa_torch.TPAConfig(mode="latent"))      # doctest: +SKIP
+>>> "".join(tpa_torch.generate(tpa, "The return value is"))                 # doctest: +SKIP
 """
 
 from tpa_ref import __version__

@@ -10,19 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tpa_ref import cache as reference
-from tpa_ref.cache import LayerFactors, cache_bytes, part_dtype, slot_positions, stored_shapes, token_bytes
+from tpa_ref.cache import (
+    LayerFactors,
+    Parts,
+    Stored,
+    cache_bytes,
+    part_dtype,
+    slot_positions,
+    stored_shapes,
+    token_bytes,
+)
 from tpa_ref.config import GemmaConfig
 from tpa_ref.factorize import Factorization, part_shapes
 
 from . import quantize
 
 __all__ = ["LayerFactors", "cache_bytes", "part_dtype", "slot_positions", "stored_shapes", "token_bytes"]
-
-Parts = dict[str, Tensor]
-Stored = dict[str, dict[str, Tensor]]  # part -> field -> tensor [b, k, ...]
 
 
 @dataclass
@@ -73,9 +78,9 @@ def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype 
     """The parts back as numbers (in `dtype`): what attention computes with."""
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {
-        part: quantize.dequantize(
-            fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]
-        ).to(dtype)
+        part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]).to(
+            dtype
+        )
         for part, fields in stored.items()
     }
 

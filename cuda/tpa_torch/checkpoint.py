@@ -27,7 +27,16 @@ from tpa_ref.errors import TPAError
 
 from .model import Model
 
-__all__ = ["assemble", "check_factors", "check_output", "check_tensors", "config_json", "inspect", "named_tensors", "our_name"]
+__all__ = [
+    "assemble",
+    "check_factors",
+    "check_output",
+    "check_tensors",
+    "config_json",
+    "inspect",
+    "named_tensors",
+    "our_name",
+]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -41,11 +50,11 @@ def load(
     progress: Callable[[Iterable], Iterable] = iter,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """A model from a Hugging Face folder, a .safetensors file, or a saved TPA model, on a device ("auto": the best one).
+    """A model from a Hugging Face folder, a .safetensors file or a saved TPA model, on a device ("auto": the best one).
 
-    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a Hugging
-    Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: float32, bfloat16 or
-    float64. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
+    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a
+    Hugging Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: float32,
+    bfloat16 or float64. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -78,7 +87,9 @@ def widen(name: str, value: Tensor, dtype: str | None) -> Tensor:
     """A stored tensor in the dtype that is computed in (None: as it is); infinities and NaN are named and refused."""
     value = value if dtype is None else value.to(getattr(torch, dtype))
     if not torch.isfinite(value).all():
-        raise TPAError(f"load: {name} must be finite, got {int((~torch.isfinite(value)).sum())} NaN or infinite numbers")
+        raise TPAError(
+            f"load: {name} must be finite, got {int((~torch.isfinite(value)).sum())} NaN or infinite numbers"
+        )
     return value
 
 

@@ -41,7 +41,9 @@ def evaluate(
             following = tokens_bq[0, start + 1 : start + 1 + P_bqv.shape[1], None]
             nll_dense.append(-P_bqv[0, : len(following)].gather(1, following)[:, 0])
             nll_tpa.append(-Q_bqv[0, : len(following)].gather(1, following)[:, 0])
-    figures = summary(*(torch.cat(values).cpu().numpy().astype(np.float64) for values in (kl, same, nll_dense, nll_tpa)))
+    figures = summary(
+        *(torch.cat(values).cpu().numpy().astype(np.float64) for values in (kl, same, nll_dense, nll_tpa))
+    )
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)

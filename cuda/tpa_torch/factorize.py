@@ -1,4 +1,4 @@
-"""From K and V of each token to the factors that are cached, and back. Twin of `tpa_ref.factorize`, which explains it."""
+"""From K and V of each token to the factors that are cached, and back. Twin of `tpa_ref.factorize`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, streamed. Twin of `tpa_ref.generate`; greedy output is the same token for token."""
+"""Text from a model, token by token, streamed. Twin of `tpa_ref.generate`; greedy output is the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def generate_tokens(
     seed: int = 0,
     cache: Any = None,
 ) -> Iterator[int]:
-    """The same on token ids: prefill in chunks, then one step a token; the cache ends up holding all but the last token."""
+    """The same on token ids: prefill in chunks, then one step a token; the cache ends up without the last token."""
     check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
     rng = torch.Generator().manual_seed(seed)
     if cache is None:

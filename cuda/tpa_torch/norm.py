@@ -17,9 +17,7 @@ def rms_scale(x: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def fold_into_contextual(
-    A_bksg: Tensor, B_bksd: Tensor, w_d: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+def fold_into_contextual(A_bksg: Tensor, B_bksd: Tensor, w_d: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """QK-norm of K given as factors: the scale per token and head goes into a, the gain 1 + w into b. Exact."""
     K_bkgd = torch.einsum("bksg,bksd->bkgd", A_bksg, B_bksd) / A_bksg.shape[2]
     scale_bkg = rms_scale(K_bkgd, eps)[..., 0]

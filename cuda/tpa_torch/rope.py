@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(
-    positions_bk: Tensor, head_dim: int, base: float, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/d) / scale: [b,k] -> two [b,k,d/2], float64 (at long texts float32 is too coarse)."""
+def rope_tables(positions_bk: Tensor, head_dim: int, base: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i/d) / scale: [b,k] -> two [b,k,d/2], float64 (float32 is too coarse)."""
     half = head_dim // 2
     pair = torch.arange(half, dtype=torch.float64, device=positions_bk.device)
     angle = positions_bk[..., None] * (base ** (-pair / half) / scale)
