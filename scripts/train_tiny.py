@@ -30,12 +30,14 @@ from tqdm import tqdm  # noqa: E402
 
 import tiny_corpus  # noqa: E402
 from tpa_ref import recall  # noqa: E402
+from tpa_ref.command_line import describe_config, parameter_count  # noqa: E402
 from tpa_ref.config import GemmaConfig  # noqa: E402
 from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
 
 LENGTH = 1024  # tokens of a training sequence
-RECALL_SHARE = (0.33, 0.1)  # of the sequences: while induction forms, and from EARLY on
-EARLY = 0.65  # share of the run
+# (share of the run, tokens of a sequence, share of recall documents, share of repeated random tokens). Looking back for
+# an earlier occurrence ("induction") is learned late; short sequences full of repetition make it form within this run.
+STAGES = ((0.42, 1024, 0.2, 0.0), (0.33, 256, 0.25, 0.35), (0.25, 1024, 0.15, 0.05))
 ANSWER_WEIGHT = 10.0  # an answer of the recall task counts like ten tokens of text
 BOS = 2
 
@@ -88,23 +90,31 @@ class Sequences:
     def __init__(self, tokens: np.ndarray, tokenizer, filler: str, seed: int, steps: int = 1000):
         self.tokens, self.tokenizer, self.filler, self.seed, self.steps = tokens, tokenizer, filler, seed, steps
 
-    def batch(self, step: int, size: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens [size, length + 1], weight of each target [size, length]) of one step, the same whenever asked."""
         rng = random.Random(f"{self.seed} {step}")
+        length, recall_share, repeat_share = stage_of(step / self.steps)
         rows, weights = [], []
         for _ in range(size):
-            if rng.random() < RECALL_SHARE[step > EARLY * self.steps]:
+            kind = rng.random()
+            if kind < recall_share:
                 row, weight = self.recall_row(rng, length)
+            elif kind < recall_share + repeat_share:
+                row, weight = self.repeated_row(rng, length)
             else:
-                start = self.start(step, rng, length)
+                start = rng.randrange(len(self.tokens) - length)
                 row = np.concatenate([[BOS], self.tokens[start : start + length]])
                 weight = np.ones(length, np.float32)
             rows.append(row)
             weights.append(weight)
         return torch.from_numpy(np.stack(rows)).long(), torch.from_numpy(np.stack(weights))
 
-    def start(self, step: int, rng: random.Random, length: int) -> int:
-        return rng.randrange(len(self.tokens) - length)
+    def repeated_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens, then the same again and again: only looking back predicts them. The first round weighs nothing."""
+        period = rng.randint(12, length // 2)
+        first = np.random.default_rng(rng.getrandbits(32)).integers(400, self.tokenizer.vocab_size(), period)
+        row = np.concatenate([[BOS], np.resize(first, length)])
+        return row, (np.arange(length) >= period).astype(np.float32)
 
     def recall_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One document of the recall task; its answers carry more weight than text."""
@@ -115,6 +125,17 @@ class Sequences:
             weight += [ANSWER_WEIGHT if is_answer else 1.0] * len(ids)
         assert len(weight) >= length, "recall document shorter than the sequence"
         return np.array(row[: length + 1]), np.array(weight[:length], np.float32)
+
+
+def stage_of(progress: float) -> tuple[int, float, float]:
+    """(sequence length, recall share, repetition share) at a point of the run, 0 ... 1."""
+    end = 0.0
+    for share, *stage in STAGES:
+        end += share
+        if progress < end:
+            break
+    length, recall_share, repeat_share = stage
+    return int(length), recall_share, repeat_share
 
 
 # ---- the model: the same functions as tpa_torch, one fused graph ----
@@ -398,7 +419,7 @@ def export(args: argparse.Namespace) -> None:
         "loss_unseen_documents": held_out_loss(weights, config, windows_of(unseen)),
         "loss_training_documents": held_out_loss(weights, config, windows_of(seen)[::stride]),
         "recall": {
-            d: recall_accuracy(weights, config, tokenizer, unseen.tolist(), d, count=100)
+            d: recall_accuracy(weights, config, tokenizer, unseen.tolist(), d, count=40)
             for d in (150, 300, 500, 700, 900)
         },
         "training_tokens": len(seen),
@@ -408,8 +429,52 @@ def export(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
     }
     (target / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (target / "README.md").write_text(card(figures, config), encoding="utf-8")
     plot_log(figures, target / "training.png")
     print(json.dumps({name: figures[name] for name in ("loss_unseen_documents", "loss_training_documents", "recall")}))
+
+
+CARD = """# tiny-gemma3
+
+A language model of Gemma 3's structure in {parameters:.1f} M parameters: {description}. Trained from nothing by
+`scripts/train_tiny.py`; it exists to show and test KV cache compression in seconds, and is useful for nothing else.
+
+| | |
+|---|---|
+| loss on unseen documents | {unseen:.3f} nats per token (perplexity {unseen_ppl:.1f}) |
+| loss on training documents | {seen:.3f} nats per token; gap {gap:.3f} |
+| recall on unseen text, by distance in tokens | {recall} |
+| training text | {tokens:,} tokens: language reference, docstrings and comments of Python {python} and its library |
+| steps | {steps}, of eight sequences of 256 or 1024 tokens; Muon and AdamW, learning rate to zero |
+| torch | {torch} |
+
+Unseen documents are whole modules or topics that a hash of their name keeps out of training; near-duplicate paragraphs
+(one run of 24 words in common) are dropped before. `evaluation.txt` (for figures) and `holdout.txt` (for choices, among
+them which step of the training to keep) are unseen, `calibration.txt` is an excerpt of the training text. A recall prompt
+states eight facts ("Note: amber river."), goes on with text, and asks for one of them ("Recall: amber").
+
+The tokenizer is a SentencePiece BPE model of 4,096 pieces with Gemma's special ids. Licence of the text: see NOTICE.
+
+![Loss and recall over the steps of training.](training.png)
+"""
+
+
+def card(figures: dict, config: GemmaConfig) -> str:
+    """The model card, all numbers from `figures`."""
+    unseen, seen = figures["loss_unseen_documents"], figures["loss_training_documents"]
+    return CARD.format(
+        parameters=parameter_count(config) / 1e6,
+        description=describe_config(config).split(": ", 1)[1],
+        unseen=unseen,
+        unseen_ppl=math.exp(unseen),
+        seen=seen,
+        gap=unseen - seen,
+        recall=", ".join(f"{d}: {100 * value:.0f} %" for d, value in figures["recall"].items()),
+        tokens=figures["training_tokens"],
+        steps=figures["log"][-1]["step"],
+        python=figures["python"],
+        torch=figures["torch"],
+    )
 
 
 def plot_log(figures: dict, path: Path) -> None:
@@ -437,7 +502,7 @@ def plot_log(figures: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", help="folder of the run: state, log, best weights")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens a step")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
