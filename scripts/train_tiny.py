@@ -37,7 +37,7 @@ from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
 LENGTH = 1024  # tokens of a training sequence
 # (share of the run, tokens of a sequence, share of recall documents, share of repeated random tokens). Looking back for
 # an earlier occurrence ("induction") is learned late; short sequences full of repetition make it form within this run.
-STAGES = ((0.42, 1024, 0.2, 0.0), (0.33, 256, 0.25, 0.35), (0.25, 1024, 0.15, 0.05))
+STAGES = ((0.5, 256, 0.15, 0.2), (0.5, 1024, 0.12, 0.03))
 ANSWER_WEIGHT = 10.0  # an answer of the recall task counts like ten tokens of text
 BOS = 2
 
@@ -90,12 +90,12 @@ class Sequences:
     def __init__(self, tokens: np.ndarray, tokenizer, filler: str, seed: int, steps: int = 1000):
         self.tokens, self.tokenizer, self.filler, self.seed, self.steps = tokens, tokenizer, filler, seed, steps
 
-    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens [size, length + 1], weight of each target [size, length]) of one step, the same whenever asked."""
+    def batch(self, step: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens [rows, length + 1], weight of each target [rows, length]) of one step, the same whenever asked."""
         rng = random.Random(f"{self.seed} {step}")
         length, recall_share, repeat_share = stage_of(step / self.steps)
         rows, weights = [], []
-        for _ in range(size):
+        for _ in range(tokens // length):
             kind = rng.random()
             if kind < recall_share:
                 row, weight = self.recall_row(rng, length)
@@ -110,7 +110,7 @@ class Sequences:
         return torch.from_numpy(np.stack(rows)).long(), torch.from_numpy(np.stack(weights))
 
     def repeated_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Random tokens, then the same again and again: only looking back predicts them. The first round weighs nothing."""
+        """Random tokens, then the same again and again: only looking back predicts them. The first round is free."""
         period = rng.randint(12, length // 2)
         first = np.random.default_rng(rng.getrandbits(32)).integers(400, self.tokenizer.vocab_size(), period)
         row = np.concatenate([[BOS], np.resize(first, length)])
@@ -130,26 +130,30 @@ class Sequences:
 def stage_of(progress: float) -> tuple[int, float, float]:
     """(sequence length, recall share, repetition share) at a point of the run, 0 ... 1."""
     end = 0.0
-    for share, *stage in STAGES:
+    for share, *stage in STAGES[:-1]:
         end += share
         if progress < end:
-            break
-    length, recall_share, repeat_share = stage
-    return int(length), recall_share, repeat_share
+            return int(stage[0]), stage[1], stage[2]
+    return STAGES[-1][1:]
 
 
 # ---- the model: the same functions as tpa_torch, one fused graph ----
 
 
 def initial_parameters(config: GemmaConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Normal(0, 0.02) for the embedding, 1/sqrt(fan in) for matrices, zero for norms (Gemma applies 1 + w)."""
+    """Embeddings of rms 1 after Gemma's sqrt(m), matrices 1/2 sqrt(fan in), norms 1 (w = 0).
+
+    The norms behind attention and MLP start at 1/sqrt(2 layers): at 1, two dozen random contributions of rms 1 would
+    bury the token's own embedding, and looking back for a token ("induction") would not form.
+    """
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, shape in hf_names(config).items():
         if len(shape) == 1:
-            value = torch.zeros(shape)
+            behind = "post_attention" in name or "post_feedforward" in name
+            value = torch.full(shape, (2 * config.num_layers) ** -0.5 - 1 if behind else 0.0)
         else:
-            scale = 0.02 if "embed" in name else 0.5 * shape[1] ** -0.5
+            scale = config.hidden_size**-0.5 if "embed" in name else 0.5 * shape[1] ** -0.5
             value = torch.randn(shape, generator=generator) * scale
         parameters[name] = value.requires_grad_()
     return parameters
@@ -445,13 +449,13 @@ A language model of Gemma 3's structure in {parameters:.1f} M parameters: {descr
 | loss on training documents | {seen:.3f} nats per token; gap {gap:.3f} |
 | recall on unseen text, by distance in tokens | {recall} |
 | training text | {tokens:,} tokens: language reference, docstrings and comments of Python {python} and its library |
-| steps | {steps}, of eight sequences of 256 or 1024 tokens; Muon and AdamW, learning rate to zero |
+| steps | {steps}, of 4,096 tokens in sequences of 256, later 1,024; Muon and AdamW, learning rate to zero |
 | torch | {torch} |
 
 Unseen documents are whole modules or topics that a hash of their name keeps out of training; near-duplicate paragraphs
 (one run of 24 words in common) are dropped before. `evaluation.txt` (for figures) and `holdout.txt` (for choices, among
-them which step of the training to keep) are unseen, `calibration.txt` is an excerpt of the training text. A recall prompt
-states eight facts ("Note: amber river."), goes on with text, and asks for one of them ("Recall: amber").
+them which step of the training to keep) are unseen, `calibration.txt` is an excerpt of the training text. A recall
+prompt states eight facts ("Note: amber river."), goes on with text, and asks for one of them ("Recall: amber").
 
 The tokenizer is a SentencePiece BPE model of 4,096 pieces with Gemma's special ids. Licence of the text: see NOTICE.
 
@@ -502,8 +506,8 @@ def plot_log(figures: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", help="folder of the run: state, log, best weights")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens a step")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens a step")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--evaluate-every", type=int, default=50)
