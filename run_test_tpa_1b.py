@@ -24,6 +24,7 @@ from tpa_ref import command_line as cli
 from tpa_ref.calibrate import read_text
 from tpa_ref.checkpoint import check_output
 from tpa_ref.errors import TPAError
+from tpa_ref.generate import check_sampling, prompt_tokens
 from tpa_ref.tokenizer import BOS
 
 PROMPT = "Return a new list containing"
@@ -71,6 +72,8 @@ def main() -> None:
         raise TPAError(f"{args.ckpt} has no tokenizer, and text needs one; give its file with --tokenizer")
     if dense.tpa is not None:
         raise TPAError(f"{args.ckpt} is already a TPA model; give the dense checkpoint")
+    ids = prompt_tokens(dense.tokenizer, args.prompt, args.chat)  # refused now, not after minutes of work
+    check_sampling(config, len(ids), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     large = cli.parameter_count(config) > LARGE
     eval_tokens = args.eval_tokens or (2048 if large and device == "cpu" else 16_384)
     calibration_tokens = args.calibration_tokens or (4096 if large and device == "cpu" else 65_536)

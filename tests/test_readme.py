@@ -1,0 +1,69 @@
+"""The README tells the truth: its numbers are those of the result files, its flags exist, its example runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import update_readme
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_blocks_are_the_result_files():
+    """Every marked block is the content of its file; nobody edits numbers by hand."""
+    assert update_readme.BLOCK.search(README)
+    assert update_readme.updated(README) == README
+
+
+def test_a_changed_number_would_be_seen():
+    """The check above can fail."""
+    assert update_readme.updated(README.replace("Quality on", "Quality near")) == README
+
+
+def test_demo_text_comes_from_its_report():
+    """The printed demo and its JSON report are of one run."""
+    report = json.loads((ROOT / "results" / "demo.json").read_text())
+    shown = (ROOT / "results" / "demo.txt").read_text()
+    assert f"mean {report['quality']['kl']:.5f}" in shown
+    assert f"{report['kv']['ratio_vs_windowed']:.1f}x" in shown
+    assert report["text"]["tpa"].strip() in shown
+
+
+def test_flags_exist():
+    """Every option the README names is one of the script's."""
+    known = subprocess.run(
+        [sys.executable, "run_test_tpa_1b.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    usage = README[README.index("## Quick start") :]
+    for flag in sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", usage))):
+        assert flag in known, flag
+
+
+def test_files_and_links_exist():
+    """Every relative link leads to a file, and every file of the stage table is in both backends or shared."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    table = README[README.index("## How it works") : README.index("## Performance")]
+    for name in set(re.findall(r"`(\w+\.py)`", table)):
+        assert (ROOT / "tpa_ref" / name).exists(), name
+
+
+@pytest.mark.parametrize("backend", ["tpa_torch", "tpa_ref"])
+def test_python_example_runs(backend, tmp_path):
+    """The example works as printed, in both backends."""
+    pytest.importorskip("torch" if backend == "tpa_torch" else "numpy")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = code.replace("import tpa_torch as tpa", f"import {backend} as tpa")
+    code = code.replace('"tpa_model"', repr(str(tmp_path / "m")))
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cuda'}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "m" / "config.json").exists()

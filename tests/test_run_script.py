@@ -1,0 +1,117 @@
+"""`run_test_tpa_1b.py` as a user runs it: the whole way on the shipped model, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--eval-tokens", "600", "--calibration-tokens", "1500", "--max-new-tokens", "8"]
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "run_test_tpa_1b.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_whole_way(backend, tmp_path):
+    """Convert, save, measure, generate, report and picture; the saved model loads and is the converted one."""
+    pytest.importorskip("torch" if backend == "torch" else "numpy")
+    saved = "model.pt" if backend == "torch" else "model.safetensors"
+    options = ["--output", saved, "--report", "r.json", "--plot", "p.png", "--k_rank", "48", "--mode", "latent"]
+    done = run("--backend", backend, *QUICK, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["variant"] == "tiny" and report["tpa"]["ranks_requested"] == {"q": None, "k": 48, "v": None}
+    assert report["tpa"]["ranks_used"][0]["k"] == {"mode": "latent", "rank": 48, "dtype": "bfloat16"}
+    g, d, w, global_layers, local_layers = 4, 32, 128, 2, 10  # arithmetic of the tiny model, by hand
+    context, bf16 = report["kv"]["context"], 2
+    assert report["kv"]["full_bytes"] == 2 * bf16 * g * d * 12 * context
+    assert report["kv"]["windowed_bytes"] == 2 * bf16 * g * d * (global_layers * context + local_layers * w)
+    assert report["kv"]["tpa_bytes"] == bf16 * (48 + 64) * (global_layers * context + local_layers * w)
+    n = report["kv"]["measured_tokens"]
+    assert report["kv"]["measured_bytes"] == bf16 * (48 + 64) * (global_layers * n + local_layers * w)
+    assert report["weights_bytes"]["tpa"] - report["weights_bytes"]["dense"] == 12 * (48 + 64) * g * d * 4
+    assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 600
+    assert report["peak_memory_bytes"] > report["weights_bytes"]["dense"]
+
+    import tpa_ref
+
+    model = tpa_ref.load(tmp_path / saved)
+    ids = model.tokenizer.encode(report["text"]["prompt"])
+    from tpa_ref.generate import generate_tokens
+
+    again = model.tokenizer.decode(list(generate_tokens(model, ids, 8)))
+    assert again.strip() == report["text"]["tpa"].strip()
+
+
+WRONG = {
+    "missing checkpoint": (["--ckpt", "nowhere"], "nowhere"),
+    "not a checkpoint": (["--ckpt", "empty"], "empty"),
+    "unknown mode": (["--mode", "magic"], "magic"),
+    "unknown dtype": (["--kv-dtype", "int3"], "int3"),
+    "rank zero": (["--k-rank", "0"], "k_rank"),
+    "rank no number": (["--k-rank", "two"], "two"),
+    "unknown option": (["--colour", "red"], "--colour"),
+    "empty prompt": (["--prompt", " "], "prompt"),
+    "too long": (["--max-new-tokens", "5000"], "2048"),
+    "layers outside": (["--layers", "3,40"], "40"),
+    "unknown device": (["--device", "toaster"], "toaster"),
+    "missing tokenizer": (["--tokenizer", "none.model"], "none.model"),
+    "missing text": (["--eval-text", "none.txt"], "none.txt"),
+    "text is no UTF-8": (["--eval-text", "binary.txt"], "UTF-8"),
+    "output folder missing": (["--output", "a/b/c.pt"], "c.pt"),
+    "output suffix": (["--output", "model.bin"], ".bin"),
+    "report folder missing": (["--report", "a/b.json"], "b.json"),
+    "wrong variant": (["--variant", "4b"], "4b"),
+    "context zero": (["--context", "0"], "--context"),
+    "rate is not there yet": (["--rate", "2"], "--rate"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line(case, tmp_path):
+    """Exit code 2, one line on stderr that names the thing, no traceback, nothing left behind."""
+    pytest.importorskip("torch")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"caf\xe9\xff")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    arguments, named = WRONG[case]
+    done = run(*QUICK, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    assert named in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_clamped_ranks_are_one_line(tmp_path):
+    """Ranks above the exact bound are not an error: one line of output says what was used."""
+    pytest.importorskip("torch")
+    done = run(*QUICK, "--q-rank", "60", "--k-rank", "9", "--v-rank", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "k_rank 9 is above the exact bound 4 of contextual: clamped to 4" in done.stdout
+    assert "q_rank 60 is above the exact bound 8" in done.stdout
+    assert "layers 0-11: K contextual R=4 bfloat16, V contextual R=2 bfloat16" in done.stdout
+
+
+def test_tiny_model_is_what_its_card_says():
+    """The shipped weights have the config's shape, and their loss on unseen documents is the one in the card."""
+    import tpa_ref
+
+    model = tpa_ref.load(ROOT / "assets" / "tiny-gemma3")
+    figures = json.loads((ROOT / "assets" / "tiny-gemma3" / "training.json").read_text())
+    from tpa_ref.calibrate import text_windows
+    from tpa_ref.evaluate import log_softmax
+
+    losses = []
+    for window in list(text_windows(model, ROOT / "assets" / "tiny-gemma3" / "evaluation.txt", 60_000))[::12]:
+        P_qv = log_softmax(model(np.array([window])))[0]
+        losses.append(-P_qv[np.arange(len(window) - 1), window[1:]].mean())
+    assert abs(np.mean(losses) - figures["loss_unseen_documents"]) < 0.25
