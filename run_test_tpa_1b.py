@@ -76,7 +76,7 @@ def main() -> None:
     check_sampling(config, len(ids), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     large = cli.parameter_count(config) > LARGE
     eval_tokens = args.eval_tokens or (2048 if large and device == "cpu" else 16_384)
-    calibration_tokens = args.calibration_tokens or (4096 if large and device == "cpu" else 65_536)
+    calibration_tokens = args.calibration_tokens or (4096 if large and device == "cpu" else 32_768)
     context = args.context or min(32_768, config.max_positions)
     environment = cli.environment(args.backend, device)
     print(cli.describe_config(config))

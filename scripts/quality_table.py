@@ -59,12 +59,12 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "results" / "tiny_quality"), help="without suffix: .json and .md")
     parser.add_argument("--context", type=int, default=1024, help="where ratios are taken: what the text windows fill")
     parser.add_argument("--eval-tokens", type=int, default=8_192)
-    parser.add_argument("--recall-prompts", type=int, default=10, help="questions for each distance")
+    parser.add_argument("--recall-prompts", type=int, default=4, help="questions for each distance")
     args = parser.parse_args()
     backend = cli.backend_module(args.backend)
     dense = cli.load_model(backend, args)
     text = read_text(cli.TINY / "evaluation.txt")
-    moments = backend.calibrate(dense, read_text(cli.TINY / "calibration.txt"), max_tokens=65_536)
+    moments = backend.calibrate(dense, read_text(cli.TINY / "calibration.txt"), max_tokens=32_768)
     rows = []
     print(HEADER)
     for mode, rank, dtype in cli.progress_bar("settings")(SETTINGS):

@@ -16,6 +16,8 @@ import numpy as np
 from .errors import TPAError
 from .tokenizer import BOS
 
+WINDOW = 512  # tokens of a calibration window: moments of K before RoPE do not depend on position
+
 
 @dataclass
 class Moments:
@@ -47,7 +49,7 @@ def calibrate(model: Any, text_or_path: str | Path, max_tokens: int = 32_768, pr
         return array
 
     tokens = 0
-    for window in progress(list(text_windows(model, text_or_path, max_tokens))):
+    for window in progress(list(text_windows(model, text_or_path, max_tokens, WINDOW))):
         model.hidden(np.array([window]), trace=collect)
         tokens += len(window)
     layers = range(model.config.num_layers)

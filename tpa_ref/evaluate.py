@@ -24,7 +24,7 @@ def evaluate(
     text_or_path: str | Path,
     max_tokens: int = 16_384,
     length: int | None = None,
-    recall_prompts: int = 20,
+    recall_prompts: int = 10,
     progress: Any = iter,
 ) -> dict[str, Any]:
     """Figures of `tpa` against `dense` on a text, in windows that each begin with BOS:

@@ -9,74 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-KEYS = [
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "falcon",
-    "garnet",
-    "harbor",
-    "indigo",
-    "jasper",
-    "kernel",
-    "lagoon",
-    "maple",
-    "nectar",
-    "onyx",
-    "pepper",
-    "quartz",
-    "raven",
-    "saddle",
-    "timber",
-    "umber",
-    "violet",
-    "walnut",
-    "yarrow",
-    "zephyr",
-    "anchor",
-    "beacon",
-    "copper",
-    "dagger",
-    "engine",
-    "feather",
-    "glacier",
-]
-VALUES = [
-    "apple",
-    "bread",
-    "cloud",
-    "dream",
-    "eagle",
-    "flame",
-    "grape",
-    "house",
-    "island",
-    "juice",
-    "knife",
-    "lemon",
-    "mouse",
-    "night",
-    "ocean",
-    "paper",
-    "queen",
-    "river",
-    "stone",
-    "tiger",
-    "uncle",
-    "voice",
-    "water",
-    "yacht",
-    "zebra",
-    "brick",
-    "chair",
-    "dance",
-    "earth",
-    "fruit",
-    "glass",
-    "horse",
-]
+KEYS = (
+    "amber birch cedar delta ember falcon garnet harbor indigo jasper kernel lagoon maple nectar onyx "
+    "pepper quartz raven saddle timber umber violet walnut yarrow zephyr anchor beacon copper dagger "
+    "engine feather glacier"
+).split()
+VALUES = (
+    "apple bread cloud dream eagle flame grape house island juice knife lemon mouse night ocean paper "
+    "queen river stone tiger uncle voice water yacht zebra brick chair dance earth fruit glass horse"
+).split()
 
 
 def statement(key: str, value: str) -> str:

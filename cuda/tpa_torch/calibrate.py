@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tpa_ref.calibrate import Moments, read_text, text_windows
+from tpa_ref.calibrate import WINDOW, Moments, read_text, text_windows
 
 __all__ = ["Moments", "read_text", "text_windows"]
 
@@ -28,7 +28,7 @@ def calibrate(model: Any, text_or_path: str | Path, max_tokens: int = 32_768, pr
         return array
 
     tokens = 0
-    for window in progress(list(text_windows(model, text_or_path, max_tokens))):
+    for window in progress(list(text_windows(model, text_or_path, max_tokens, WINDOW))):
         model.hidden(np.array([window]), trace=collect)
         tokens += len(window)
     layers = range(model.config.num_layers)

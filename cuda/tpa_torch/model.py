@@ -26,6 +26,7 @@ from .norm import rms_norm
 
 __all__ = ["check_cache", "check_tokens", "dense_layer"]
 QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
+QUERY_BLOCK = 128
 
 
 class Model:
@@ -146,12 +147,20 @@ class Model:
             kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(held, (how_k, how_v), strict=True)
         )
 
-        # 4) attention on the factors
+        # 4) attention on the factors: a block of queries at a time against the keys that it can see at all
         tables_k, seen_bqk = views.of_keys(layer, positions_bk)
-        L_bhqk = trace("attn.L_bhqk", attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale))
-        L_bhqk = masks.apply_mask(L_bhqk if self.dtype == "float64" else L_bhqk.float(), seen_bqk)
-        P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk))
-        O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk.to(a_bqm.dtype), parts_v, how_v, g))
+        outputs = []
+        for queries, keys in query_blocks(
+            views.positions_bq, positions_bk, config.window(layer), trace is not no_trace
+        ):
+            block_k, block_v = ({part: x[:, keys] for part, x in parts.items()} for parts in (parts_k, parts_v))
+            tables = tables_k[0][:, keys], tables_k[1][:, keys]
+            L_bhqk = attention.scores(Q_bqhd[:, queries], block_k, how_k, g, tables, config.query_scale)
+            L_bhqk = trace("attn.L_bhqk", L_bhqk if self.dtype == "float64" else L_bhqk.float())
+            P_bhqk = attention.softmax(masks.apply_mask(L_bhqk, seen_bqk[:, queries, keys]))
+            P_bhqk = trace("attn.P_bhqk", P_bhqk).to(a_bqm.dtype)
+            outputs.append(attention.values(P_bhqk, block_v, how_v, g))
+        O_bqhe = trace("attn.O_bqhe", outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
         return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
     def project_queries(self, a_bqm: Tensor, layer: int, w: LayerWeights) -> Tensor:
@@ -176,6 +185,27 @@ class Model:
             cos, sin = rope.rope_tables(positions, self.config.head_dim, *kind)
             self._tables[kind] = cos[0].to(self.device, work), sin[0].to(self.device, work)
         return self._tables[kind]
+
+
+def query_blocks(
+    positions_bq: np.ndarray, positions_bk: np.ndarray, window: int | None, whole: bool
+) -> list[tuple[slice, slice]]:
+    """(queries, keys) of each block of queries: the stretch of keys outside of which none of them sees anything.
+
+    Logits of a block are small enough for a processor's cache, and a window layer never makes a q x k matrix of a long
+    text. `whole`: one block, for a trace of everything.
+    """
+    q, k = positions_bq.shape[1], positions_bk.shape[1]
+    if whole or q <= QUERY_BLOCK:
+        return [(slice(0, q), slice(0, k))]
+    blocks = []
+    for start in range(0, q, QUERY_BLOCK):
+        queries = slice(start, min(q, start + QUERY_BLOCK))
+        asked = positions_bq[:, queries]
+        oldest = 0 if window is None else max(0, int(asked.min()) - window + 1)
+        seen = np.nonzero(((positions_bk >= oldest) & (positions_bk <= asked.max())).any(0))[0]
+        blocks.append((queries, slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)))
+    return blocks
 
 
 class _Views:
