@@ -240,6 +240,7 @@ ONE_SIDED = {
     "checkpoint.choose_device": "NumPy has one device",
     "factorize.contextual_factors": "`truncate_contextual` without the error, which would make a GPU wait",
     "model.Model.rope_table": "tables are kept on the device",
+    "model.query_blocks": "the reference makes all logits at once",
     "quantize.torch_dtype": "NumPy has one kind of dtype",
 }
 # "module.name" -> why its arguments differ
@@ -273,6 +274,8 @@ def find(module, name):
     value = module
     for part in name.split("."):
         value = getattr(value, part, None)
+        if value is None:
+            break
     return value
 
 

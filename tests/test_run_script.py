@@ -39,7 +39,7 @@ def test_whole_way(backend, tmp_path):
     n = report["kv"]["measured_tokens"]
     assert report["kv"]["measured_bytes"] == bf16 * (48 + 64) * (global_layers * n + local_layers * w)
     assert report["weights_bytes"]["tpa"] - report["weights_bytes"]["dense"] == 12 * (48 + 64) * g * d * 4
-    assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 600
+    assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 600 + 1  # BOS
     assert report["peak_memory_bytes"] > report["weights_bytes"]["dense"]
 
     import tpa_ref

@@ -36,6 +36,7 @@ __all__ = [
     "Moments",
     "TPAConfig",
     "TPAError",
+    "__version__",
     "calibrate",
     "convert",
     "evaluate",
