@@ -86,7 +86,8 @@ def sample(
         return int(logits_v.argmax())
     order = np.argsort(-logits_v, kind="stable")[: top_k or len(logits_v)]
     logits = logits_v[order].astype(np.float64)
-    p = np.exp((logits - logits.max()) / temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of the others, which is what it means
+        p = np.exp((logits - logits.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
         p = p[: int(np.searchsorted(np.cumsum(p), top_p - 1e-12)) + 1]

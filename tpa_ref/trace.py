@@ -61,7 +61,8 @@ def compare(
             if a.shape != b.shape:
                 verdict, detail = "[SHAPE]", f"{a.shape} and {b.shape}"
             else:
-                error = np.abs(a - b) / max(float(np.abs(a).max(initial=0.0)), 1e-30)
+                with np.errstate(invalid="ignore"):  # infinite over infinite is NaN, which is never OK
+                    error = np.abs(a - b) / max(float(np.abs(a).max(initial=0.0)), 1e-30)
                 ok = bool(error.max(initial=0.0) <= tolerance)  # NaN is never OK
                 verdict = "[OK]" if ok else "[DIFF]"
                 detail = f"max {error.max(initial=0.0):.1e}  mean {error.mean() if error.size else 0:.1e}"
