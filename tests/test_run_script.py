@@ -115,3 +115,21 @@ def test_tiny_model_is_what_its_card_says():
         P_qv = log_softmax(model(np.array([window])))[0]
         losses.append(-P_qv[np.arange(len(window) - 1), window[1:]].mean())
     assert abs(np.mean(losses) - figures["loss_unseen_documents"]) < 0.25
+
+
+def test_a_model_saved_in_bfloat16_runs_in_float32(tmp_path):
+    """A q rank makes weights of its own; saved in one dtype they are computed with in another, in both backends."""
+    pytest.importorskip("torch")
+    import tpa_ref
+    import tpa_torch
+
+    dense = tpa_torch.load(ROOT / "assets" / "tiny-gemma3", dtype="bfloat16")
+    tpa = tpa_torch.convert(dense, tpa_torch.TPAConfig(mode="latent", q_rank=6))
+    tpa_torch.save(tpa, tmp_path / "saved")
+    ids = [[2, 500, 501, 502]]
+    expected = tpa_ref.load(tmp_path / "saved")(np.array(ids))
+    found = tpa_torch.load(tmp_path / "saved", dtype="float32")(ids).numpy()
+    assert expected.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()  # bf16 cache: a rounding may flip
+    coarse = tpa(ids).numpy()
+    assert np.abs(coarse - expected).max() < 0.1 * np.abs(expected).max()

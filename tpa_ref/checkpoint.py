@@ -57,10 +57,15 @@ def load(
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = inspect(path, variant, config, tokenizer)
     tensors = {
-        name: widen(name, value, dtype if not name.startswith("tpa.") else None)
+        name: widen(name, value, None if is_basis(name) else dtype)
         for name, value in progress(list(found.tensors("numpy")))
     }
     return assemble(Model, found, tensors)
+
+
+def is_basis(name: str) -> bool:
+    """Constant factors keep the precision they were made in; everything else takes the one that is computed in."""
+    return name.startswith("tpa.") and name.endswith(".basis")
 
 
 def widen(name: str, value: np.ndarray, dtype: str | None) -> np.ndarray:

@@ -16,6 +16,7 @@ from tpa_ref.checkpoint import (
     check_tensors,
     config_json,
     inspect,
+    is_basis,
     named_tensors,
     our_name,
     replacing,
@@ -34,6 +35,7 @@ __all__ = [
     "check_tensors",
     "config_json",
     "inspect",
+    "is_basis",
     "named_tensors",
     "our_name",
 ]
@@ -63,7 +65,7 @@ def load(
         raise TPAError("load: float64 does not exist on Apple GPUs; use device cpu or dtype float32")
     found = inspect(path, variant, config, tokenizer)
     tensors = {
-        name: widen(name, value, dtype if not name.startswith("tpa.") else None).to(place)
+        name: widen(name, value, None if is_basis(name) else dtype).to(place)
         for name, value in progress(list(found.tensors("pt")))
     }
     return assemble(Model, found, tensors)
