@@ -57,8 +57,7 @@ def load(
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = inspect(path, variant, config, tokenizer)
     tensors = {
-        name: widen(name, value, None if is_basis(name) else dtype)
-        for name, value in progress(list(found.tensors("numpy")))
+        name: widen(name, value, None if is_basis(name) else dtype) for name, value in progress(found.tensors("numpy"))
     }
     return assemble(Model, found, tensors)
 

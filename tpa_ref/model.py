@@ -72,18 +72,7 @@ class Model:
     ) -> np.ndarray:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
-        if cache is None:
-            positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
-            if lengths_b is not None:
-                positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
-        else:
-            check_cache(cache, self, tokens_bq.shape[0])
-            positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
-        if positions_bq.max(initial=0) >= self.config.max_positions:
-            raise TPAError(
-                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
-                f"{self.config.max_positions} positions"
-            )
+        positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
         w = self.weights
         scale = w.embed_vm.dtype.type(self.config.hidden_size**0.5)
         x_bqm = trace("embed.x_bqm", w.embed_vm[tokens_bq] * scale)
@@ -211,6 +200,23 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
             f"model: lengths must be one number a row in 0 ... {tokens_bq.shape[1]}, got {lengths_b.tolist()}"
         )
     return tokens_bq, lengths_b
+
+
+def text_positions(model: Any, tokens_bq: np.ndarray, lengths_b: np.ndarray | None, cache: Any) -> np.ndarray:
+    """Position [b,q] of every token, after what the cache holds; -1 for padding; refused past the model's last."""
+    if cache is None:
+        positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
+        if lengths_b is not None:
+            positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
+    else:
+        check_cache(cache, model, tokens_bq.shape[0])
+        positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
+    if positions_bq.max(initial=0) >= model.config.max_positions:
+        raise TPAError(
+            f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
+            f"{model.config.max_positions} positions"
+        )
+    return positions_bq
 
 
 def check_cache(cache: Any, model: Any, batch: int) -> None:

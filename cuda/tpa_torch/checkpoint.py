@@ -66,7 +66,7 @@ def load(
     found = inspect(path, variant, config, tokenizer)
     tensors = {
         name: widen(name, value, None if is_basis(name) else dtype).to(place)
-        for name, value in progress(list(found.tensors("pt")))
+        for name, value in progress(found.tensors("pt"))
     }
     return assemble(Model, found, tensors)
 

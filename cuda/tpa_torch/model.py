@@ -14,7 +14,7 @@ from tpa_ref.calibrate import Moments
 from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
 from tpa_ref.errors import TPAError
 from tpa_ref.factorize import Factorization
-from tpa_ref.model import check_cache, check_tokens, dense_layer
+from tpa_ref.model import check_cache, check_tokens, dense_layer, text_positions
 from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped
 from tpa_ref.weights import LayerWeights, Weights
@@ -24,7 +24,7 @@ from . import cache as kv
 from .calibrate import calibrate
 from .norm import rms_norm
 
-__all__ = ["check_cache", "check_tokens", "dense_layer"]
+__all__ = ["check_cache", "check_tokens", "dense_layer", "text_positions"]
 QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
 QUERY_BLOCK = 128
 
@@ -76,18 +76,7 @@ class Model:
     ) -> Tensor:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(_to_numpy(tokens_bq), _to_numpy(lengths_b), self.config)
-        if cache is None:
-            positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
-            if lengths_b is not None:
-                positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
-        else:
-            check_cache(cache, self, tokens_bq.shape[0])
-            positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
-        if positions_bq.max(initial=0) >= self.config.max_positions:
-            raise TPAError(
-                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
-                f"{self.config.max_positions} positions"
-            )
+        positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
         w = self.weights
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=w.embed_vm.dtype, device=self.device)
         tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
