@@ -1,8 +1,9 @@
-"""The text of the tiny model: what every Python installation carries, split so that nothing leaks.
+"""The text of the tiny model: what this project's Python environment carries, split so that nothing leaks.
 
-Language reference topics (`pydoc_data.topics`), docstrings and block comments of the standard library, and the
-docstrings of built-in and extension modules. One module or topic is one document. Near-duplicates are dropped by
-whitespace-normalised 24-grams, and documents go to training, planner-holdout or evaluation by a hash of their name.
+Language reference topics (`pydoc_data.topics`), docstrings and block comments of the standard library, the docstrings
+of built-in and extension modules, and docstrings of the installed packages in `PACKAGES`. One module or topic is one
+document. Near-duplicates are dropped by whitespace-normalised 24-grams, and documents go to training, planner-holdout
+or evaluation by a hash of their name.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import io
 import os
 import sys
 import tokenize
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 SHINGLE = 24  # words; two documents that share one such run are near-duplicates there
 SPLITS = ("train", "holdout", "evaluation")
+# Permissively licensed packages that come with the pinned dependencies and are richly documented.
+PACKAGES = ("numpy", "torch", "sympy", "networkx", "matplotlib")
+SKIPPED = {"site-packages", "pydoc_data", "idlelib", "lib2to3"}
 
 
 def topics() -> dict[str, str]:
@@ -33,8 +39,8 @@ def source_documents(root: Path) -> dict[str, str]:
     """Docstrings and block comments of every module below `root`, one document a module, in order of appearance."""
     documents = {}
     for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if any(part in ("site-packages", "pydoc_data", "idlelib", "lib2to3") for part in path.parts):
+        name = path.relative_to(root.parent if root.name in PACKAGES else root).as_posix()
+        if SKIPPED & set(path.relative_to(root).parts):
             continue
         try:
             source = path.read_text("utf-8")
@@ -134,9 +140,23 @@ def split_of(name: str) -> str:
     return "train" if bucket < 90 else "holdout" if bucket < 94 else "evaluation"
 
 
+def package_documents(name: str) -> dict[str, str]:
+    """The documents of one installed package; none where it is absent."""
+    spec = importlib.util.find_spec(name)
+    return source_documents(Path(spec.origin).parent) if spec and spec.origin else {}
+
+
+def sources() -> list[str]:
+    """What the text comes from, with versions."""
+    present = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    return [f"Python {sys.version.split()[0]}", *(f"{name} {metadata.version(name)}" for name in present)]
+
+
 def collect() -> dict[str, dict[str, str]]:
-    """{split: {document name: text}} of everything above. Deterministic for one Python version."""
+    """{split: {document name: text}} of everything above. Deterministic for one Python and one set of packages."""
     documents = topics() | builtin_documents() | source_documents(Path(os.__file__).parent)
+    for package in PACKAGES:
+        documents |= package_documents(package)
     documents = drop_near_duplicates(documents)
     splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for name, text in documents.items():
