@@ -27,6 +27,7 @@ from .errors import TPAError
 from .evaluate import evaluate
 from .generate import generate
 from .model import Model, convert
+from .stream import convert_checkpoint, export
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "convert",
+    "convert_checkpoint",
     "evaluate",
+    "export",
     "generate",
     "load",
     "save",

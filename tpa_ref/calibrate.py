@@ -1,4 +1,6 @@
-"""Second moments of K and V over a text, from which the constant factors are made. One streaming pass.
+"""Second moments of K and V over a text, from which the constant factors are made.
+
+All windows go through one layer before the next, so that only one layer's weights need be in memory.
 
 What is kept is one matrix per layer and side, whatever the length of the text. K is taken after QK-norm and before
 RoPE: that is what `factorize` encodes.
@@ -6,7 +8,7 @@ RoPE: that is what `factorize` encodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,27 +39,38 @@ class Moments:
 def calibrate(model: Any, text_or_path: str | Path, max_tokens: int = 32_768, progress: Any = iter) -> Moments:
     """Run the dense model over a text in windows that each begin with BOS, and average k k^T and v v^T.
 
-    max_tokens: how much of the text is used. progress: wraps the windows, for instance `tqdm.tqdm`.
+    max_tokens: how much of the text is used. progress: wraps the layers, for instance `tqdm.tqdm`.
     """
-    sums: dict[tuple[str, int], np.ndarray] = {}
+    states = begin(model, text_windows(model, text_or_path, max_tokens, WINDOW))
+    moments = Moments(tokens=sum(x_bqm.shape[1] for x_bqm in states))
+    for layer in progress(range(model.config.num_layers)):
+        states, (moments.K_lgdgd[layer], moments.V_lgege[layer]) = through_layer(model, layer, states)
+    return moments
+
+
+def begin(model: Any, windows: Iterable[list[int]]) -> list[np.ndarray]:
+    """Embedded windows [1,q,m]: the states in front of layer 0."""
+    return [model.embed(np.array([window])) for window in windows]
+
+
+def through_layer(
+    model: Any, layer: int, states: list[np.ndarray]
+) -> tuple[list[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(states behind a layer, (E[k k^T], E[v v^T]) of its normed K before RoPE and of its V)."""
+    sums: dict[str, np.ndarray] = {}
 
     def collect(name: str, array: Any) -> Any:
-        prefix, _, stage = name.partition(".attn.")
-        if stage in ("K_bkgd", "V_bkge"):
-            key = (stage, int(prefix.removeprefix("layers.")))
-            sums[key] = sums.get(key, 0) + second_moment(array)
+        if name in ("attn.K_bkgd", "attn.V_bkge"):
+            sums[name] = sums.get(name, 0) + second_moment(array)
         return array
 
-    tokens = 0
-    for window in progress(list(text_windows(model, text_or_path, max_tokens, WINDOW))):
-        model.hidden(np.array([window]), trace=collect)
-        tokens += len(window)
-    layers = range(model.config.num_layers)
-    return Moments(
-        {layer: sums["K_bkgd", layer] / tokens for layer in layers},
-        {layer: sums["V_bkge", layer] / tokens for layer in layers},
-        tokens,
-    )
+    block = model.weights.layers[layer]
+    behind = [
+        np.ascontiguousarray(model.block(x_bqm, layer, block, np.arange(x_bqm.shape[1])[None], None, collect))
+        for x_bqm in states
+    ]
+    tokens = sum(x_bqm.shape[1] for x_bqm in states)
+    return behind, (sums["attn.K_bkgd"] / tokens, sums["attn.V_bkge"] / tokens)
 
 
 def second_moment(X_bkgd: np.ndarray) -> np.ndarray:

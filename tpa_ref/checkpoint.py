@@ -1,7 +1,7 @@
-"""Models from disk and back: Hugging Face folders (safetensors) and saved TPA models. Never unpickles code.
+"""Models from disk and back. Never unpickles code. What the files look like is in `formats`.
 
 A saved model is one of
-    folder          config.json, model.safetensors, tokenizer.model
+    folder          config.json, model.safetensors (or shards with an index), tokenizer.model
     *.safetensors   one file, config and tokenizer in its metadata
     *.pt            {format, version, config, tokenizer, tensors}, read with weights_only=True (needs torch)
 Its config.json is the Hugging Face one plus the key "tpa": version, TPAConfig and how every layer caches K and V.
@@ -26,17 +26,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from . import formats
 from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig, exact_rank
 from .errors import TPAError
 from .factorize import Factorization
+from .formats import FORMAT, VERSION, Entry
 from .model import Model
 from .tokenizer import Tokenizer
-from .weights import from_named, hf_names, to_named
+from .weights import LayersOnDisk, Weights, from_named, hf_names, to_named_layer
 
-FORMAT, VERSION = "tpa-gemma3", 1
 DTYPES = ("float32", "float64")
-SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
+SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
 
 def load(
@@ -46,20 +47,25 @@ def load(
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
     progress: Callable[[Iterable], Iterable] = iter,
+    on_disk: bool = False,
 ) -> Model:
-    """A model from a Hugging Face folder, a .safetensors file, or a saved TPA model.
+    """A model from any of the `formats`: a Hugging Face folder, a gemma_pytorch checkpoint, a saved TPA model.
 
-    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a
-    Hugging Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: what is
-    computed in; bf16 files are widened. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
+    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found; where there is no config.json it is guessed
+    from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
+    published. tokenizer: path of a tokenizer.model. dtype: what is computed in; bf16 files are widened. progress: wraps
+    the tensors being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that
+    no more than one is in memory.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = inspect(path, variant, config, tokenizer)
-    tensors = {
-        name: widen(name, value, None if is_basis(name) else dtype) for name, value in progress(found.tensors("numpy"))
-    }
-    return assemble(Model, found, tensors)
+    return assemble(Model, found, lambda name: read(found, name, dtype), progress, on_disk)
+
+
+def read(found: Found, name: str, dtype: str) -> np.ndarray:
+    """One tensor, in the dtype that is computed in."""
+    return widen(name, found.entries[name].read("numpy"), None if is_basis(name) else dtype)
 
 
 def is_basis(name: str) -> bool:
@@ -82,11 +88,12 @@ def widen(name: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
 class Found:
     """A checkpoint that has been looked at and checked, but not read."""
 
+    path: Path
     config: GemmaConfig
     tpa: dict[str, Any] | None  # the "tpa" entry of a saved model's config
     tokenizer: Tokenizer | None
     stored_dtype: str
-    tensors: Callable[[str], Iterator[tuple[str, Any]]]  # framework -> (our name, tensor), one at a time
+    entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
 
 
 def inspect(
@@ -99,75 +106,26 @@ def inspect(
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if not _exists(path):
-        raise TPAError(f"load: no such file or folder: {path}")
-    if path.suffix == ".pt" and path.is_file():
-        content, proto, shapes, stored_dtype, tensors = _open_pt(path)
-    elif path.is_dir() or path.suffix == ".safetensors":
-        content, proto, shapes, stored_dtype, tensors = _open_safetensors(path)
-    else:
-        raise TPAError(
-            f"load: {path} must be a Hugging Face folder, a .safetensors file or a saved .pt model, got "
-            f"{path.suffix or 'a file without suffix'}"
-        )
-    found_config = _choose_config(path, content, variant, config)
-    saved_tpa = content.get("tpa") if content else None
+    container = formats.open_checkpoint(path)
+    entries = formats.text_entries(container.entries)
+    stored_dtype = _stored_dtype(path, {e.dtype for name, e in entries.items() if not name.startswith("tpa.")})
+    found_config = formats.with_rows(_choose_config(path, container.content, variant, config, entries), entries)
+    saved_tpa = container.content.get("tpa") if container.content else None
     if saved_tpa is not None and not isinstance(saved_tpa, dict):
         raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
     if saved_tpa is not None:
-        _check_version(path, saved_tpa.get("version"))
-    check_tensors(path, shapes, found_config, saved_tpa)
-    words = Tokenizer.from_file(tokenizer) if tokenizer else Tokenizer(proto, str(path)) if proto else None
+        formats.check_version(path, saved_tpa.get("version"))
+    entries, problems = formats.split_qkv(entries, found_config)
+    check_tensors(path, {name: entry.shape for name, entry in entries.items()}, found_config, saved_tpa, problems)
+    words = Tokenizer.from_file(tokenizer) if tokenizer else None
+    if words is None and container.proto:
+        words = Tokenizer(container.proto, str(path))
     if words and not words.vocab_size <= found_config.vocab_size <= words.vocab_size + SPARE_ROWS:
         raise TPAError(
             f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
             f"got {words.vocab_size} pieces and {found_config.vocab_size} rows"
         )
-    return Found(found_config, saved_tpa, words, stored_dtype, tensors)
-
-
-def _open_safetensors(path: Path):
-    files = _safetensors_files(path)
-    where: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    kinds: set[str] = set()
-    metadata: dict[str, str] = {}
-    for file in files:
-        with _opened(file, "numpy") as handle:
-            metadata = handle.metadata() or metadata
-            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                name = our_name(key)
-                if name is None:
-                    continue
-                if name in where:
-                    raise TPAError(f"load: {key} is held twice, in {where[name][0].name} and in {file.name}")
-                view = handle.get_slice(key)
-                where[name], shapes[name] = (file, key), tuple(view.get_shape())
-                if not name.startswith("tpa."):
-                    kinds.add(SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()))
-    stored_dtype = _stored_dtype(path, kinds)
-    content, proto = None, None
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and metadata.get("format") == FORMAT:
-        _check_version(path, metadata.get("version"))
-        content = _parse_json(metadata.get("config", ""), path)
-        try:
-            proto = base64.b64decode(metadata.get("tokenizer", ""), validate=True) or None
-        except ValueError:
-            raise TPAError(f"load: the tokenizer inside {path} is damaged (not base64)") from None
-    elif (folder / "config.json").is_file():
-        content = _parse_json(_read_text(folder / "config.json"), folder / "config.json")
-    if proto is None and (folder / "tokenizer.model").is_file() and metadata.get("format") != FORMAT:
-        proto = (folder / "tokenizer.model").read_bytes()
-
-    def tensors(framework: str) -> Iterator[tuple[str, Any]]:
-        for file in files:
-            with _opened(file, framework) as handle:
-                for name, (held_in, key) in where.items():
-                    if held_in == file:
-                        yield name, handle.get_tensor(key)
-
-    return content, proto, shapes, stored_dtype, tensors
+    return Found(path, found_config, saved_tpa, words, stored_dtype, entries)
 
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:
@@ -182,153 +140,54 @@ def _stored_dtype(path: Path, kinds: set[str]) -> str:
     return next((dtype for dtype in allowed if dtype in kinds), "float32")
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    """The file itself, the shards an index names, or model.safetensors."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _parse_json(_read_text(index), index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise TPAError(f"load: {index} must hold a weight_map of names, got {type(shards).__name__}")
-        files = [path / name for name in sorted(set(shards.values()))]
-        for file in files:
-            if file.parent != path or not _exists(file):
-                raise TPAError(f"load: {index.name} names {file.name}, which is not in {path}")
-        return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    raise TPAError(f"load: {path} holds no model.safetensors and no model.safetensors.index.json")
-
-
-@contextmanager
-def _opened(file: Path, framework: str):
-    try:
-        with safe_open(file, framework) as handle:
-            yield handle
-    except SafetensorError as problem:
-        raise TPAError(f"load: {file} is truncated or not a safetensors file: {problem}") from None
-    except OSError as problem:
-        raise TPAError(f"load: cannot read {file}: {problem.strerror or problem}") from None
-
-
-def our_name(key: str) -> str | None:
-    """The text-only name of a Hugging Face tensor under any of its prefixes; None for what is not used here.
-
-    >>> our_name("language_model.model.norm.weight"), our_name("model.language_model.norm.weight")
-    ('model.norm.weight', 'model.norm.weight')
-    """
-    for prefix in ("language_model.model.", "model.language_model."):
-        if key.startswith(prefix):
-            return "model." + key.removeprefix(prefix)
-    other = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-    if key.startswith(other) or key.endswith("lm_head.weight"):  # the output projection is the embedding
-        return None
-    return key
-
-
-def _open_pt(path: Path):
-    try:
-        import torch
-    except ImportError:
-        raise TPAError(f"load: reading {path} needs torch, which is not installed: pip install torch") from None
-    import pickle
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as problem:
-        first_line = str(problem).split("\n", 1)[0][:160]
-        raise TPAError(f"load: {path} is damaged or holds more than tensors, and is not opened: {first_line}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise TPAError(f"load: {path} is not a model saved by this program (format must be {FORMAT!r})")
-    _check_version(path, content.get("version"))
-    held: Any = content.get("tensors")
-    words = content.get("tokenizer")
-    plain = isinstance(held, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-        for name, value in held.items()
-    )
-    if (
-        not plain
-        or not isinstance(content.get("config"), str)
-        or not (words is None or isinstance(words, torch.Tensor))
-    ):
-        raise TPAError(f"load: {path} must hold a config text, a tokenizer tensor or None, and named dense tensors")
-    kinds = {str(value.dtype).removeprefix("torch.") for name, value in held.items() if not name.startswith("tpa.")}
-    stored_dtype = _stored_dtype(path, kinds)
-
-    def tensors(framework: str) -> Iterator[tuple[str, Any]]:
-        for name, value in held.items():
-            if framework == "numpy":
-                is_bf16 = value.dtype == torch.bfloat16
-                value = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_bf16 else value.numpy()
-            yield name, value
-
-    proto = words.numpy().tobytes() if words is not None else None
-    shapes = {name: tuple(value.shape) for name, value in held.items()}
-    return _parse_json(content["config"], path), proto, shapes, stored_dtype, tensors
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long, or with a null byte in it
-        return False
-
-
-def _check_version(path: Path, version: Any) -> None:
-    if str(version) != str(VERSION):
-        raise TPAError(f"load: {path} was saved in format version {version}, this program reads {VERSION}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise TPAError(f"load: {path} is not UTF-8 text") from None
-    except OSError as problem:
-        raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise TPAError(f"load: {path} is not valid JSON: {problem}") from None
-    if not isinstance(content, dict):
-        raise TPAError(f"load: {path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _choose_config(
-    path: Path, content: dict[str, Any] | None, variant: str | None, config: GemmaConfig | str | Path | None
+    path: Path,
+    content: dict[str, Any] | None,
+    variant: str | None,
+    config: GemmaConfig | str | Path | None,
+    entries: dict[str, Entry],
 ) -> GemmaConfig:
-    """The config given, else the one found beside the weights, else the variant's; they must not contradict."""
+    """The config given, else the one beside the weights, else the published one of this size; no contradictions."""
+    layers, width = formats.shown_size(entries)
     if isinstance(config, GemmaConfig):
         chosen = config
     elif config is not None:
         chosen = GemmaConfig.from_hf(Path(config))
     elif content is not None:
         chosen = GemmaConfig.from_hf(content)
-    elif variant is not None:
-        return GemmaConfig.of_variant(variant)
     else:
-        raise TPAError(f"load: {path} comes without config.json; give config= (--config) or variant= (--variant)")
-    if variant is not None and chosen.variant != variant:
+        sizes = {(made.num_layers, made.hidden_size): made for made in (make() for make in VARIANTS.values())}
+        if (layers, width) in sizes:
+            chosen = sizes[layers, width]
+        elif variant is not None:  # its size is contradicted below
+            chosen = GemmaConfig.of_variant(variant)
+        else:
+            raise TPAError(
+                f"load: {path} comes without config.json and its {layers} layers of width {width} are no published "
+                f"size; give config= (--config)"
+            )
+    if variant is not None:
         wanted = GemmaConfig.of_variant(variant)
-        raise TPAError(
-            f"load: variant {variant} has {wanted.num_layers} layers of width {wanted.hidden_size}, "
-            f"but {path} has {chosen.num_layers} of {chosen.hidden_size}"
-        )
+        shown = (layers, width) if content is None and config is None else (chosen.num_layers, chosen.hidden_size)
+        if shown != (wanted.num_layers, wanted.hidden_size):
+            raise TPAError(
+                f"load: variant {variant} has {wanted.num_layers} layers of width {wanted.hidden_size}, "
+                f"but {path} has {shown[0]} of {shown[1]}"
+            )
     return chosen
 
 
 def check_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], config: GemmaConfig, saved_tpa: dict[str, Any] | None
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    config: GemmaConfig,
+    saved_tpa: dict[str, Any] | None,
+    problems: Iterable[str] = (),
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else: one error names all that is not so."""
     expected = hf_names(config)
-    problems = [f"missing {name}" for name in expected if name not in shapes]
+    problems = list(problems)
+    problems += [f"missing {name}" for name in expected if name not in shapes]
     problems += [
         f"{name} must be {list(expected[name])}, got {list(shape)}"
         for name, shape in shapes.items()
@@ -354,9 +213,13 @@ def _is_factor(name: str, config: GemmaConfig) -> bool:
     )
 
 
-def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: Any) -> Any:
+def assemble(
+    model_class: Any, found: Found, read: Callable[[str], Any], progress: Callable = iter, on_disk: bool = False
+) -> Any:
     """Tensors and config -> a model of either backend, with its TPA factors if it was saved with some."""
     config = found.config
+    blocks = "model.layers." if on_disk else "none"
+    tensors = {name: read(name) for name in progress([name for name in found.entries if not name.startswith(blocks)])}
     tpa, factors, queries = None, None, None
     if found.tpa is not None:
         try:
@@ -372,8 +235,12 @@ def assemble(model_class: Any, found: Found, tensors: dict[str, Any], **extra: A
             queries = [_query_factors(tensors, layer, config) for layer in range(config.num_layers)]
         except (KeyError, TypeError, ValueError) as problem:
             raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
-    weights = from_named(tensors, config)
-    return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype, **extra)
+    if on_disk:
+        outer = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+        weights = Weights(outer[0], LayersOnDisk(read, config), outer[1])
+    else:
+        weights = from_named(tensors, config)
+    return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype)
 
 
 def _query_factors(tensors: dict[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
@@ -421,30 +288,50 @@ def check_factors(factors: list[Any], config: GemmaConfig) -> None:
 
 
 def save(model: Model, path: str | Path) -> Path:
-    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder."""
+    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder.
+
+    A folder above 4 GB gets one file for each layer, and an index.
+    """
     path = check_output(path)
-    tensors = {name: np.ascontiguousarray(value) for name, value in named_tensors(model, cast).items()}
     with replacing(path) as temporary:
         if path.suffix == ".pt":
-            save_pt(model, {name: _to_torch(value) for name, value in tensors.items()}, temporary)
+            tensors = {name: _to_torch(value) for part in parts(model, cast) for name, value in part.items()}
+            save_pt(model, tensors, temporary)
         else:
-            write_safetensors(model, tensors, temporary, save_file, single=path.suffix == ".safetensors")
+            write_safetensors(model, parts(model, cast), temporary, save_file)
     return path
 
 
-def cast(value: np.ndarray, dtype: str) -> np.ndarray:
-    return value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+def cast(value: np.ndarray, dtype: str | None) -> np.ndarray:
+    """A tensor in the dtype it is stored in (None: its own)."""
+    kind = value.dtype if dtype is None else ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return np.ascontiguousarray(value.astype(kind, copy=False))
 
 
-def named_tensors(model: Any, cast: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """Everything of a model that is an array, by name; weights in the dtype they were stored in, bases as they are."""
-    tensors = {name: cast(value, model.stored_dtype) for name, value in to_named(model.weights, model.config).items()}
-    for layer, (pair, query) in enumerate(zip(model.factors, model.query_factors, strict=True)):
-        for side, how in zip("kv", pair, strict=True):
-            if how.basis is not None:
-                tensors[f"tpa.layers.{layer}.{side}.basis"] = how.basis
-        if query is not None:
-            tensors[f"tpa.layers.{layer}.q.A"], tensors[f"tpa.layers.{layer}.q.W"] = query
+def parts(model: Any, cast: Callable[[Any, str | None], Any]) -> Iterator[dict[str, Any]]:
+    """Everything of a model that is an array, by name: what stands outside the layers, then layer by layer."""
+    yield outer_part(model, cast)
+    for layer in range(model.config.num_layers):
+        yield layer_part(model, layer, cast)
+
+
+def outer_part(model: Any, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+    """What stands outside the layers."""
+    return {
+        "model.embed_tokens.weight": cast(model.weights.embed_vm, model.stored_dtype),
+        "model.norm.weight": cast(model.weights.final_norm_m, model.stored_dtype),
+    }
+
+
+def layer_part(model: Any, layer: int, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+    """One layer's weights in the dtype they were stored in, and its constant factors as they are."""
+    block = to_named_layer(model.weights.layers[layer], layer, model.config)
+    tensors = {name: cast(value, model.stored_dtype) for name, value in block.items()}
+    for side, how in zip("kv", model.factors[layer], strict=True):
+        if how.basis is not None:
+            tensors[f"tpa.layers.{layer}.{side}.basis"] = cast(how.basis, None)
+    for name, value in zip("AW", model.query_factors[layer] or (), strict=False):
+        tensors[f"tpa.layers.{layer}.q.{name}"] = cast(value, None)
     return tensors
 
 
@@ -460,19 +347,58 @@ def config_json(model: Any) -> str:
     return json.dumps(content, indent=2)
 
 
-def write_safetensors(model: Any, tensors: dict[str, Any], target: Path, save_file: Callable, single: bool) -> None:
+def write_safetensors(model: Any, parts: Iterator[dict[str, Any]], target: Path, save_file: Callable) -> None:
     """One file with everything in its metadata, or a folder."""
-    metadata = {"format": FORMAT, "version": str(VERSION)}
-    proto = model.tokenizer.proto if model.tokenizer else b""
-    if single:
+    if target.suffix:
+        proto = model.tokenizer.proto if model.tokenizer else b""
+        metadata = {"format": FORMAT, "version": str(VERSION)}
         metadata |= {"config": config_json(model), "tokenizer": base64.b64encode(proto).decode()}
-        save_file(tensors, target, metadata)
+        save_file({name: value for part in parts for name, value in part.items()}, target, metadata)
         return
     target.mkdir()
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    (target / "config.json").write_text(config_json(model), encoding="utf-8")
-    if proto:
-        (target / "tokenizer.model").write_bytes(proto)
+    if stored_bytes(model) <= SHARD_BYTES:
+        tensors = {name: value for part in parts for name, value in part.items()}
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    else:
+        for number, part in enumerate(parts):
+            save_file(part, target / shard_name(number, model.config), {"format": "pt"})
+        write_index(target)
+    write_beside(model, target)
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of the weights as they are saved."""
+    itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[model.stored_dtype]
+    return itemsize * sum(int(np.prod(shape)) for shape in hf_names(model.config).values())
+
+
+def shard_name(number: int, config: GemmaConfig) -> str:
+    """Shard 0 is what stands outside the layers, shard i + 1 is layer i.
+
+    >>> shard_name(0, GemmaConfig.gemma3_1b())
+    'model-00001-of-00027.safetensors'
+    """
+    return f"model-{number + 1:05d}-of-{config.num_layers + 1:05d}.safetensors"
+
+
+def write_index(folder: Path) -> None:
+    """The index of all shards in a folder, from their headers."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in sorted(folder.glob("model-*-of-*.safetensors")):
+        with safe_open(file, "numpy") as handle:
+            weight_map |= dict.fromkeys(handle.keys(), file.name)
+        with file.open("rb") as stream:
+            total += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_beside(model: Any, folder: Path) -> None:
+    """config.json and, where there is one, tokenizer.model."""
+    (folder / "config.json").write_text(config_json(model), encoding="utf-8")
+    if model.tokenizer:
+        (folder / "tokenizer.model").write_bytes(model.tokenizer.proto)
 
 
 def save_pt(model: Any, tensors: dict[str, Any], target: Path) -> None:
@@ -526,12 +452,26 @@ def replacing(path: Path) -> Iterator[Path]:
         raise TPAError(f"save: cannot write in {path.absolute().parent}: {problem.strerror or problem}") from None
     temporary = holder / path.name
     try:
-        yield temporary
-        if path.is_dir():
-            path.rename(holder / "replaced")
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as problem:  # the last two: a disk that fills up inside a library
-        reason = getattr(problem, "strerror", None) or str(problem).split("\n", 1)[0][:120]
-        raise TPAError(f"save: cannot write {path}: {reason}") from None
+        with writing(path):
+            yield temporary
+            if path.is_dir():
+                path.rename(holder / "replaced")
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Failures of the disk as one line; `partial` is removed then, and kept when the work is only interrupted."""
+    # torch.save says RuntimeError when a disk is full; a long conversion may raise that for other reasons.
+    failures = (OSError, SafetensorError, TPAError) if partial else (OSError, SafetensorError, TPAError, RuntimeError)
+    try:
+        yield
+    except failures as problem:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(problem, TPAError):
+            raise
+        reason = getattr(problem, "strerror", None) or str(problem).split("\n", 1)[0][:120]
+        raise TPAError(f"save: cannot write {path}: {reason}") from None

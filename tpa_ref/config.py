@@ -188,6 +188,8 @@ class GemmaConfig:
             for name in ("attention_bias", "use_bidirectional_attention"):
                 if text.get(name):
                     raise TPAError(f"{where}: {name} must be false for Gemma 3, got {text[name]!r}")
+            if text.get("tie_word_embeddings") is False or config.get("tie_word_embeddings") is False:
+                raise TPAError(f"{where}: tie_word_embeddings must be true for Gemma 3, got False")
             if read("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
                 raise TPAError(
                     f"{where}: hidden_activation must be 'gelu_pytorch_tanh', got {text['hidden_activation']!r}"

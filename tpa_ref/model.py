@@ -23,6 +23,7 @@ from .trace import Tracer, no_trace, scoped
 from .weights import LayerWeights, Weights
 
 einsum = partial(np.einsum, optimize=True)
+LayerMoments = tuple[np.ndarray, np.ndarray]  # E[k k^T] and E[v v^T], [g,d,g,d]
 QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
 
 
@@ -73,14 +74,17 @@ class Model:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
         positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
-        w = self.weights
-        scale = w.embed_vm.dtype.type(self.config.hidden_size**0.5)
-        x_bqm = trace("embed.x_bqm", w.embed_vm[tokens_bq] * scale)
-        for layer, block in enumerate(w.layers):
+        x_bqm = trace("embed.x_bqm", self.embed(tokens_bq))
+        for layer, block in enumerate(self.weights.layers):
             x_bqm = self.block(x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"))
         if cache is not None:
             cache.advance(positions_bq)
-        return trace("final.x_bqm", rms_norm(x_bqm, w.final_norm_m, self.config.rms_eps))
+        return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
+
+    def embed(self, tokens_bq: np.ndarray) -> np.ndarray:
+        """Rows of the embedding table times sqrt(m): [b,q] -> [b,q,m]."""
+        embed_vm = self.weights.embed_vm
+        return embed_vm[tokens_bq] * embed_vm.dtype.type(self.config.hidden_size**0.5)
 
     def logits(self, x_bqm: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
         """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
@@ -228,32 +232,50 @@ def check_cache(cache: Any, model: Any, batch: int) -> None:
         raise TPAError("model: the cache was made by another model; make one with this model's new_cache()")
 
 
-def convert(model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None) -> Model:
+def convert(
+    model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None, progress: Any = iter
+) -> Model:
     """The same model with a TPA cache: weights are shared, only the constant factors are new.
 
     calibration: `Moments` of `calibrate`, or a text (or a file's path) to calibrate on; None takes the weights alone.
+    progress: wraps the layers, for instance `tqdm.tqdm`.
     """
+    converted = begin_conversion(model, tpa)
+    moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
+    for layer in progress(range(model.config.num_layers)):
+        convert_layer(converted, layer, moments.of_layer(layer) if moments else None)
+    return converted
+
+
+def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
+    """A copy of a dense model of either backend with the choice made for every layer and no layer converted yet."""
     if model.tpa is not None:
         raise TPAError("convert: the model already has a TPA cache; convert the dense model")
     tpa = tpa or TPAConfig()
     per_layer, notes = tpa.resolve(model.config)
-    q_rank, q_notes = tpa.resolve_q_rank(model.config)
-    if isinstance(calibration, str):
-        calibration = calibrate(model, calibration)
-    factors, query_factors = [], []
+    _, q_notes = tpa.resolve_q_rank(model.config)
+    # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
     full = "float64" if model.dtype == "float64" else "float32"
     exact = any("float32" in (choice.k_dtype, choice.v_dtype) for choice in per_layer if choice)
-    for layer, choice in enumerate(per_layer):
-        # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
-        dense = dense_layer(full if exact else "bfloat16")
-        factors.append(layer_factors(model, layer, choice, calibration) if choice else dense)
-        query_factors.append(None if q_rank == model.config.num_heads else truncated_queries(model, layer, q_rank))
-    converted = Model(model.config, model.weights, model.tokenizer, tpa, factors, query_factors, model.stored_dtype)
+    factors = [dense_layer(full if exact else "bfloat16")] * model.config.num_layers
+    converted = type(model)(model.config, model.weights, model.tokenizer, tpa, factors, None, model.stored_dtype)
     converted.notes = notes + q_notes
     return converted
 
 
-def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moments | None) -> kv.LayerFactors:
+def convert_layer(converted: Model, layer: int, moments: LayerMoments | None) -> None:
+    """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
+    assert converted.tpa is not None
+    per_layer, _ = converted.tpa.resolve(converted.config)
+    q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
+    choice = per_layer[layer]
+    if choice is not None:
+        converted.factors[layer] = layer_factors(converted, layer, choice, moments)
+    if q_rank < converted.config.num_heads:
+        converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
+
+
+def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors."""
     full = "float64" if model.dtype == "float64" else "float32"
     w = model.weights.layers[layer]
@@ -261,7 +283,7 @@ def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moment
         M_k = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
         M_v = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
     else:
-        M_k, M_v = moments.of_layer(layer)
+        M_k, M_v = moments
     made = []
     for mode, rank, dtype, M in (
         (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),

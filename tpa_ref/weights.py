@@ -6,6 +6,7 @@ lives once, here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Weights:
     """All weights of the text model; the output projection is the embedding itself (tied)."""
 
     embed_vm: Any
-    layers: list[LayerWeights]
+    layers: Sequence[LayerWeights]
     final_norm_m: Any
 
 
@@ -110,22 +111,50 @@ def hf_names(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
 
 def from_named(tensors: dict[str, Any], config: GemmaConfig) -> Weights:
     """Named two-dimensional Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied)."""
-    layers = [
-        LayerWeights(
-            **{
-                field: tensors[f"model.layers.{layer}.{name}"].reshape(shape_of(letters, config))
-                for field, (name, letters) in LAYER_NAMES.items()
-            }
-        )
-        for layer in range(config.num_layers)
-    ]
+    layers = [layer_weights(tensors.__getitem__, layer, config) for layer in range(config.num_layers)]
     return Weights(tensors["model.embed_tokens.weight"], layers, tensors["model.norm.weight"])
+
+
+def layer_weights(read: Callable[[str], Any], layer: int, config: GemmaConfig) -> LayerWeights:
+    """One block; `read` gives a tensor by its Hugging Face name."""
+    return LayerWeights(
+        **{
+            field: read(f"model.layers.{layer}.{name}").reshape(shape_of(letters, config))
+            for field, (name, letters) in LAYER_NAMES.items()
+        }
+    )
+
+
+class LayersOnDisk(Sequence):
+    """The blocks of a model larger than memory: each is read when it is asked for, and only the last one is kept."""
+
+    def __init__(self, read: Callable[[str], Any], config: GemmaConfig):
+        self._read, self._config = read, config
+        self._held: tuple[int, LayerWeights] | None = None
+
+    def __len__(self) -> int:
+        return self._config.num_layers
+
+    def __getitem__(self, layer: int) -> LayerWeights:  # type: ignore[override]
+        if not 0 <= layer < len(self):
+            raise IndexError(layer)
+        if self._held is None or self._held[0] != layer:
+            self._held = None  # let go of the old one before reading the next
+            self._held = layer, layer_weights(self._read, layer, self._config)
+        return self._held[1]
 
 
 def to_named(weights: Weights, config: GemmaConfig) -> dict[str, Any]:
     """`Weights` -> named Hugging Face tensors; the inverse of `from_named`."""
     names = {"model.embed_tokens.weight": weights.embed_vm, "model.norm.weight": weights.final_norm_m}
     for layer, block in enumerate(weights.layers):
-        for field, (name, letters) in LAYER_NAMES.items():
-            names[f"model.layers.{layer}.{name}"] = getattr(block, field).reshape(hf_shape(letters, config))
+        names |= to_named_layer(block, layer, config)
     return names
+
+
+def to_named_layer(block: LayerWeights, layer: int, config: GemmaConfig) -> dict[str, Any]:
+    """One block -> named Hugging Face tensors."""
+    return {
+        f"model.layers.{layer}.{name}": getattr(block, field).reshape(hf_shape(letters, config))
+        for field, (name, letters) in LAYER_NAMES.items()
+    }

@@ -15,6 +15,7 @@ from .checkpoint import load, save
 from .evaluate import evaluate
 from .generate import generate
 from .model import Model, convert
+from .stream import convert_checkpoint, export
 
 __all__ = [
     "GemmaConfig",
@@ -26,7 +27,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "convert",
+    "convert_checkpoint",
     "evaluate",
+    "export",
     "generate",
     "load",
     "save",

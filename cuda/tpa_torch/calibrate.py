@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tpa_ref.calibrate import WINDOW, Moments, read_text, text_windows
@@ -16,27 +18,35 @@ __all__ = ["Moments", "read_text", "text_windows"]
 def calibrate(model: Any, text_or_path: str | Path, max_tokens: int = 32_768, progress: Any = iter) -> Moments:
     """Run the dense model over a text in windows that each begin with BOS, and average k k^T and v v^T.
 
-    max_tokens: how much of the text is used. progress: wraps the windows, for instance `tqdm.tqdm`.
+    max_tokens: how much of the text is used. progress: wraps the layers, for instance `tqdm.tqdm`.
     """
-    sums: dict[tuple[str, int], np.ndarray] = {}
+    states = begin(model, text_windows(model, text_or_path, max_tokens, WINDOW))
+    moments = Moments(tokens=sum(x_bqm.shape[1] for x_bqm in states))
+    for layer in progress(range(model.config.num_layers)):
+        states, (moments.K_lgdgd[layer], moments.V_lgege[layer]) = through_layer(model, layer, states)
+    return moments
+
+
+def begin(model: Any, windows: Iterable[list[int]]) -> list[Tensor]:
+    """Embedded windows [1,q,m]: the states in front of layer 0."""
+    return [model.embed(np.array([window])) for window in windows]
+
+
+@torch.inference_mode()
+def through_layer(model: Any, layer: int, states: list[Tensor]) -> tuple[list[Tensor], tuple[np.ndarray, np.ndarray]]:
+    """(states behind a layer, (E[k k^T], E[v v^T]) of its normed K before RoPE and of its V)."""
+    sums: dict[str, np.ndarray] = {}
 
     def collect(name: str, array: Any) -> Any:
-        prefix, _, stage = name.partition(".attn.")
-        if stage in ("K_bkgd", "V_bkge"):
-            key = (stage, int(prefix.removeprefix("layers.")))
-            sums[key] = sums.get(key, 0) + second_moment(array).cpu().numpy().astype(np.float64)
+        if name in ("attn.K_bkgd", "attn.V_bkge"):
+            sums[name] = sums.get(name, 0) + second_moment(array).cpu().numpy().astype(np.float64)
         return array
 
-    tokens = 0
-    for window in progress(list(text_windows(model, text_or_path, max_tokens, WINDOW))):
-        model.hidden(np.array([window]), trace=collect)
-        tokens += len(window)
-    layers = range(model.config.num_layers)
-    return Moments(
-        {layer: sums["K_bkgd", layer] / tokens for layer in layers},
-        {layer: sums["V_bkge", layer] / tokens for layer in layers},
-        tokens,
-    )
+    block = model.weights.layers[layer]
+    views = {length: model.views(np.arange(length)[None]) for length in {x_bqm.shape[1] for x_bqm in states}}
+    behind = [model.block(x_bqm, layer, block, views[x_bqm.shape[1]], None, collect).contiguous() for x_bqm in states]
+    tokens = sum(x_bqm.shape[1] for x_bqm in states)
+    return behind, (sums["attn.K_bkgd"] / tokens, sums["attn.V_bkge"] / tokens)
 
 
 def second_moment(X_bkgd: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tpa_ref.checkpoint import (
+    Found,
     assemble,
     check_factors,
     check_output,
@@ -17,11 +18,17 @@ from tpa_ref.checkpoint import (
     config_json,
     inspect,
     is_basis,
-    named_tensors,
-    our_name,
+    layer_part,
+    outer_part,
+    parts,
     replacing,
     save_pt,
+    shard_name,
+    stored_bytes,
+    write_beside,
+    write_index,
     write_safetensors,
+    writing,
 )
 from tpa_ref.config import GemmaConfig
 from tpa_ref.errors import TPAError
@@ -36,8 +43,14 @@ __all__ = [
     "config_json",
     "inspect",
     "is_basis",
-    "named_tensors",
-    "our_name",
+    "layer_part",
+    "outer_part",
+    "parts",
+    "shard_name",
+    "stored_bytes",
+    "write_beside",
+    "write_index",
+    "writing",
 ]
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -50,13 +63,16 @@ def load(
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
     progress: Callable[[Iterable], Iterable] = iter,
+    on_disk: bool = False,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """A model from a Hugging Face folder, a .safetensors file or a saved TPA model, on a device ("auto": the best one).
+    """A model from any of the formats of `tpa_ref.formats`, on a device ("auto": the best one).
 
-    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found. config: a GemmaConfig, or the path of a
-    Hugging Face config.json, where the checkpoint carries none. tokenizer: path of a tokenizer.model. dtype: float32,
-    bfloat16 or float64. progress: wraps the tensors being read, for instance `tqdm.tqdm`.
+    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found; where there is no config.json it is guessed
+    from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
+    published. tokenizer: path of a tokenizer.model. dtype: float32, bfloat16 or float64. progress: wraps the tensors
+    being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that no more than
+    one is in memory.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -64,11 +80,12 @@ def load(
     if place.type == "mps" and dtype == "float64":
         raise TPAError("load: float64 does not exist on Apple GPUs; use device cpu or dtype float32")
     found = inspect(path, variant, config, tokenizer)
-    tensors = {
-        name: widen(name, value, None if is_basis(name) else dtype).to(place)
-        for name, value in progress(found.tensors("pt"))
-    }
-    return assemble(Model, found, tensors)
+    return assemble(Model, found, lambda name: read(found, name, dtype, place), progress, on_disk)
+
+
+def read(found: Found, name: str, dtype: str, device: str | torch.device = "cpu") -> Tensor:
+    """One tensor, in the dtype that is computed in."""
+    return widen(name, found.entries[name].read("pt"), None if is_basis(name) else dtype).to(device)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -96,17 +113,20 @@ def widen(name: str, value: Tensor, dtype: str | None) -> Tensor:
 
 
 def save(model: Model, path: str | Path) -> Path:
-    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder."""
+    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder.
+
+    A folder above 4 GB gets one file for each layer, and an index.
+    """
     path = check_output(path)
-    tensors = {name: value.cpu().contiguous() for name, value in named_tensors(model, cast).items()}
     with replacing(path) as temporary:
         if path.suffix == ".pt":
-            save_pt(model, tensors, temporary)
+            save_pt(model, {name: value for part in parts(model, cast) for name, value in part.items()}, temporary)
         else:
-            write_safetensors(model, tensors, temporary, save_file, single=path.suffix == ".safetensors")
+            write_safetensors(model, parts(model, cast), temporary, save_file)
     return path
 
 
-def cast(value: Tensor, dtype: str) -> Tensor:
-    """A tensor in the dtype it is stored in."""
-    return value.to(getattr(torch, dtype))
+def cast(value: Tensor, dtype: str | None) -> Tensor:
+    """A tensor in the dtype it is stored in (None: its own), on the CPU."""
+    kind = value.dtype if dtype is None else getattr(torch, dtype)
+    return value.cpu().to(kind).contiguous()

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tpa_ref.calibrate import Moments
 from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
-from tpa_ref.errors import TPAError
 from tpa_ref.factorize import Factorization
-from tpa_ref.model import check_cache, check_tokens, dense_layer, text_positions
+from tpa_ref.model import LayerMoments, begin_conversion, check_cache, check_tokens, dense_layer, text_positions
 from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped
 from tpa_ref.weights import LayerWeights, Weights
@@ -24,7 +23,7 @@ from . import cache as kv
 from .calibrate import calibrate
 from .norm import rms_norm
 
-__all__ = ["check_cache", "check_tokens", "dense_layer", "text_positions"]
+__all__ = ["begin_conversion", "check_cache", "check_tokens", "dense_layer", "text_positions"]
 QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
 QUERY_BLOCK = 128
 
@@ -77,16 +76,24 @@ class Model:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(_to_numpy(tokens_bq), _to_numpy(lengths_b), self.config)
         positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
-        w = self.weights
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=w.embed_vm.dtype, device=self.device)
-        tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
-        x_bqm = trace("embed.x_bqm", F.embedding(tokens, w.embed_vm) * scale)
-        views = _Views(self, positions_bq)
-        for layer, block in enumerate(w.layers):
+        x_bqm = trace("embed.x_bqm", self.embed(tokens_bq))
+        views = self.views(positions_bq)
+        for layer, block in enumerate(self.weights.layers):
             x_bqm = self.block(x_bqm, layer, block, views, cache, scoped(trace, f"layers.{layer}"))
         if cache is not None:
             cache.advance(positions_bq)
-        return trace("final.x_bqm", rms_norm(x_bqm, w.final_norm_m, self.config.rms_eps))
+        return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
+
+    def views(self, positions_bq: np.ndarray) -> Views:
+        """What `block` needs to know of the positions [b,q], shared by all layers."""
+        return Views(self, positions_bq)
+
+    def embed(self, tokens_bq: np.ndarray) -> Tensor:
+        """Rows of the embedding table times sqrt(m), which is rounded to its dtype: [b,q] -> [b,q,m]."""
+        embed_vm = self.weights.embed_vm
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
+        tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
+        return F.embedding(tokens, embed_vm) * scale
 
     @torch.inference_mode()
     def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
@@ -95,7 +102,7 @@ class Model:
         return trace("logits_bqv", L_bqv if self.dtype == "float64" else L_bqv.float())
 
     def block(
-        self, x_bqm: Tensor, layer: int, w: LayerWeights, views: _Views, cache: kv.Cache | None, trace: Tracer
+        self, x_bqm: Tensor, layer: int, w: LayerWeights, views: Views, cache: kv.Cache | None, trace: Tracer
     ) -> Tensor:
         """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
         eps = self.config.rms_eps
@@ -106,7 +113,7 @@ class Model:
         return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
 
     def attend(
-        self, a_bqm: Tensor, layer: int, w: LayerWeights, views: _Views, cache: kv.Cache | None, trace: Tracer
+        self, a_bqm: Tensor, layer: int, w: LayerWeights, views: Views, cache: kv.Cache | None, trace: Tracer
     ) -> Tensor:
         """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
         config = self.config
@@ -197,7 +204,7 @@ def query_blocks(
     return blocks
 
 
-class _Views:
+class Views:
     """Positions, rotation tables and masks of one forward pass, made once for each kind of layer."""
 
     def __init__(self, model: Model, positions_bq: np.ndarray):
@@ -248,33 +255,35 @@ def _to_numpy(x: Any) -> Any:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
 
 
-def convert(model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None) -> Model:
+def convert(
+    model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None, progress: Any = iter
+) -> Model:
     """The same model with a TPA cache: weights are shared, only the constant factors are new.
 
     calibration: `Moments` of `calibrate`, or a text (or a file's path) to calibrate on; None takes the weights alone.
+    progress: wraps the layers, for instance `tqdm.tqdm`.
     """
-    if model.tpa is not None:
-        raise TPAError("convert: the model already has a TPA cache; convert the dense model")
-    tpa = tpa or TPAConfig()
-    per_layer, notes = tpa.resolve(model.config)
-    q_rank, q_notes = tpa.resolve_q_rank(model.config)
-    if isinstance(calibration, str):
-        calibration = calibrate(model, calibration)
-    factors, query_factors = [], []
-    full = "float64" if model.dtype == "float64" else "float32"
-    exact = any("float32" in (choice.k_dtype, choice.v_dtype) for choice in per_layer if choice)
-    for layer, choice in enumerate(per_layer):
-        # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
-        dense = dense_layer(full if exact else "bfloat16")
-        factors.append(layer_factors(model, layer, choice, calibration) if choice else dense)
-        query_factors.append(None if q_rank == model.config.num_heads else truncated_queries(model, layer, q_rank))
-    converted = Model(model.config, model.weights, model.tokenizer, tpa, factors, query_factors, model.stored_dtype)
-    converted.notes = notes + q_notes
+    converted = begin_conversion(model, tpa)
+    moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
+    for layer in progress(range(model.config.num_layers)):
+        convert_layer(converted, layer, moments.of_layer(layer) if moments else None)
     return converted
 
 
+def convert_layer(converted: Model, layer: int, moments: LayerMoments | None) -> None:
+    """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
+    assert converted.tpa is not None
+    per_layer, _ = converted.tpa.resolve(converted.config)
+    q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
+    choice = per_layer[layer]
+    if choice is not None:
+        converted.factors[layer] = layer_factors(converted, layer, choice, moments)
+    if q_rank < converted.config.num_heads:
+        converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
+
+
 @torch.inference_mode()
-def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moments | None) -> kv.LayerFactors:
+def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors."""
     full = "float64" if model.dtype == "float64" else "float32"
     w = model.weights.layers[layer]
@@ -285,7 +294,7 @@ def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: Moment
         M_k = factorize.moment_from_weights(w.WK_gdm.to(device), norm, k_norm)
         M_v = factorize.moment_from_weights(w.WV_gem.to(device), norm)
     else:
-        M_k, M_v = (torch.as_tensor(M, device=device) for M in moments.of_layer(layer))
+        M_k, M_v = (torch.as_tensor(M, device=device) for M in moments)
     made = []
     for mode, rank, dtype, M in (
         (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),
