@@ -28,7 +28,6 @@ from tpa_ref.generate import check_sampling, prompt_tokens
 from tpa_ref.tokenizer import BOS
 
 PROMPT = "Return a new list containing"
-LARGE = 100_000_000  # parameters from which on measurements use less text, to end in minutes on a CPU
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +73,7 @@ def main() -> None:
         raise TPAError(f"{args.ckpt} is already a TPA model; give the dense checkpoint")
     ids = prompt_tokens(dense.tokenizer, args.prompt, args.chat)  # refused now, not after minutes of work
     check_sampling(config, len(ids), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    large = cli.parameter_count(config) > LARGE
+    large = cli.parameter_count(config) > cli.LARGE
     eval_tokens = args.eval_tokens or (2048 if large and device == "cpu" else 16_384)
     calibration_tokens = args.calibration_tokens or (4096 if large and device == "cpu" else 32_768)
     context = args.context or min(32_768, config.max_positions)
@@ -178,10 +177,10 @@ def measure_speed(
     ids = [BOS, *dense.tokenizer.encode(text[: 16 * length], bos=False)][:length]
     prefill_all = importlib.import_module(f"{backend.__name__}.generate").prefill
     seconds: dict[str, list[tuple[float, float]]] = {"dense": [], "tpa": []}
-    for _ in range(rounds if cli.parameter_count(config) < LARGE else 1):
+    for _ in range(rounds if cli.parameter_count(config) < cli.LARGE else 1):
         for name, model in (("dense", dense), ("tpa", tpa)):
             cache = model.new_cache(1, len(ids) + new)
-            prefill = cli.timed(lambda m=model, c=cache: prefill_all(m, ids, c), synchronize)
+            prefill = cli.timed(lambda m=model, c=cache: prefill_all(m, [ids], c), synchronize)
             decode = cli.timed(lambda m=model, c=cache: greedy_steps(m, c, ids[-1], new), synchronize)
             seconds[name].append((prefill, decode))
     medians = {

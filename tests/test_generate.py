@@ -128,9 +128,96 @@ def test_a_prompt_longer_than_a_prefill_chunk(backend):
     model = small.model(backend, small.config(max_positions=600, num_layers=6), "float64")
     ids = small.tokens(520)
     cache = model.new_cache(max_len=520)
-    hidden = small.back(generate.prefill(model, ids[0].tolist(), cache))
+    hidden = small.back(generate.prefill(model, ids.tolist(), cache))
     assert cache.lengths_b.tolist() == [520]
-    np.testing.assert_allclose(hidden[:, -1], small.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(hidden[:, 0], small.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
+    """Rows of 3, 40 and 17 tokens (the window is 8), padded on the right, past the window; also the random draws."""
+    model = small.model(backend, dtype="float64")
+    if mode != "dense":
+        model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
+    generate = part(backend, "generate")
+    rows = [small.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)]
+    together = list(generate.generate_rows(model, rows, 12, temperature, seed=5))
+    for row, ids in enumerate(rows):
+        alone = list(generate.generate_tokens(model, ids, 12, temperature, seed=5))
+        assert [step[row] for step in together][: len(alone)] == alone
+        assert all(step[row] is None for step in together[len(alone) :])
+
+
+def test_a_batch_goes_on_when_a_row_has_stopped(backend):
+    """The row that said <eos> stays silent; the others get what they would get alone."""
+    model = small.model(backend, dtype="float64")
+    generate = part(backend, "generate")
+    rows = [small.tokens(n, seed=n)[0].tolist() for n in (5, 9)]
+    first, second = (list(generate.generate_tokens(model, ids, 8)) for ids in rows)
+    stop = first[2]
+    assert stop not in second and stop not in first[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "STOP", frozenset({stop}))
+        together = list(generate.generate_rows(model, rows, 8))
+    assert [step[0] for step in together] == first[:3] + [None] * 5
+    assert [step[1] for step in together] == second
+
+
+def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
+    """Rows that end in different chunks of the prefill: the state of each is that of its own last token."""
+    generate = part(backend, "generate")
+    model = small.model(backend, small.config(max_positions=600, num_layers=6), "float64")
+    rows = [small.tokens(n, seed=n)[0].tolist() for n in (515, 20, 512)]
+    together = small.back(generate.prefill(model, rows, model.new_cache(3, 600)))
+    for row, ids in enumerate(rows):
+        alone = small.back(model.hidden(np.array([ids])))[:, -1]
+        np.testing.assert_allclose(together[row], alone, rtol=0, atol=1e-9)
+
+
+# ---- conversations ----
+
+
+def talk(backend, chat=True, max_len=400, new=6):
+    from tpa_ref.conversation import Conversation
+
+    model = small.model(backend, small.config(max_positions=400), dtype="float64")
+    model.tokenizer = Tokenizer(small.tokenizer_proto())
+    return Conversation(model, part(backend, "generate").generate_tokens, max_len, chat, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_conversation_is_one_long_text(backend, chat):
+    """What is said in the third turn is what a model says that reads all turns from the beginning."""
+    talking = talk(backend, chat)
+    for text in ("the list", "a dict", "and more"):
+        before = len(talking.ids)
+        list(talking.say(text))
+    asked = talking.ids[: -len(talking.ids) + before + len(talking._turn("and more"))]
+    answer = talking.ids[len(asked) :]
+    assert 1 <= len(answer) <= 6 and talking.ids.count(BOS) == 1
+    assert repeated_argmax(talking.model, asked, 6)[: len(answer)] == answer
+
+
+def test_an_undone_turn_leaves_no_trace(backend):
+    """Within the window and past it, a turn that was taken back changes nothing that is said later."""
+    talking, clean = talk(backend), talk(backend)
+    for text in ("the list", "a dict"):
+        assert "".join(talking.say(text)) == "".join(clean.say(text))
+        list(talking.say("something else"))
+        assert talking.undo() and talking.ids == clean.ids
+    assert "".join(talking.say("and more")) == "".join(clean.say("and more"))
+    talking.reset()
+    assert not talking.undo() and talking.ids == []
+
+
+def test_a_conversation_says_when_the_cache_is_full(backend):
+    """The line names what was said, what is new and the room there is, and the turn is not begun."""
+    talking = talk(backend, max_len=60)
+    refused(lambda: [list(talking.say("the list")) for _ in range(9)], "60", "/reset")
+    said = list(talking.ids)
+    refused(lambda: list(talking.say("  ")), "empty")
+    assert talking.ids == said
 
 
 def test_the_cache_holds_all_but_the_last_token(backend):
@@ -178,7 +265,7 @@ class Scripted:
     def new_cache(self, batch, max_len):
         return None
 
-    def hidden(self, tokens_bq, cache=None):
+    def hidden(self, tokens_bq, cache=None, lengths_b=None):
         self.passes += 1
         return to(self.backend, np.zeros((1, len(tokens_bq[0]), 4), np.float32))
 
@@ -215,9 +302,10 @@ def test_generated_text_is_the_decoded_tokens(backend):
 
 
 def streamed(ids):
-    from tpa_ref.generate import decode_stream
+    from tpa_ref.generate import text_of_rows
 
-    return list(decode_stream(Tokenizer(small.tokenizer_proto()), iter(ids)))
+    steps = ([token] for token in ids)
+    return [piece for _, piece in text_of_rows(Tokenizer(small.tokenizer_proto()), 1, steps)]
 
 
 @pytest.mark.parametrize(
@@ -249,9 +337,9 @@ def test_a_text_cut_inside_a_character_shows_that_it_is_broken():
 
 
 def test_streaming_stops_before_the_stop_token():
-    """Neither <eos> nor what would come after it is shown."""
+    """<eos> is not shown, and a row that has stopped says nothing."""
     ids = Tokenizer(small.tokenizer_proto()).encode("the list", bos=False)
-    assert "".join(streamed([*ids, EOS, *ids])) == "the list"
+    assert "".join(streamed([*ids, EOS, None, None])) == "the list"
 
 
 @settings(max_examples=60, deadline=None)

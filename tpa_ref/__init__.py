@@ -25,7 +25,7 @@ from .checkpoint import load, save
 from .config import GemmaConfig, LayerConfig, TPAConfig
 from .errors import TPAError
 from .evaluate import evaluate
-from .generate import generate
+from .generate import generate, generate_batch
 from .model import Model, convert
 from .stream import convert_checkpoint, export
 
@@ -44,6 +44,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "generate_batch",
     "load",
     "save",
 ]

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import replacing
+from .checkpoint import inspect, replacing
 from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig
 from .errors import TPAError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-gemma3"
+LARGE = 100_000_000  # parameters from which on defaults change, to end in minutes on a CPU
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,14 +65,18 @@ def run(main: Callable[[], None]) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, .safetensors or saved TPA model"
+        "--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, gemma_pytorch .ckpt or folder, .safetensors"
     )
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where the checkpoint has none")
     group.add_argument("--variant", choices=[name for name in VARIANTS if name != "tiny"], help="what --ckpt must be")
     group.add_argument("--config", metavar="FILE", help="a Hugging Face config.json, where the checkpoint has none")
     group.add_argument("--backend", choices=("torch", "numpy"), default="torch")
     group.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        help="what is computed in (default: float32; bfloat16 from 100 M parameters on, where they are stored so)",
+    )
 
 
 def add_tpa_options(parser: argparse.ArgumentParser) -> None:
@@ -121,12 +126,21 @@ def backend_module(name: str) -> Any:
         raise TPAError(f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy") from None
 
 
+def choose_dtype(args: argparse.Namespace, path: str) -> str:
+    """The --dtype given, else float32, or bfloat16 for a large model that is stored in it and run by torch."""
+    if args.dtype or args.backend != "torch":
+        return args.dtype or "float32"
+    found = inspect(path, args.variant, args.config, args.tokenizer)
+    return "bfloat16" if parameter_count(found.config) > LARGE and found.stored_dtype == "bfloat16" else "float32"
+
+
 def load_model(backend: Any, args: argparse.Namespace, progress: Callable = iter) -> Any:
     """The model of --ckpt (default: the shipped tiny one) with the options that concern it."""
-    options: dict[str, Any] = {"dtype": args.dtype, "progress": progress}
+    path = args.ckpt or str(TINY)
+    options: dict[str, Any] = {"dtype": choose_dtype(args, path), "progress": progress}
     if args.backend == "torch":
         options["device"] = args.device
-    return backend.load(args.ckpt or TINY, args.variant, args.config, args.tokenizer, **options)
+    return backend.load(path, args.variant, args.config, args.tokenizer, **options)
 
 
 def progress_bar(label: str) -> Callable:

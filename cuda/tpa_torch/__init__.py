@@ -13,7 +13,7 @@ from tpa_ref.errors import TPAError
 from .calibrate import Moments, calibrate
 from .checkpoint import load, save
 from .evaluate import evaluate
-from .generate import generate
+from .generate import generate, generate_batch
 from .model import Model, convert
 from .stream import convert_checkpoint, export
 
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "generate_batch",
     "load",
     "save",
 ]

@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Gemma 3 with a TPA cache, any size: convert, save, load again, generate, talk.
+
+python scripts/run_tpa.py --ckpt /models/gemma-3-4b-it --convert --save_tpa tpa-4b          # convert and save
+python scripts/run_tpa.py --load_tpa tpa-4b --chat --prompt "Why is the sky blue?"          # generate
+python scripts/run_tpa.py --load_tpa tpa-4b --chat                                          # talk, turn by turn
+python scripts/run_tpa.py --ckpt model.ckpt --variant 1b --convert --prompts-file many.txt  # a batch of prompts
+python scripts/run_tpa.py --load_tpa tpa-4b --export gemma-3-4b-again                       # back to a dense model
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tpa_ref import __version__, memory
+from tpa_ref import command_line as cli
+from tpa_ref.calibrate import read_text
+from tpa_ref.checkpoint import check_output
+from tpa_ref.config import TPAConfig
+from tpa_ref.conversation import Conversation
+from tpa_ref.errors import TPAError
+from tpa_ref.generate import check_sampling
+
+HELP = "/undo takes the last turn back, /reset forgets everything, /quit ends"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_model_options(parser)
+    cli.add_tpa_options(parser)
+    cli.add_generation_options(parser)
+    group = parser.add_argument_group("what to do (without a prompt, and nothing to save: talk)")
+    group.add_argument(
+        "--convert", action="store_true", help="give the model a TPA cache; without it the model is dense"
+    )
+    group.add_argument("--save-tpa", metavar="PATH", help="save the converted model: a folder, .safetensors or .pt")
+    group.add_argument("--load-tpa", metavar="PATH", help="a saved TPA model, instead of --ckpt")
+    group.add_argument("--export", metavar="FOLDER", help="write the model as a dense Hugging Face folder")
+    group.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    group.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, UTF-8")
+    group.add_argument("--context", type=int, metavar="N", help="tokens a conversation may have (default: 32768)")
+    parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
+    args = parser.parse_args()
+    if args.load_tpa and (args.ckpt or args.convert or args.save_tpa):
+        raise TPAError("--load-tpa names a model that is converted already; it excludes --ckpt, --convert, --save-tpa")
+    tpa_options = [name for name, value in vars(cli.tpa_config(args)).items() if value != getattr(TPAConfig(), name)]
+    if tpa_options and not (args.convert or args.save_tpa):
+        raise TPAError(f"--{tpa_options[0].replace('_', '-')} concerns a conversion, but --convert is not given")
+    if args.context is not None and args.context < 1:
+        raise TPAError(f"--context must be >= 1, got {args.context}")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    source = args.load_tpa or args.ckpt or str(cli.TINY)
+    prompts = args.prompt + (read_prompts(Path(args.prompts_file)) if args.prompts_file else [])
+    for path in (args.save_tpa, args.export):
+        if path:
+            check_output(path)
+    backend = cli.backend_module(args.backend)
+    args.dtype = cli.choose_dtype(args, source)
+    if args.export:
+        backend.export(source, args.export, progress=cli.progress_bar("exporting"))
+        print(f"dense model written to {args.export}")
+    if args.save_tpa and not Path(args.save_tpa).suffix:
+        save_folder(backend, args, source)
+        source, args.variant, args.config = args.save_tpa, None, None
+    if not prompts and (args.save_tpa or args.export) and not Path(args.save_tpa or "folder").suffix:
+        return
+    args.ckpt = source
+    model = cli.load_model(backend, args, cli.progress_bar("loading"))
+    print(cli.describe_config(model.config))
+    if (args.convert or args.save_tpa) and model.tpa is None:
+        model = convert(backend, model, args)
+    for line in model.notes + cli.describe_factors(model):
+        print(f"  {line}")
+    context = min(args.context or 32_768, model.config.max_positions)
+    print(memory.table(model.config, [("at --context", context, model.new_cache(1, 1).nbytes_at(context))]))
+    if args.save_tpa and Path(args.save_tpa).suffix:
+        print(f"saved to {backend.save(model, args.save_tpa)}")
+    if prompts:
+        answer(backend, model, args, prompts)
+    elif not (args.save_tpa or args.export):
+        talk(backend, model, args, context)
+
+
+def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
+    """Convert from disk to disk, layer by layer: memory for one layer is enough."""
+    options = {"device": args.device} if args.backend == "torch" else {}
+    start = time.perf_counter()
+    with cli.PeakMemory(args.device) as peak:
+        backend.convert_checkpoint(
+            source,
+            args.save_tpa,
+            cli.tpa_config(args),
+            calibration_text(args),
+            args.variant,
+            args.config,
+            args.tokenizer,
+            args.dtype,
+            args.calibration_tokens or 4096,
+            cli.progress_bar("converting"),
+            **options,
+        )
+    size = sum(file.stat().st_size for file in Path(args.save_tpa).iterdir())
+    seconds = time.perf_counter() - start
+    print(
+        f"saved to {args.save_tpa} ({memory.human(size)}): {seconds:.1f} s, peak memory {memory.human(peak.bytes)}, "
+        f"computed in {args.dtype}"
+    )
+
+
+def convert(backend: Any, model: Any, args: argparse.Namespace) -> Any:
+    """Calibrate and convert in memory."""
+    text = calibration_text(args)
+    moments = text and backend.calibrate(
+        model, text, max_tokens=args.calibration_tokens or 4096, progress=cli.progress_bar("calibrating")
+    )
+    return backend.convert(model, cli.tpa_config(args), moments, progress=cli.progress_bar("converting"))
+
+
+def calibration_text(args: argparse.Namespace) -> str | None:
+    return None if args.calibration == "none" else read_text(Path(args.calibration or cli.TINY / "calibration.txt"))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    prompts = [line for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise TPAError(f"--prompts-file: {path} must hold at least one prompt, got none")
+    return prompts
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str]) -> None:
+    """One prompt streams; several are generated as one batch and shown one after another."""
+    batch = importlib.import_module(f"{backend.__name__}.generate").generate_batch
+    start = time.perf_counter()
+    pieces: list[list[str]] = [[] for _ in prompts]
+    bar = cli.progress_bar("prefill")
+    options = sampling(args) | {"chat": args.chat, "progress": bar}
+    if len(prompts) == 1:
+        print(f"\n{prompts[0]}", end="\n" if args.chat else "", flush=True)
+    for row, piece in batch(model, prompts, args.max_new_tokens, **options):
+        pieces[row].append(piece)
+        if len(prompts) == 1:
+            print(piece, end="", flush=True)
+    if len(prompts) == 1:
+        print()
+    else:
+        for prompt, said in zip(prompts, pieces, strict=True):
+            print(f"\n{prompt}{chr(10) if args.chat else ''}{''.join(said)}")
+    print(f"\n{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} in {time.perf_counter() - start:.1f} s")
+
+
+def talk(backend: Any, model: Any, args: argparse.Namespace, context: int) -> None:
+    """Turns from standard input; what was said stays in the cache."""
+    generate_tokens = importlib.import_module(f"{backend.__name__}.generate").generate_tokens
+    check_sampling(model.config, 1, args.max_new_tokens, **sampling(args))
+    conversation = Conversation(model, generate_tokens, context, args.chat, args.max_new_tokens, **sampling(args))
+    interactive = sys.stdin.isatty()
+    print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {HELP}")
+    while True:
+        try:
+            text = input("\n> " if interactive else "").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            conversation.reset()
+            print("forgotten")
+        elif text == "/undo":
+            print("taken back" if conversation.undo() else "nothing to take back")
+        elif text:
+            speak(conversation, text)
+
+
+def speak(conversation: Conversation, text: str) -> None:
+    """One turn; Ctrl-C ends the answer, not the program, and what cannot be said is one line."""
+    try:
+        for piece in conversation.say(text):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    except TPAError as problem:
+        print(f"error: {problem}", end="", file=sys.stderr)
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
