@@ -37,9 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     cli.add_tpa_options(parser)
     cli.add_generation_options(parser)
     group = parser.add_argument_group("what to do (without a prompt, and nothing to save: talk)")
-    group.add_argument(
-        "--convert", action="store_true", help="give the model a TPA cache; without it the model is dense"
-    )
+    group.add_argument("--convert", action="store_true", help="give the model a TPA cache (else: dense)")
     group.add_argument("--save-tpa", metavar="PATH", help="save the converted model: a folder, .safetensors or .pt")
     group.add_argument("--load-tpa", metavar="PATH", help="a saved TPA model, instead of --ckpt")
     group.add_argument("--export", metavar="FOLDER", help="write the model as a dense Hugging Face folder")
@@ -72,18 +70,19 @@ def main() -> None:
         print(f"dense model written to {args.export}")
     if args.save_tpa and not Path(args.save_tpa).suffix:
         save_folder(backend, args, source)
-        source, args.variant, args.config = args.save_tpa, None, None
+        source, args.variant, args.config, args.convert = args.save_tpa, None, None, False
     if not prompts and (args.save_tpa or args.export) and not Path(args.save_tpa or "folder").suffix:
         return
     args.ckpt = source
     model = cli.load_model(backend, args, cli.progress_bar("loading"))
     print(cli.describe_config(model.config))
-    if (args.convert or args.save_tpa) and model.tpa is None:
+    if args.convert or (args.save_tpa and model.tpa is None):
         model = convert(backend, model, args)
     for line in model.notes + cli.describe_factors(model):
         print(f"  {line}")
     context = min(args.context or 32_768, model.config.max_positions)
-    print(memory.table(model.config, [("at --context", context, model.new_cache(1, 1).nbytes_at(context))]))
+    if model.tpa is not None:
+        print(memory.table(model.config, [("at --context", context, model.new_cache(1, 1).nbytes_at(context))]))
     if args.save_tpa and Path(args.save_tpa).suffix:
         print(f"saved to {backend.save(model, args.save_tpa)}")
     if prompts:
