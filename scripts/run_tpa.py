@@ -28,6 +28,7 @@ from tpa_ref.conversation import Conversation
 from tpa_ref.errors import TPAError
 from tpa_ref.generate import check_sampling
 
+CALIBRATION_TOKENS = 4096
 HELP = "/undo takes the last turn back, /reset forgets everything, /quit ends"
 
 
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--prompt", action="append", default=[], help="may be given several times")
     group.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, UTF-8")
     group.add_argument("--context", type=int, metavar="N", help="tokens a conversation may have (default: 32768)")
+    group.add_argument("--report", metavar="FILE.json", help="seconds, peak memory and bytes of the conversion")
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
     args = parser.parse_args()
     if args.load_tpa and (args.ckpt or args.convert or args.save_tpa):
@@ -51,6 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     tpa_options = [name for name, value in vars(cli.tpa_config(args)).items() if value != getattr(TPAConfig(), name)]
     if tpa_options and not (args.convert or args.save_tpa):
         raise TPAError(f"--{tpa_options[0].replace('_', '-')} concerns a conversion, but --convert is not given")
+    if args.report and not (args.save_tpa and not Path(args.save_tpa).suffix):
+        raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
     if args.context is not None and args.context < 1:
         raise TPAError(f"--context must be >= 1, got {args.context}")
     return args
@@ -60,6 +64,8 @@ def main() -> None:
     args = parse_arguments()
     source = args.load_tpa or args.ckpt or str(cli.TINY)
     prompts = args.prompt + (read_prompts(Path(args.prompts_file)) if args.prompts_file else [])
+    if args.report:
+        cli.check_writable(args.report)
     for path in (args.save_tpa, args.export):
         if path:
             check_output(path)
@@ -105,23 +111,31 @@ def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
             args.config,
             args.tokenizer,
             args.dtype,
-            args.calibration_tokens or 4096,
+            args.calibration_tokens or CALIBRATION_TOKENS,
             cli.progress_bar("converting"),
             **options,
         )
-    size = sum(file.stat().st_size for file in Path(args.save_tpa).iterdir())
-    seconds = time.perf_counter() - start
+    report = {
+        "conversion_seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak.bytes,
+        "saved_bytes": sum(file.stat().st_size for file in Path(args.save_tpa).iterdir()),
+        "dtype": args.dtype,
+        "calibration_tokens": 0 if args.calibration == "none" else args.calibration_tokens or CALIBRATION_TOKENS,
+        "environment": cli.environment(args.backend, args.device),
+    }
     print(
-        f"saved to {args.save_tpa} ({memory.human(size)}): {seconds:.1f} s, peak memory {memory.human(peak.bytes)}, "
-        f"computed in {args.dtype}"
+        f"saved to {args.save_tpa} ({memory.human(report['saved_bytes'])}): {report['conversion_seconds']:.1f} s, "
+        f"peak memory {memory.human(report['peak_memory_bytes'])}, computed in {args.dtype}"
     )
+    if args.report:
+        cli.write_json(args.report, report)
 
 
 def convert(backend: Any, model: Any, args: argparse.Namespace) -> Any:
     """Calibrate and convert in memory."""
     text = calibration_text(args)
     moments = text and backend.calibrate(
-        model, text, max_tokens=args.calibration_tokens or 4096, progress=cli.progress_bar("calibrating")
+        model, text, max_tokens=args.calibration_tokens or CALIBRATION_TOKENS, progress=cli.progress_bar("calibrating")
     )
     return backend.convert(model, cli.tpa_config(args), moments, progress=cli.progress_bar("converting"))
 

@@ -201,13 +201,19 @@ def load_pickle(file: Path) -> dict[Any, Any]:
         import torch
     except ImportError:
         raise TPAError(f"load: reading {file} needs torch, which is not installed: pip install torch") from None
+    import warnings
     import zipfile
 
     try:
-        # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles, in front of the line that refuses them
+            # Files older than torch 1.6 are no zip archives and cannot be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as problem:  # a damaged pickle can raise anything
-        first_line = str(problem).split("\n", 1)[0][:160]
+        called = re.search(r"GLOBAL (\S+)", str(problem))  # never torch's advice to open it all the same
+        if called:
+            raise TPAError(f"load: {file} would call {called[1][:80]} when opened, so it is not opened") from None
+        first_line = str(problem).split("\n", 1)[0].split(". ")[0][:120]
         raise TPAError(f"load: {file} is damaged or holds more than tensors, and is not opened: {first_line}") from None
     if not isinstance(content, dict):
         raise TPAError(f"load: {file} must hold a dict of tensors, got {type(content).__name__}")
