@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test lint table results golden tiny clean
+.PHONY: demo test lint table results sizes real golden tiny clean
 
 demo: .venv/.demo
 	@mkdir -p $(OUT)
@@ -28,6 +28,20 @@ results: .venv/.demo
 		> $(OUT)/demo.txt && mv $(OUT)/demo.txt results/demo.txt
 	$(BIN)/python scripts/quality_table.py
 	$(BIN)/python scripts/update_readme.py
+
+# What it takes to convert checkpoints of the published sizes (random weights): 20 minutes, 20 GB of disk in WORK.
+WORK ?= /tmp/full-size
+sizes: .venv/.demo
+	$(BIN)/python scripts/full_size.py --work $(WORK)
+	$(BIN)/python scripts/update_readme.py
+
+# Your own weights on your own text: make real CKPT=/models/gemma-3-1b-pt TEXT=held-out.txt CALIBRATION=other.txt
+real: .venv/.demo
+	@test -n "$(CKPT)" || { echo "usage: make real CKPT=DIR [TEXT=held-out.txt] [CALIBRATION=other.txt]"; exit 2; }
+	@mkdir -p $(OUT)
+	$(BIN)/python run_test_tpa_1b.py --ckpt "$(CKPT)" $(if $(TEXT),--eval-text "$(TEXT)") \
+		$(if $(CALIBRATION),--calibration "$(CALIBRATION)") --output $(OUT)/real \
+		--report $(OUT)/real.json --plot $(OUT)/real.png
 
 # The golden arrays, made anew by the installed transformers.
 golden: .venv/.test

@@ -84,7 +84,7 @@ def markdown(rows: list[dict]) -> str:
         f"tokens, computed in {rows[0]['dtype']}, on {environment['processor']}, {environment['threads']} threads, "
         f"torch {environment['torch']}.",
         "",
-        "| model | prefill dense | prefill TPA | decode dense | decode TPA | windowed cache | TPA cache | peak memory |",
+        "| model | prefill dense | prefill TPA | decode dense | decode TPA | windowed | TPA cache | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -18,6 +18,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import struct
 import sys
 import time
@@ -64,13 +65,18 @@ class Planned:
 # ---- the numbers ----
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Random numbers that belong to a name, whatever is drawn before them."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     """Norms around 0 (their factor is 1 + w), everything else 1/sqrt(fan in): every stage has numbers of size 1.
 
     The numbers depend on the name and the seed alone, so the same tensor is the same in every format and order.
     """
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_of(name, seed)
     size = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
     made = torch.empty(shape, dtype=dtype)
     rows = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
@@ -80,17 +86,17 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
     return made
 
 
-def with_spectrum(white: Tensor, ranks: tuple[int, int, int], seed: int = 0) -> Tensor:
+def with_spectrum(white: Tensor, ranks: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """A matrix with the energy of `white`, and 90, 95 and 98 % of it in the first so many singular values.
 
-    Between these points the energy is spread evenly. Shapes: [n, m] -> [n, m].
+    Between these points the energy is spread evenly. A share is reached half a rank early, so that rounding does not
+    move the rank. generator: draws the singular vectors. Shapes: [n, m] -> [n, m].
     """
     n, m = white.shape
     full = min(n, m)
-    points = np.array([0, *ranks, full], float)
+    points = np.array([0, *(rank - 0.5 for rank in ranks), full])
     energy = np.interp(np.arange(full + 1), points, [0, 0.9, 0.95, 0.98, 1.0])
     values = np.sort(np.diff(energy))[::-1].copy() ** 0.5
-    generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(n, full, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(m, full, generator=generator))[0]
     made = (left * torch.from_numpy(values).float()) @ right.mT
@@ -117,7 +123,9 @@ def text_tensors(config: GemmaConfig, dtype: torch.dtype, seed: int, spectra: Sp
     def maker(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         def make() -> Tensor:
             white = random_tensor(name, shape, dtype, seed)
-            return with_spectrum(white, spectra[name], seed) if name in spectra else white
+            if name not in spectra:
+                return white
+            return with_spectrum(white, spectra[name], generator_of(f"{name} bases", seed))
 
         return make
 
@@ -280,7 +288,7 @@ def main() -> None:
     if args.spectra and args.variant != "1b":
         raise TPAError(f"--spectra: only those of 1b are published, got --variant {args.variant}")
     target = Path(args.out)
-    if target.exists():
+    if os.path.lexists(target):
         raise TPAError(f"--out: {target} exists already; choose another place or remove it")
     if not target.absolute().parent.is_dir():
         raise TPAError(f"--out: the folder of {target} does not exist: {target.absolute().parent}")

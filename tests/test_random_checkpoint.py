@@ -20,11 +20,13 @@ from safetensors.torch import load_file  # noqa: E402
 import random_checkpoint as rc  # noqa: E402
 import tpa_ref  # noqa: E402
 from tpa_ref import GemmaConfig, TPAError  # noqa: E402
+from tpa_ref.checkpoint import inspect  # noqa: E402
 from tpa_ref.config import layer_pattern  # noqa: E402
 from tpa_ref.weights import hf_names, to_named  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = (ROOT / "assets" / "tiny-gemma3" / "tokenizer.model").read_bytes()
+HUGGING_FACE = ("hf", "hf-multimodal-old", "hf-multimodal")
 ROWS = 4200  # 104 more than the shipped tokenizer has pieces
 
 
@@ -47,20 +49,30 @@ def small_config(**changes):
     return GemmaConfig(**(fields | changes))
 
 
+def write(folder, layout, config=None, shard_bytes=4 << 30, **numbers):
+    """A checkpoint of the small model with a tokenizer of its size, as the command puts them together."""
+    config = config or small_config()
+    rc.write_checkpoint(config, layout, folder, shard_bytes, **numbers)
+    (folder / "tokenizer.model").write_bytes(rc.synthetic_tokenizer(PROTO, config.vocab_size))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Folders of the small model by format; hf and ckpt-sharded are cut into shards of 100 kB."""
+    """Folders of the small model by format; hf and ckpt-sharded are cut into shards of 30 kB."""
     folder = tmp_path_factory.mktemp("written")
     for layout in rc.FORMATS:
-        shard_bytes = 1e5 if layout in ("hf", "ckpt-sharded") else 4e9
-        rc.write_checkpoint(folder / layout, small_config(), layout, PROTO, shard_bytes=shard_bytes)
+        write(folder / layout, layout, shard_bytes=30_000 if layout in ("hf", "ckpt-sharded") else 4 << 30)
     return folder
 
 
-def reference(seed=0, dtype=torch.bfloat16, ranks=None, config=None):
+def reference(seed=0, config=None, **more):
     """All weights by their names in `hf_names`."""
-    config = config or small_config()
-    return {name: rc.random_tensor(config, name, dtype, seed, ranks) for name in hf_names(config)}
+    planned = rc.planned_tensors(config or small_config(), "hf", seed=seed, **more)
+    return {tensor.name: tensor.make() for tensor in planned}
+
+
+def shard_names(stem, suffix, count):
+    return [f"{stem}-{number + 1:05d}-of-{count:05d}.{suffix}" for number in range(count)]
 
 
 def same(a, b):
@@ -89,17 +101,6 @@ def test_every_tensor_depends_on_seed_and_name_alone():
     assert {name: tuple(value.shape) for name, value in first.items()} == hf_names(config)
 
 
-def test_more_rows_keep_the_first_ones():
-    """262,208 and 262,144 embedding rows are the same model: whole blocks of rows do not depend on what follows."""
-    narrow = dict(hidden_size=4, head_dim=2, query_pre_attn_scalar=2)
-    name, rows = "model.embed_tokens.weight", 2 * rc.BLOCK_ROWS
-    fewer, more = (
-        rc.random_tensor(small_config(vocab_size=count, **narrow), name, torch.bfloat16, 0)
-        for count in (rows, rows + 7)
-    )
-    assert torch.equal(fewer, more[:rows]) and not torch.equal(fewer[: rc.BLOCK_ROWS], fewer[rc.BLOCK_ROWS :])
-
-
 def test_logits_are_of_normal_size():
     """The bf16 model of the PyTorch backend, and the reference: logits around 1, all finite."""
     import tpa_torch
@@ -112,37 +113,47 @@ def test_logits_are_of_normal_size():
     assert torch.isfinite(logits).all() and 0.5 < logits.std() < 2 and logits.abs().max() < 30
 
 
-@pytest.mark.parametrize("ranks", [(7, 10, 13), (3, 5, 9), (12, 14, 15)])
-def test_spectra_have_the_ranks_asked_for(ranks):
-    """The ranks that hold 90, 95 and 98 % of the energy, and the energy of a white matrix, after rounding to bf16."""
-    config = small_config()
-    wanted = {(layer, letter): ranks for layer in range(6) for letter in "qkv"}
-    found, white = reference(ranks=wanted), reference()
-    for name, value in found.items():
-        if rc.projection(name) is None:
-            assert torch.equal(value, white[name])
-            continue
-        assert measured_ranks(value) == ranks, name
-        assert value.float().square().mean() ** 0.5 == pytest.approx(rc.MATRIX_GAIN * config.hidden_size**-0.5, 0.01)
-
-
 def measured_ranks(matrix):
+    """The ranks that hold 90, 95 and 98 % of the sum of squared singular values."""
     energy = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
-    return tuple(int(np.searchsorted(np.cumsum(energy) / energy.sum(), share)) + 1 for share in rc.SHARES)
+    return tuple(int(np.searchsorted(np.cumsum(energy) / energy.sum(), share)) + 1 for share in (0.90, 0.95, 0.98))
 
 
-def test_spectra_of_the_real_1b():
-    """The shipped table covers every layer, and matrices of full size have its ranks."""
-    ranks, config = rc.read_ranks(), GemmaConfig.gemma3_1b()
-    assert set(ranks) == {(layer, letter) for layer in range(26) for letter in "qkv"}
-    assert ranks[5, "q"] == (271, 375, 511) and ranks[25, "v"] == (205, 225, 240)
-    for layer, letter in ((5, "q"), (0, "k"), (1, "v"), (17, "k")):
-        name = f"model.layers.{layer}.self_attn.{letter}_proj.weight"
-        assert measured_ranks(rc.random_tensor(config, name, torch.bfloat16, 0, ranks)) == ranks[layer, letter]
-    for (_, letter), wanted in ranks.items():  # all others by arithmetic
-        s = rc.singular_values(wanted, 1024 if letter == "q" else 256, energy=3.0)
-        assert measured_ranks(torch.diag(torch.from_numpy(s[:256]))) == wanted or letter == "q"
-        assert (np.diff(s) <= 0).all() and (s**2).sum() == pytest.approx(3.0)
+def test_the_table_covers_the_real_1b():
+    """Three ranks for Q, K and V of every layer, under the names of these tensors."""
+    spectra = rc.read_spectra()
+    assert set(spectra) == {name for name in hf_names(GemmaConfig.gemma3_1b()) if name.split("_proj")[0][-1] in "qkv"}
+    assert spectra["model.layers.5.self_attn.q_proj.weight"] == (271, 375, 511)
+    assert spectra["model.layers.25.self_attn.v_proj.weight"] == (205, 225, 240)
+
+
+def test_spectra_keep_the_energy_and_all_other_tensors():
+    """Only the matrices named decay, and their energy is that of the white ones."""
+    name = "model.layers.2.self_attn.k_proj.weight"
+    white, found = reference(), reference(spectra={name: (7, 10, 13)})
+    assert [key for key in white if not torch.equal(white[key], found[key])] == [name]
+    assert found[name].float().norm() == pytest.approx(float(white[name].float().norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_spectra_have_the_ranks_of_the_table(part):
+    """Full-size matrices of the 1B, rounded to bf16, have the ranks of the real ones."""
+    shapes, spectra = hf_names(GemmaConfig.gemma3_1b()), rc.read_spectra()
+    for layer in range(26) if part != "q" else (5, 6):  # an SVD of Q takes ten times as long
+        name = f"model.layers.{layer}.self_attn.{part}_proj.weight"
+        made = rc.with_spectrum(
+            rc.random_tensor(name, shapes[name], torch.bfloat16, 0), spectra[name], rc.generator_of(name, 1)
+        )
+        assert measured_ranks(made) == spectra[name], name
+
+
+def test_spectra_of_different_matrices_are_independent():
+    """K and V of one layer, and K of two layers, have nothing to do with each other."""
+    names = [f"model.layers.{at}_proj.weight" for at in ("0.self_attn.k", "0.self_attn.v", "1.self_attn.k")]
+    found = reference(spectra=dict.fromkeys(names, (7, 10, 13)))
+    first, *others = (found[name].float().flatten() for name in names)
+    for other in others:
+        assert abs(torch.nn.functional.cosine_similarity(first, other, dim=0)) < 0.3
 
 
 # ---- the formats ----
@@ -152,14 +163,14 @@ def test_hf_names_shapes_and_shards(written):
     """What the shards hold is `hf_names`, no more, and the index says where and how many bytes."""
     folder = written / "hf"
     files = sorted(file.name for file in folder.glob("*.safetensors"))
-    assert files == rc.shard_names("model", "safetensors", len(files)) and len(files) > 2
+    assert files == shard_names("model", "safetensors", len(files)) and len(files) > 2
     held = {file: load_file(folder / file) for file in files}
     assert same({name: value for file in held.values() for name, value in file.items()}, reference())
     index = read_json(folder / "model.safetensors.index.json")
     assert index["weight_map"] == {name: file for file in files for name in held[file]}
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in reference().values())
     largest = max((folder / file).stat().st_size for file in files[1:])
-    assert largest < 1e5 + 5000 and len(held[files[0]]) == 1  # the embedding alone is larger than a shard
+    assert largest < 30_000 + 5_000 and len(held[files[0]]) == 1  # the embedding alone is larger than a shard
     assert GemmaConfig.from_hf(folder / "config.json") == small_config()
 
 
@@ -167,7 +178,7 @@ def test_hf_names_shapes_and_shards(written):
 def test_every_format_loads_as_the_same_model(written, layout):
     """Names, fused rows and scales are undone by the loader; int8 is within half a step of the largest weight."""
     folder = written / layout
-    model = tpa_ref.load(folder, config=None if layout in rc.HUGGING_FACE else small_config())
+    model = tpa_ref.load(folder, config=None if layout in HUGGING_FACE else small_config())
     assert model.config == small_config() and model.tokenizer.vocab_size == ROWS
     expected = reference()
     for name, value in to_named(model.weights, model.config).items():
@@ -188,33 +199,18 @@ def test_multimodal_names_and_config(written, layout, prefix):
     content = read_json(written / layout / "config.json")
     text = content["text_config"]
     assert content["model_type"] == "gemma3" and text["model_type"] == "gemma3_text"
-    old, new = {"rope_scaling", "sliding_window_pattern"}, {"layer_types", "rope_parameters"}
-    assert (old if layout.endswith("old") else new) - {"sliding_window_pattern"} <= set(text)
-    assert not (new if layout.endswith("old") else old) & set(text)
+    old, new = {"rope_scaling", "rope_theta", "rope_local_base_freq"}, {"rope_parameters"}
+    present, absent = (old, new) if layout == "hf-multimodal-old" else (new, old)
+    assert present <= set(text) and not absent & set(text)
     assert GemmaConfig.from_hf(content) == small_config()
-
-
-def test_the_old_config_of_4b_is_the_published_one():
-    """Nothing but what differs from the class defaults of `transformers`."""
-    config = rc.config_of_format(GemmaConfig.gemma3_4b(), "hf-multimodal-old")
-    content = rc.config_json(config, "hf-multimodal-old", "bfloat16")
-    assert content["text_config"] == {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    }
 
 
 @pytest.mark.parametrize("layout", ["hf-multimodal-old", "hf-multimodal"])
 @pytest.mark.parametrize("variant", ["270m", "1b", "4b", "12b", "27b"])
 def test_multimodal_config_of_every_size(layout, variant):
-    """Read back it is the same model; the sizes that were published with vision have 64 rows more."""
-    config = rc.config_of_format(GemmaConfig.of_variant(variant), layout)
-    assert config.vocab_size == (262_208 if variant in ("4b", "12b", "27b") else 262_144)
-    assert GemmaConfig.from_hf(rc.config_json(config, layout, "bfloat16")) == config
+    """Read back it is the same model."""
+    config = GemmaConfig.of_variant(variant)
+    assert GemmaConfig.from_hf(rc.config_json(config, layout)) == config
 
 
 def test_ckpt_names_and_fused_rows(written):
@@ -234,16 +230,15 @@ def test_ckpt_names_and_fused_rows(written):
     for kind in ("local", "global"):
         table = state[f"{kind}_freqs_cis"]
         assert table.dtype == torch.complex64 and table.shape == (256, d // 2)
-        assert relative(table.abs(), torch.ones(256, d // 2)) < 1e-6
-    assert state["global_freqs_cis"][8, 0].angle() == pytest.approx(1.0)  # scaled by 8
-    assert "text_token_embedder.weight" in rc.stored_names(replace(config, variant="4b"), "ckpt")
+    multimodal = rc.planned_tensors(replace(config, variant="4b"), "ckpt")
+    assert multimodal[0].name == "text_token_embedder.weight"
 
 
 def test_ckpt_shards(written):
     """Bare dicts whose union is the single file's state, and an index of them all."""
     folder = written / "ckpt-sharded"
     files = sorted(file.name for file in folder.glob("*.bin"))
-    assert files == rc.shard_names("pytorch_model", "bin", len(files)) and len(files) > 2
+    assert files == shard_names("pytorch_model", "bin", len(files)) and len(files) > 2
     held = {file: pickled(folder / file) for file in files}
     state = {name: value for shard in held.values() for name, value in shard.items()}
     assert same(state, pickled(written / "ckpt" / "model.ckpt")["model_state_dict"])
@@ -269,37 +264,30 @@ def test_int8(written):
 
 
 @pytest.mark.parametrize("layout", rc.FORMATS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_bytes_are_foretold(tmp_path, layout, dtype):
-    """What is asked of the disk before the work is what the tensors take up; same seed, same bytes, other seed other."""
-    config = small_config(num_layers=2, is_global=layer_pattern(2), variant="4b", vocab_size=4100)
-    if layout in ("hf-multimodal-old", "hf-multimodal"):
-        config = replace(config, variant="custom")  # 262,208 rows would be too many for a test
-    for folder, seed in (("first", 0), ("again", 0), ("other", 1)):
-        rc.write_checkpoint(tmp_path / folder, config, layout, PROTO, dtype, seed)
-    contents = [
-        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}
-        for folder in ("first", "again", "other")
-    ]
-    assert contents[0] == contents[1] and contents[0].keys() == contents[2].keys()
-    assert {name for name in contents[0] if contents[0][name] != contents[2][name]} == {
-        name for name in contents[0] if name.endswith((".safetensors", ".ckpt", ".bin"))
-    }
-    weights = sum(len(content) for name, content in contents[0].items() if name.endswith(("tensors", ".ckpt", ".bin")))
-    foretold = sum(rc.stored_bytes(config, layout, rc.DTYPES[dtype]).values())
-    assert foretold < weights < foretold + 40_000
-    if layout in rc.HUGGING_FACE:
-        content = read_json(tmp_path / "first" / "config.json")
-        assert content.get("dtype", content.get("torch_dtype")) == dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_same_seed_same_bytes(tmp_path, layout, dtype):
+    """Every file is the same for the same seed, the tensors are others for another; the dtype is the one asked for."""
+    config = small_config(num_layers=2, is_global=layer_pattern(2), vocab_size=4100)
+    folders = [tmp_path / name for name in ("first", "again", "other")]
+    for folder, seed in zip(folders, (0, 0, 1)):
+        write(folder, layout, config, dtype=dtype, seed=seed)
+    first, again, other = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert first == again and first.keys() == other.keys()
+    differ = {name for name in first if first[name] != other[name]}
+    assert differ == {name for name in first if name.endswith((".safetensors", ".ckpt", ".bin"))}
+    planned = sum(tensor.nbytes for tensor in rc.planned_tensors(config, layout, dtype))
+    assert planned < sum(len(first[name]) for name in differ) < planned + 40_000
+    stored = "float32" if layout == "ckpt-int8" else str(dtype).removeprefix("torch.")
+    assert inspect(folders[0], config=config).stored_dtype == stored
 
 
-@pytest.mark.parametrize("layout", rc.HUGGING_FACE)
+@pytest.mark.parametrize("layout", HUGGING_FACE)
 def test_transformers_loads_it(written, layout):
     """No text tensor missing, none unexpected, and the numbers in their places."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    options = {"output_loading_info": True, "dtype": torch.bfloat16}
+    options = {"output_loading_info": True, "dtype": torch.float32}
     if layout == "hf":
         hf, info = transformers.Gemma3ForCausalLM.from_pretrained(written / layout, **options)
         text = hf.model
@@ -319,11 +307,11 @@ def test_transformers_loads_it(written, layout):
         text = hf.model.language_model
     assert [name for name in info["missing_keys"] if "vision" not in name and "projector" not in name] == []
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    expected = {name.removeprefix("model."): value for name, value in reference().items()}
+    expected = {name.removeprefix("model."): value.float() for name, value in reference().items()}
     assert same({name: value.detach() for name, value in text.named_parameters()}, expected)
     ids = np.random.default_rng(0).integers(3, 4000, (1, 50))
     with torch.no_grad():
-        theirs = hf.float()(torch.from_numpy(ids)).logits
+        theirs = hf(torch.from_numpy(ids)).logits
     assert relative(tpa_ref.load(written / layout)(ids), theirs) < 1e-4
 
 
@@ -337,7 +325,7 @@ def test_synthetic_tokenizer_encodes_as_before():
     assert (small.vocab_size(), large.vocab_size()) == (4096, 262_144)
     texts = [
         "The return value is a list of 12345 numbers.",
-        "words word004200 word 004096 word123456\n\n  indented\ttext",
+        "words word4200 <word 4200> <word4096> 123456\n\n  indented\ttext",
         "<start_of_turn>user\nÜber 東京 \U0001f600<end_of_turn>\n",
         (ROOT / "assets" / "tiny-gemma3" / "evaluation.txt").read_text(encoding="utf-8")[:20_000],
     ]
@@ -345,10 +333,10 @@ def test_synthetic_tokenizer_encodes_as_before():
         assert large.encode(text) == small.encode(text)
         assert large.decode(large.encode(text)) == text
     assert all(large.id_to_piece(token) == small.id_to_piece(token) for token in range(4096))
-    assert large.decode([4096, 262_143]) == " word004096 word262143"
+    assert large.decode([4096, 262_143]) == " <word 4096> <word 262143>"
     assert large.get_score(4096) < min(small.get_score(token) for token in range(4096))
     assert rc.synthetic_tokenizer(PROTO, 4096) == PROTO
-    with pytest.raises(TPAError, match="4096 pieces must be asked for, got 4095"):
+    with pytest.raises(TPAError, match="4095 pieces are fewer than the 4096"):
         rc.synthetic_tokenizer(PROTO, 4095)
 
 
@@ -372,7 +360,7 @@ def test_command(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "random_checkpoint.py"), "--variant", "tiny", "--format", "ckpt"]
     done = subprocess.run([*command, "--out", "model"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert re.fullmatch(r"random Gemma 3 tiny \(ckpt\) written to model: 0\.02 GB in \d+\.\d s\n", done.stdout)
+    assert re.fullmatch(r"tiny as ckpt: 0\.02 GB in model, \d+ s\n", done.stdout)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == PROTO
     assert tpa_ref.load(tmp_path / "model").config == GemmaConfig.tiny()
@@ -381,7 +369,7 @@ def test_command(tmp_path):
 WRONG = {
     "taken": (["--out", "taken"], "taken exists"),
     "no folder": (["--out", "nowhere/model"], "nowhere"),
-    "spectra": (["--out", "model", "--spectra"], "--spectra needs --variant 1b"),
+    "spectra": (["--out", "model", "--spectra"], "only those of 1b are published, got --variant tiny"),
     "shard size": (["--out", "model", "--shard-gb", "0"], "--shard-gb must be > 0, got 0.0"),
     "format": (["--out", "model", "--format", "gguf"], "gguf"),
     "nameless": ([], "--out"),
@@ -400,20 +388,13 @@ def test_wrong_arguments_are_one_line(monkeypatch, capsys, tmp_path, arguments, 
     assert [file.name for file in tmp_path.iterdir()] == ["taken"] and not any((tmp_path / "taken").iterdir())
 
 
-def test_a_full_disk_is_seen_before_the_work(monkeypatch, capsys, tmp_path):
-    """Both sizes are named."""
-    monkeypatch.setattr(rc.shutil, "disk_usage", lambda _: rc.shutil._ntuple_diskusage(9, 8, 10**9))
-    code, _, error = call(monkeypatch, capsys, "--variant", "27b", "--format", "hf", "--out", tmp_path / "model")
-    assert code == 2 and "54.0 GB" in error and "1.0 GB free" in error and error.count("\n") == 1
-
-
 def test_nothing_is_left_of_an_interrupted_run(monkeypatch, capsys, tmp_path):
     """A failure midway removes what was written under the temporary name."""
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rc, "write_index", fail)
+    monkeypatch.setattr(rc, "synthetic_tokenizer", fail)
     options = ["--variant", "tiny", "--format", "hf", "--shard-gb", "0.005", "--out", tmp_path / "model"]
     code, _, error = call(monkeypatch, capsys, *options)
     assert code == 2 and "No space left on device" in error and not list(tmp_path.iterdir())

@@ -37,11 +37,13 @@ def test_demo_text_comes_from_its_report():
 
 
 def test_flags_exist():
-    """Every option the README names is one of the script's."""
-    known = subprocess.run(
-        [sys.executable, "run_test_tpa_1b.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    usage = README[README.index("## Quick start") :]
+    """Every option the README names is one of the scripts'."""
+    pytest.importorskip("torch")
+    known = "".join(
+        subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for script in ("run_test_tpa_1b.py", "scripts/run_tpa.py", "scripts/full_size.py")
+    ).replace("--save-tpa", "--save-tpa --save_tpa")
+    usage = README[README.index("## Quick start") :].replace("--local-dir", "")  # of another program
     for flag in sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", usage))):
         assert flag in known, flag
 

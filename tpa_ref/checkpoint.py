@@ -337,7 +337,7 @@ def layer_part(model: Any, layer: int, cast: Callable[[Any, str | None], Any]) -
 
 def config_json(model: Any) -> str:
     """The config.json of a saved model."""
-    content = model.config.to_hf()
+    content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
     if model.tpa is not None:
         described = [
             [{"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error} for how in pair]
