@@ -152,6 +152,16 @@ def sources() -> list[str]:
     return [f"Python {sys.version.split()[0]}", *(f"{name} {metadata.version(name)}" for name in present)]
 
 
+def licenses() -> dict[str, str]:
+    """The licence text of each package that text is taken from, as it is installed."""
+    found = {}
+    for name in PACKAGES:
+        if importlib.util.find_spec(name):
+            files = [path for path in metadata.files(name) or [] if path.name.startswith("LICENSE")]
+            found[name] = min(files, key=lambda path: len(path.parts)).read_text("utf-8")
+    return found
+
+
 def collect() -> dict[str, dict[str, str]]:
     """{split: {document name: text}} of everything above. Deterministic for one Python and one set of packages."""
     documents = topics() | builtin_documents() | source_documents(Path(os.__file__).parent)

@@ -39,11 +39,7 @@ LENGTH = 1024  # tokens of a training sequence
 STAGES = ((0.65, 256, 0.1, 0.04), (0.35, 1024, 0.1, 0.02))
 ANSWER_WEIGHT = 3.0  # an answer of the recall task counts like three tokens of text
 COMMON = 0.4  # length of the part that all initial embeddings share
-SHIPPED = {
-    "evaluation": 400_000,
-    "holdout": 250_000,
-    "calibration": 300_000,
-}  # characters of text in the exported model
+SHIPPED = {"evaluation": 250_000, "holdout": 120_000, "calibration": 120_000}  # characters exported with the model
 BOS = 2
 
 
@@ -477,6 +473,11 @@ def export(args: argparse.Namespace) -> None:
     for name, text in texts.items():
         (target / f"{name}.txt").write_text(text, encoding="utf-8")
 
+    (target / "NOTICE").write_text(NOTICE.format(sources=", ".join(tiny_corpus.sources()[1:])), encoding="utf-8")
+    (target / "licenses").mkdir(exist_ok=True)
+    for package, licence in tiny_corpus.licenses().items():
+        (target / "licenses" / f"{package}.txt").write_text(licence, encoding="utf-8")
+
     # Figures of the weights as they are shipped: bfloat16, computed in float32.
     weights = {name: value.float() for name, value in parameters.items()}
     unseen = np.array(tokenizer.encode(texts["evaluation"]))
@@ -506,6 +507,17 @@ def excerpt(documents: dict[str, str], characters: int) -> str:
     names = random.Random(0).sample(sorted(documents), len(documents))
     return "\n\n".join(documents[name][:6000] for name in names)[:characters]
 
+
+NOTICE = """The texts evaluation.txt, holdout.txt and calibration.txt, and the text that the weights were trained on,
+are documentation, docstrings and comments of
+
+- Python and its standard library, Copyright (c) 2001-2026 Python Software Foundation; All Rights Reserved; used and
+  redistributed under the Python Software Foundation License Version 2 (https://docs.python.org/3/license.html);
+- {sources}: used and redistributed under their licences, which stand in licenses/.
+
+The texts are excerpts; near-duplicate paragraphs were removed. The weights and everything else in this folder are under
+the Apache License 2.0 of this repository.
+"""
 
 CARD = """# tiny-gemma3
 
