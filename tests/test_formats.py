@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import small
 from conftest import TOLERANCE, relative, to_numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small import tensors, write_folder
 
 from tpa_ref import GemmaConfig, TPAError
@@ -214,10 +216,28 @@ def test_the_variant_is_guessed_from_the_shapes(variant):
 
     config = GemmaConfig.of_variant(variant)
     entries = {name: Entry(shape, "bfloat16", None) for name, shape in hf_names(config).items()}
-    for given in (None, variant):
-        assert _choose_config("model.ckpt", None, given, None, entries) == config
+    for named in (None, variant):
+        assert _choose_config("model.ckpt", None, named, None, entries) == config
     entries["model.embed_tokens.weight"] = Entry((262_208, config.hidden_size), "bfloat16", None)
     assert with_rows(config, entries).vocab_size == 262_208
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wounds=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=30), at_end=st.booleans())
+def test_damaged_ckpt(backend, tmp_path, wounds, at_end):
+    """Random bytes of a .ckpt, where its names and its directory are: a TPAError of one line, or a model."""
+    config, good, path = small.config(num_layers=1), tmp_path / "good.ckpt", tmp_path / "model.ckpt"
+    if not good.exists():
+        torch.save({"model_state_dict": gemma_pytorch(config)}, good)
+    content = bytearray(good.read_bytes())
+    size = 4000
+    for where, value in wounds:
+        content[(len(content) - size if at_end else 0) + int(where * (size - 1))] = value
+    path.write_bytes(content)
+    try:
+        assert backend.load(path, config=config).config == config
+    except TPAError as problem:
+        assert ("\n" not in str(problem) and str(path) in str(problem)) or "model." in str(problem)
 
 
 # ---- Hugging Face, all three prefixes, written by transformers ----

@@ -474,4 +474,6 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
         if isinstance(problem, TPAError):
             raise
         reason = getattr(problem, "strerror", None) or str(problem).split("\n", 1)[0][:120]
+        if isinstance(problem, RuntimeError) and shutil.disk_usage(path.absolute().parent).free < 1_000_000:
+            reason = "No space left on device"  # which torch.save puts otherwise
         raise TPAError(f"save: cannot write {path}: {reason}") from None
