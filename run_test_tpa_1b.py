@@ -218,6 +218,8 @@ def print_quality(quality: dict[str, Any]) -> None:
         f"  KL(dense || TPA)   mean {quality['kl']:.5f}   95 % {quality['kl_p95']:.4f}   "
         f"99 % {quality['kl_p99']:.4f}   max {quality['kl_max']:.3f} nats"
     )
+    by_position = [f"{value:.4f} from {start}" for start, value in quality["kl_by_position"].items()]
+    print(f"  KL by position     {', '.join(by_position)}")
     print(f"  top-1 agreement    {100 * quality['top1']:.2f} %")
     print(f"  perplexity         dense {quality['ppl_dense']:.3f}   TPA {quality['ppl_tpa']:.3f}")
     if quality["recall_dense"] is not None:

@@ -30,10 +30,11 @@ def evaluate(
     """Figures of `tpa` against `dense` on a text, in windows that each begin with BOS:
 
     tokens; kl (mean), kl_p95, kl_p99, kl_max of KL(dense || tpa) in nats per position; top1, the share of positions
-    where both predict the same token; ppl_dense, ppl_tpa; recall_dense, recall_tpa, the share of recall questions
-    answered right (`recall_prompts` per distance; 0 leaves them out and gives None).
+    where both predict the same token; ppl_dense, ppl_tpa; kl_by_position, the mean over positions from each key up to
+    the next, which shows drift with length; recall_dense, recall_tpa, the share of recall questions answered right
+    (`recall_prompts` per distance; 0 leaves them out and gives None).
     """
-    kl, same, nll_dense, nll_tpa = [], [], [], []
+    kl, same, nll_dense, nll_tpa, positions = [], [], [], [], []
     for window in progress(list(text_windows(dense, text_or_path, max_tokens, length))):
         if len(window) < 2:
             continue
@@ -49,7 +50,8 @@ def evaluate(
             steps = np.arange(len(following))
             nll_dense.append(-P_bqv[0, steps, following])
             nll_tpa.append(-Q_bqv[0, steps, following])
-    figures = summary(*(np.concatenate(values) for values in (kl, same, nll_dense, nll_tpa)))
+            positions.append(start + np.arange(P_bqv.shape[1]))
+    figures = summary(*(np.concatenate(values) for values in (kl, same, nll_dense, nll_tpa, positions)))
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
@@ -74,7 +76,9 @@ def kl_divergence(P_bqv: np.ndarray, Q_bqv: np.ndarray) -> np.ndarray:
     return np.maximum((np.exp(P_bqv) * (P_bqv - Q_bqv)).sum(-1), 0)
 
 
-def summary(kl: np.ndarray, same: np.ndarray, nll_dense: np.ndarray, nll_tpa: np.ndarray) -> dict[str, Any]:
+def summary(
+    kl: np.ndarray, same: np.ndarray, nll_dense: np.ndarray, nll_tpa: np.ndarray, positions: np.ndarray
+) -> dict[str, Any]:
     """The figures of `evaluate` from one number per position."""
     if not len(nll_dense):
         raise TPAError("evaluate: the text must have at least two tokens")
@@ -87,7 +91,18 @@ def summary(kl: np.ndarray, same: np.ndarray, nll_dense: np.ndarray, nll_tpa: np
         "top1": float(same.mean()),
         "ppl_dense": float(np.exp(nll_dense.mean())),
         "ppl_tpa": float(np.exp(nll_tpa.mean())),
+        "kl_by_position": mean_by_position(kl, positions),
     }
+
+
+def mean_by_position(values: np.ndarray, positions: np.ndarray, first: int = 128) -> dict[int, float]:
+    """Means over stretches of positions that double in length, by where each begins.
+
+    >>> mean_by_position(np.array([1.0, 3.0, 5.0]), np.array([0, 1, 300]))
+    {0: 2.0, 256: 5.0}
+    """
+    stretch = np.where(positions < first, 0, 2 ** np.floor(np.log2(np.maximum(positions, 1))))
+    return {int(start): float(values[stretch == start].mean()) for start in np.unique(stretch)}
 
 
 def recall_accuracy(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tpa_ref.calibrate import read_text, text_windows
-from tpa_ref.evaluate import CHUNK, DISTANCES, recall_accuracy, summary
+from tpa_ref.evaluate import CHUNK, DISTANCES, mean_by_position, recall_accuracy, summary
 
-__all__ = ["DISTANCES", "recall_accuracy", "summary"]
+__all__ = ["DISTANCES", "mean_by_position", "recall_accuracy", "summary"]
 
 
 @torch.inference_mode()
@@ -26,7 +26,7 @@ def evaluate(
     progress: Any = iter,
 ) -> dict[str, Any]:
     """Figures of `tpa` against `dense` on a text: tokens, kl (mean, p95, p99, max), top1, ppl and recall of both."""
-    kl, same, nll_dense, nll_tpa = [], [], [], []
+    kl, same, nll_dense, nll_tpa, positions = [], [], [], [], []
     for window in progress(list(text_windows(dense, text_or_path, max_tokens, length))):
         if len(window) < 2:
             continue
@@ -41,9 +41,9 @@ def evaluate(
             following = tokens_bq[0, start + 1 : start + 1 + P_bqv.shape[1], None]
             nll_dense.append(-P_bqv[0, : len(following)].gather(1, following)[:, 0])
             nll_tpa.append(-Q_bqv[0, : len(following)].gather(1, following)[:, 0])
-    figures = summary(
-        *(torch.cat(values).cpu().numpy().astype(np.float64) for values in (kl, same, nll_dense, nll_tpa))
-    )
+            positions.append(start + np.arange(P_bqv.shape[1]))
+    columns = [torch.cat(values).cpu().numpy().astype(np.float64) for values in (kl, same, nll_dense, nll_tpa)]
+    figures = summary(*columns, np.concatenate(positions))
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
