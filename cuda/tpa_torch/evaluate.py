@@ -42,14 +42,17 @@ def evaluate(
             nll_dense.append(-P_bqv[0, : len(following)].gather(1, following)[:, 0])
             nll_tpa.append(-Q_bqv[0, : len(following)].gather(1, following)[:, 0])
             positions.append(start + np.arange(P_bqv.shape[1]))
-    columns = [torch.cat(values).cpu().numpy().astype(np.float64) for values in (kl, same, nll_dense, nll_tpa)]
-    figures = summary(*columns, np.concatenate(positions))
+    figures = summary(*map(_joined, (kl, same, nll_dense, nll_tpa)), positions=np.concatenate(positions))
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
         figures[name] = float(np.mean(list(by_distance.values()))) if by_distance else None
         figures[f"{name}_by_distance"] = by_distance
     return figures
+
+
+def _joined(values: list[Tensor]) -> np.ndarray:
+    return torch.cat(values).cpu().numpy().astype(np.float64)
 
 
 def log_softmax(L_bqv: Tensor) -> Tensor:
