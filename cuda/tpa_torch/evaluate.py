@@ -42,7 +42,8 @@ def evaluate(
             nll_dense.append(-P_bqv[0, : len(following)].gather(1, following)[:, 0])
             nll_tpa.append(-Q_bqv[0, : len(following)].gather(1, following)[:, 0])
             positions.append(start + np.arange(P_bqv.shape[1]))
-    figures = summary(*map(_joined, (kl, same, nll_dense, nll_tpa)), positions=np.concatenate(positions))
+    parts = (_joined(kl), _joined(same), _joined(nll_dense), _joined(nll_tpa), np.concatenate(positions))
+    figures = summary(*parts)
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
