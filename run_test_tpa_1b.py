@@ -108,7 +108,14 @@ def main() -> None:
         + memory.table(config, [("measured", measured.max_len, measured.nbytes), ("at --context", context, tpa_bytes)])
     )
 
-    quality = backend.evaluate(dense, tpa, eval_text, max_tokens=eval_tokens, progress=cli.progress_bar("evaluating"))
+    quality = backend.evaluate(
+        dense,
+        tpa,
+        eval_text,
+        max_tokens=eval_tokens,
+        recall_prompts=2 if large and device == "cpu" else 10,
+        progress=cli.progress_bar("evaluating"),
+    )
     print_quality(quality)
     print_speed(speed, measured.max_len)
 

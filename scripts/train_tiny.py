@@ -521,8 +521,9 @@ the Apache License 2.0 of this repository.
 
 CARD = """# tiny-gemma3
 
-A language model of Gemma 3's structure in {parameters:.1f} M parameters: {description}. Trained from nothing by
-`scripts/train_tiny.py`; it exists to show and test KV cache compression in seconds, and is useful for nothing else.
+A language model of Gemma 3's structure in {parameters:.1f} M parameters: {description}.
+Trained from nothing by `scripts/train_tiny.py`; it exists to show and test KV cache compression in seconds, and is
+useful for nothing else.
 
 | | |
 |---|---|
@@ -550,7 +551,7 @@ def card(figures: dict, config: GemmaConfig) -> str:
     unseen, seen = figures["loss_unseen_documents"], figures["loss_training_documents"]
     return CARD.format(
         parameters=parameter_count(config) / 1e6,
-        description=describe_config(config).split(": ", 1)[1],
+        description=describe_config(config).split(": ", 1)[1].rsplit(", ", 1)[0],
         unseen=unseen,
         unseen_ppl=math.exp(unseen),
         seen=seen,

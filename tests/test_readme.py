@@ -36,6 +36,15 @@ def test_demo_text_comes_from_its_report():
     assert report["text"]["tpa"].strip() in shown
 
 
+def test_figures_of_the_tiny_model_are_those_of_its_training():
+    """Loss, gap and recall in the text are those of training.json."""
+    figures = json.loads((ROOT / "assets" / "tiny-gemma3" / "training.json").read_text())
+    unseen, seen = figures["loss_unseen_documents"], figures["loss_training_documents"]
+    text = " ".join(README[README.index("## The tiny model") :].split())
+    assert f"{unseen:.2f} nats per token, {unseen - seen:.2f} above its training text" in text
+    assert f"at least {100 * min(figures['recall'].values()):.1f} % of the recall questions" in text
+
+
 def test_flags_exist():
     """Every option the README names is one of the scripts'."""
     pytest.importorskip("torch")
