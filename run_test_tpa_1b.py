@@ -27,7 +27,7 @@ from tpa_ref.errors import TPAError
 from tpa_ref.generate import check_sampling, prompt_tokens
 from tpa_ref.tokenizer import BOS
 
-PROMPT = "Return a new list containing"
+PROMPT = "Return the number of"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -82,7 +82,9 @@ def markdown(rows: list[dict]) -> str:
         "",
         f"From disk to disk with `run_tpa.py --convert --save_tpa`, {rows[0]['calibration_tokens']:,} calibration "
         f"tokens, computed in {rows[0]['dtype']}, on {environment['processor']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}.",
+        f"torch {environment['torch']}. "
+        "Peak memory is anonymous memory: weights that are used in the dtype they are stored in stay pages of the "
+        "mapped file, which the system drops when it needs room.",
         "",
         "| model | prefill dense | prefill TPA | decode dense | decode TPA | windowed | TPA cache | peak memory |",
         "|---|---|---|---|---|---|---|---|",

@@ -75,8 +75,9 @@ def is_basis(name: str) -> bool:
 
 def widen(name: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
     """A stored tensor in the dtype that is computed in (None: as it is); infinities and NaN are named and refused."""
-    value = value if dtype is None else value.astype(dtype)
-    if not np.isfinite(value).all():
+    value = value if dtype is None else value.astype(dtype, copy=False)
+    # Both ends show what is not finite, without the temporary arrays of a test of every number.
+    if value.size and not np.isfinite([value.min(), value.max()]).all():
         raise TPAError(f"load: {name} must be finite, got {int((~np.isfinite(value)).sum())} NaN or infinite numbers")
     return value
 
