@@ -99,9 +99,12 @@ def main() -> None:
 
 def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
     """Convert from disk to disk, layer by layer: memory for one layer is enough."""
-    options = {"device": args.device} if args.backend == "torch" else {}
+    options, device = {}, "cpu"
+    if args.backend == "torch":
+        device = str(importlib.import_module("tpa_torch.checkpoint").choose_device(args.device))
+        options = {"device": device}
     start = time.perf_counter()
-    with cli.PeakMemory(args.device) as peak:
+    with cli.PeakMemory(device) as peak:
         backend.convert_checkpoint(
             source,
             args.save_tpa,
@@ -121,7 +124,7 @@ def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
         "saved_bytes": sum(file.stat().st_size for file in Path(args.save_tpa).iterdir()),
         "dtype": args.dtype,
         "calibration_tokens": 0 if args.calibration == "none" else args.calibration_tokens or CALIBRATION_TOKENS,
-        "environment": cli.environment(args.backend, args.device),
+        "environment": cli.environment(args.backend, device),
     }
     print(
         f"saved to {args.save_tpa} ({memory.human(report['saved_bytes'])}): {report['conversion_seconds']:.1f} s, "

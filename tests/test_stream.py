@@ -116,6 +116,36 @@ def test_a_sharded_checkpoint(backend, tmp_path):
     np.testing.assert_array_equal(small.logits(backend.load(written), IDS), small.logits(whole, IDS))
 
 
+MEASURED = """
+import sys
+sys.path[:0] = {path!r}
+import {backend} as backend
+from tpa_ref.command_line import PeakMemory, anonymous_memory
+before = anonymous_memory()
+with PeakMemory(interval=0.001) as peak:
+    backend.convert_checkpoint({source!r}, {target!r}, calibration={text!r}, max_tokens=300)
+print(peak.bytes - before)
+"""
+
+
+def test_one_layer_is_enough_memory(backend, tmp_path):
+    """A model of 24 layers is converted in less than a third of its size (in the dtype that is computed in)."""
+    config = small.config(num_layers=24, hidden_size=256, intermediate_size=4096)
+    named = small.bfloat16(small.tensors(config))
+    size = sum(value.size * 4 for value in named.values())
+    source = write_folder(tmp_path / "model", config, named, small.tokenizer_proto())
+    script = MEASURED.format(
+        path=[str(ROOT), str(ROOT / "cuda")],
+        backend=backend.__name__,
+        source=str(source),
+        target=str(tmp_path / "tpa"),
+        text=TEXT,
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
+    assert size > 300e6 and 0 < int(done.stdout) < size / 3
+
+
 # ---- interruptions ----
 
 KILLED = """
