@@ -181,6 +181,7 @@ def test_kill_and_run_again_gives_the_same_bytes(backend, folder, tmp_path, at):
     partial = tmp_path / ".tpa.partial"
     assert len(list(partial.glob("model-*"))) == at + 1
     begun = {file: file.stat().st_mtime_ns for file in partial.glob("model-*")}
+    (partial / ".tmpAbC123").write_bytes(b"what a killed library leaves")
     arguments = [sys.executable, "-c", script.replace(f"layer == {at}", "layer == -1")]
     subprocess.run(arguments, check=True, env=environment)
     assert not partial.exists()

@@ -173,12 +173,13 @@ def save_states(folder: Path, layer: int, states: list[Any], save_file: Callable
 
 
 def finish_folder(folder: Path, target: Path, converted: Any) -> None:
-    """Index, config and tokenizer; then the partial folder takes the target's name."""
-    for file in [*folder.glob("states-*"), *folder.glob("factors-*"), *folder.glob("*.tmp")]:
-        file.unlink()
+    """Index, config and tokenizer beside the finished files, nothing else; then the folder takes the target's name."""
+    kept = {shard_name(number, converted.config) for number in range(converted.config.num_layers + 1)}
+    for file in folder.iterdir():  # what only the work needed, and what a killed library left half-written
+        if file.name not in kept:
+            file.unlink()
     write_index(folder)
     write_beside(converted, folder)
-    (folder / RECIPE).unlink()
     with replacing(target) as temporary:
         folder.rename(temporary)
 
