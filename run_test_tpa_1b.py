@@ -87,10 +87,13 @@ def main() -> None:
         moments = calibration_text and backend.calibrate(
             dense, calibration_text, max_tokens=calibration_tokens, progress=cli.progress_bar("calibrating")
         )
-        tpa = backend.convert(dense, tpa_config, calibration=moments)
+        plan = cli.make_plan(backend, dense, moments, args, context)
+        tpa = backend.convert(dense, plan.config if plan else tpa_config, calibration=moments)
     conversion_seconds = time.perf_counter() - start
     source = f"{moments.tokens:,} calibration tokens" if moments else "the weights alone"
     print(f"\nconverted in {conversion_seconds:.1f} s, constant factors from {source}")
+    if plan:
+        print(f"  plan: {plan.message}")
     for line in tpa.notes + cli.describe_factors(tpa):
         print(f"  {line}")
     if config.num_kv_heads == 1 and any(how.mode in ("contextual", "fixed-a") for pair in tpa.factors for how in pair):
@@ -139,14 +142,14 @@ def main() -> None:
             "ranks_requested": {"q": args.q_rank, "k": args.k_rank, "v": args.v_rank},
             "ranks_used": [
                 {
-                    "k": {"mode": k.mode, "rank": k.rank, "dtype": k.dtype},
-                    "v": {"mode": v.mode, "rank": v.rank, "dtype": v.dtype},
+                    side: {"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "bits": sum(how.widths) or None}
+                    for side, how in (("k", k), ("v", v))
                 }
                 for k, v in tpa.factors
             ],
-            "rate": None,
+            "rate": tpa.tpa.rate or (2.0 if tpa.tpa.spectral else None),
             "kv_dtype": args.kv_dtype,
-            "plan": None,
+            "plan": plan.to_dict() if plan else None,
         },
         "conversion_seconds": conversion_seconds,
         "kv": memory.kv_report(config, measured, context, tpa_bytes),
@@ -207,7 +210,8 @@ def greedy_steps(model: Any, cache: Any, token: int, steps: int) -> None:
 def weights_bytes(dense: Any, tpa: Any) -> dict[str, int]:
     """Bytes of the weights in memory; TPA adds its constant factors and, with a q rank, exchanges W_Q."""
     size = cli.parameter_count(dense.config) * dense.weights.embed_vm.dtype.itemsize
-    extra = sum(how.basis.nbytes for pair in tpa.factors for how in pair if how.basis is not None)
+    constants = [x for pair in tpa.factors for how in pair for x in how.constants().values() if x is not None]
+    extra = sum(x.nbytes for x in constants)
     for query, block in zip(tpa.query_factors, dense.weights.layers, strict=True):
         if query is not None:
             extra += query[0].nbytes + query[1].nbytes - block.WQ_hdm.nbytes

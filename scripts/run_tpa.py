@@ -23,7 +23,7 @@ from tpa_ref import __version__, memory
 from tpa_ref import command_line as cli
 from tpa_ref.calibrate import read_text
 from tpa_ref.checkpoint import check_output
-from tpa_ref.config import TPAConfig
+from tpa_ref.config import DEFAULT_CONTEXT, TPAConfig
 from tpa_ref.conversation import Conversation
 from tpa_ref.errors import TPAError
 from tpa_ref.generate import check_sampling
@@ -48,15 +48,16 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--report", metavar="FILE.json", help="seconds, peak memory and bytes of the conversion")
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
     args = parser.parse_args()
+    if args.context is not None and args.context < 1:
+        raise TPAError(f"--context must be >= 1, got {args.context}")
     if args.load_tpa and (args.ckpt or args.convert or args.save_tpa):
         raise TPAError("--load-tpa names a model that is converted already; it excludes --ckpt, --convert, --save-tpa")
     tpa_options = [name for name, value in vars(cli.tpa_config(args)).items() if value != getattr(TPAConfig(), name)]
+    tpa_options = [name for name in tpa_options if name != "context"]  # which concerns conversations as well
     if tpa_options and not (args.convert or args.save_tpa):
         raise TPAError(f"--{tpa_options[0].replace('_', '-')} concerns a conversion, but --convert is not given")
     if args.report and not (args.save_tpa and not Path(args.save_tpa).suffix):
         raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
-    if args.context is not None and args.context < 1:
-        raise TPAError(f"--context must be >= 1, got {args.context}")
     return args
 
 
@@ -105,11 +106,12 @@ def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
         options = {"device": device}
     start = time.perf_counter()
     with cli.PeakMemory(device) as peak:
+        config, calibration = planned(backend, args, source, options)
         backend.convert_checkpoint(
             source,
             args.save_tpa,
-            cli.tpa_config(args),
-            calibration_text(args),
+            config,
+            calibration,
             args.variant,
             args.config,
             args.tokenizer,
@@ -134,13 +136,37 @@ def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
         cli.write_json(args.report, report)
 
 
+def planned(backend: Any, args: argparse.Namespace, source: str, options: dict[str, Any]) -> tuple[TPAConfig, Any]:
+    """(configuration, calibration) of a conversion from disk to disk; a plan needs the model, a block at a time."""
+    if args.kv_budget is None and args.max_kl is None:
+        return cli.tpa_config(args), calibration_text(args)
+    dense = backend.load(source, args.variant, args.config, args.tokenizer, args.dtype, on_disk=True, **options)
+    moments = calibrated(backend, dense, args)
+    return chosen_config(backend, dense, moments, args), moments
+
+
 def convert(backend: Any, model: Any, args: argparse.Namespace) -> Any:
-    """Calibrate and convert in memory."""
+    """Calibrate, plan if asked to, and convert in memory."""
+    moments = calibrated(backend, model, args)
+    config = chosen_config(backend, model, moments, args)
+    return backend.convert(model, config, moments, progress=cli.progress_bar("converting"))
+
+
+def calibrated(backend: Any, model: Any, args: argparse.Namespace) -> Any:
+    """Moments of the calibration text; None without one."""
     text = calibration_text(args)
-    moments = text and backend.calibrate(
-        model, text, max_tokens=args.calibration_tokens or CALIBRATION_TOKENS, progress=cli.progress_bar("calibrating")
-    )
-    return backend.convert(model, cli.tpa_config(args), moments, progress=cli.progress_bar("converting"))
+    tokens, bar = args.calibration_tokens or CALIBRATION_TOKENS, cli.progress_bar("calibrating")
+    return text and backend.calibrate(model, text, max_tokens=tokens, progress=bar)
+
+
+def chosen_config(backend: Any, model: Any, moments: Any, args: argparse.Namespace) -> TPAConfig:
+    """The configuration that the options mean, or that the plan finds, which is printed."""
+    context = min(args.context or DEFAULT_CONTEXT, model.config.max_positions)
+    plan = cli.make_plan(backend, model, moments, args, context)
+    if plan is None:
+        return cli.tpa_config(args)
+    print(f"plan: {plan.message}")
+    return plan.config
 
 
 def calibration_text(args: argparse.Namespace) -> str | None:

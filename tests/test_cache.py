@@ -48,7 +48,7 @@ def extend(backend, cache, layer, at, value_of=float):
     value = np.vectorize(value_of)(at) if at.size else at
     X = np.broadcast_to(value[:, :, None, None], (*at.shape, config.num_kv_heads, config.head_dim)).astype(np.float32)
     kv = part(backend, "cache")
-    new = kv.store({"X": to(backend, X)}, "float32")
+    new = kv.store({"X": to(backend, X)}, Factorization("dense", dtype="float32"))
     held, keys = cache.layers[layer].extend((new, new), at, cache.lengths_b)
     for side in held:
         assert (back(side["X"]["x"]) == back(side["X"]["x"])[..., :1, :1]).all()

@@ -557,25 +557,25 @@ def saved(tmp_path, folder):
 
 
 def test_a_newer_format_is_refused(backend, tmp_path, saved):
-    """Version 2 of a folder, a .safetensors and a .pt, dense or TPA: both versions are named."""
+    """Another version of a folder, a .safetensors and a .pt, dense or TPA: both versions are named."""
     content = json.loads((saved / "config.json").read_text())
-    content["tpa"]["version"] = 2
+    content["tpa"]["version"] = 3
     (saved / "config.json").write_text(json.dumps(content))
-    refused(lambda: backend.load(saved), saved, "version 2", "1")
+    refused(lambda: backend.load(saved), saved, "version 3", "2")
 
     dense = backend.load(write_folder(tmp_path / "dense"))
     path = backend.save(dense, tmp_path / "one.safetensors")
     with safe_open(path, "numpy") as handle:
         metadata = handle.metadata()
-    save_file(load_file(path), path, metadata | {"version": "2"})
-    refused(lambda: backend.load(path), path, "version 2", "1")
+    save_file(load_file(path), path, metadata | {"version": "1"})
+    refused(lambda: backend.load(path), path, "version 1", "2")
 
     if small.has_torch():
         import torch
 
         path = backend.save(dense, tmp_path / "one.pt")
-        torch.save(torch.load(path, weights_only=True) | {"version": 2}, path)
-        refused(lambda: backend.load(path), path, "version 2", "1")
+        torch.save(torch.load(path, weights_only=True) | {"version": 1}, path)
+        refused(lambda: backend.load(path), path, "version 1", "2")
 
 
 def tamper(saved, change):
@@ -805,7 +805,13 @@ def test_a_pt_that_is_not_a_saved_model(backend, tmp_path, folder, wrong):
         ({"k_rank": 1.5}, ("k_rank", "whole", "1.5")),
         ({"k_rank": True}, ("k_rank", "True")),
         ({"k_rank": "2"}, ("k_rank", "'2'")),
-        ({"rate": 0.5}, ("rate", "0.5")),
+        ({"rate": 0}, ("rate", "8", "0")),
+        ({"rate": 8.5}, ("rate", "8", "8.5")),
+        ({"rate": 1.0, "kv_dtype": "int8"}, ("rate", "kv_dtype", "int8")),
+        ({"rate": 1.0, "mode": "contextual"}, ("rate", "mode", "contextual")),
+        ({"sinks": 65}, ("sinks", "64", "65")),
+        ({"recent": None}, ("recent", "None")),
+        ({"context": 0}, ("context", ">= 1", "0")),
         ({"layers": "most"}, ("layers", "all", "global", "'most'")),
         ({"layers": "0,7"}, ("layers", "6", "7")),
         ({"layers": ""}, ("layers", "''")),

@@ -183,15 +183,15 @@ def test_constant_bases_are_orthonormal(backend, mode, rank):
     """fixed-a: rows R u_r; fixed-b: per head; latent: as vectors of length g d."""
     basis = back(made(backend, mode, rank, data()).basis)
     if mode == "fixed-a":
-        assert basis.shape == (rank, G)
-        basis = basis[None] / rank
+        assert basis.shape == (rank, G, D)  # one complex mixture of heads for every RoPE pair
+        basis = np.moveaxis(basis[..., : D // 2] + 1j * basis[..., D // 2 :], -1, 0) / rank
     elif mode == "fixed-b":
         assert basis.shape == (G, rank, D)
     else:
         assert basis.shape == (rank, G, D)
         basis = basis.reshape(1, rank, G * D)
     for rows in basis:
-        np.testing.assert_allclose(rows @ rows.T, np.eye(rank), atol=1e-12)
+        np.testing.assert_allclose(rows @ rows.conj().T, np.eye(rank), atol=1e-12)
 
 
 @pytest.mark.parametrize(("mode", "rank"), [(mode, rank) for mode, rank in BELOW if mode != "contextual"])
@@ -202,8 +202,10 @@ def test_encoding_is_least_squares(backend, mode, rank):
     for token, x in enumerate(X[0]):
         parts = {name: array[0, token] for name, array in encoded(backend, X[:1], how).items()}
         if mode == "fixed-a":
-            expected = np.linalg.lstsq(basis.T / rank, x, rcond=None)[0]
-            np.testing.assert_allclose(parts["B"], expected, atol=1e-10)
+            for i in range(D // 2):
+                A, z = (y[..., i] + 1j * y[..., i + D // 2] for y in (basis, x))
+                expected = np.linalg.lstsq(A.T / rank, z, rcond=None)[0]
+                np.testing.assert_allclose(parts["B"][:, [i, i + D // 2]].T, [expected.real, expected.imag], atol=1e-10)
         elif mode == "fixed-b":
             for head in range(G):
                 expected = np.linalg.lstsq(basis[head].T, x[head], rcond=None)[0]

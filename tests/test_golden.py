@@ -98,5 +98,5 @@ def test_rms_norm_is_that_of_transformers(backend, golden):
 def test_gelu_is_the_tanh_form_of_transformers(backend, golden):
     """The tanh approximation, not the exact GELU: they differ by up to 5e-4, far above the tolerance."""
     arrays = golden["pointwise"]
-    y = small.part(backend, "model").gelu_tanh(small.to(backend, arrays["gelu_x"]))
+    y = small.part(backend, "mlp").gelu_tanh(small.to(backend, arrays["gelu_x"]))
     np.testing.assert_allclose(small.back(y), arrays["gelu_y"], rtol=0, atol=1e-12)

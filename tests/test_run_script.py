@@ -30,7 +30,7 @@ def test_whole_way(backend, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert report["variant"] == "tiny" and report["tpa"]["ranks_requested"] == {"q": None, "k": 48, "v": None}
-    assert report["tpa"]["ranks_used"][0]["k"] == {"mode": "latent", "rank": 48, "dtype": "bfloat16"}
+    assert report["tpa"]["ranks_used"][0]["k"] == {"mode": "latent", "rank": 48, "dtype": "bfloat16", "bits": None}
     g, d, w, global_layers, local_layers = 4, 32, 128, 2, 10  # arithmetic of the tiny model, by hand
     context, bf16 = report["kv"]["context"], 2
     assert report["kv"]["full_bytes"] == 2 * bf16 * g * d * 12 * context
@@ -38,7 +38,8 @@ def test_whole_way(backend, tmp_path):
     assert report["kv"]["tpa_bytes"] == bf16 * (48 + 64) * (global_layers * context + local_layers * w)
     n = report["kv"]["measured_tokens"]
     assert report["kv"]["measured_bytes"] == bf16 * (48 + 64) * (global_layers * n + local_layers * w)
-    assert report["weights_bytes"]["tpa"] - report["weights_bytes"]["dense"] == 12 * (48 + 64) * g * d * 4
+    constants = 2 * (48 + 64) + 2  # encoder and basis of K and V, and their means
+    assert report["weights_bytes"]["tpa"] - report["weights_bytes"]["dense"] == 12 * constants * g * d * 4
     assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 600 + 1  # BOS
     assert report["peak_memory_bytes"] > report["weights_bytes"]["dense"]
 
@@ -72,7 +73,13 @@ WRONG = {
     "report folder missing": (["--report", "a/b.json"], "b.json"),
     "wrong variant": (["--variant", "4b"], "4b"),
     "context zero": (["--context", "0"], "--context"),
-    "rate is not there yet": (["--rate", "2"], "--rate"),
+    "rate": (["--rate", "9"], "rate"),
+    "rate and mode": (["--rate", "2", "--mode", "fixed-a"], "fixed-a"),
+    "plan and rate": (["--rate", "2", "--max-kl", "0.1"], "--rate"),
+    "plan without text": (["--kv-budget", "8", "--calibration", "none"], "--kv-budget"),
+    "budget below zero": (["--kv-budget", "-8"], "kv_budget"),
+    "holdout without bound": (["--holdout", "x.txt"], "--max-kl"),
+    "too many newest": (["--recent", "65"], "recent"),
 }
 
 

@@ -152,9 +152,10 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import {backend} as backend
+steps = iter(range(100))
 def progress(layers):
     for layer in layers:
-        if layer == {at}:
+        if next(steps) == {at}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield layer
 backend.convert_checkpoint({source!r}, {target!r}, calibration=open({text!r}).read(), max_tokens=700, progress=progress)
@@ -162,9 +163,20 @@ backend.convert_checkpoint({source!r}, {target!r}, calibration=open({text!r}).re
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-@pytest.mark.parametrize("at", [0, 1, 4])
-def test_kill_and_run_again_gives_the_same_bytes(backend, folder, tmp_path, at):
-    """kill -9 in the middle, run again: no layer is written twice, and every byte is that of an undisturbed run."""
+@pytest.mark.parametrize(
+    ("at", "found"),
+    [
+        (0, {"states": 1}),
+        (3, {"states": 4, "moments": 3}),
+        (9, {"states": 8, "moments": 7, "gradients": 3, "fisher": 2}),
+        (16, {"fisher": 7, "spectrum": 2}),
+        (25, {"fisher": 7, "spectrum": 7, "model": 5}),
+    ],
+)
+def test_kill_and_run_again_gives_the_same_bytes(backend, folder, tmp_path, at, found):
+    """kill -9 forwards, backwards, in the spectra and in the factors, and run again: what was finished is there, no
+    layer is written twice, and every byte is that of an undisturbed run.
+    """
     target = tmp_path / "tpa"
     (tmp_path / "text").write_text(TEXT)
     script = KILLED.format(
@@ -179,10 +191,11 @@ def test_kill_and_run_again_gives_the_same_bytes(backend, folder, tmp_path, at):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
     assert done.returncode == -signal.SIGKILL and not target.exists()
     partial = tmp_path / ".tpa.partial"
-    assert len(list(partial.glob("model-*"))) == at + 1
+    counts = {kind: len(list(partial.glob(f"{kind}-*.safetensors"))) for kind in found}
+    assert counts == found
     begun = {file: file.stat().st_mtime_ns for file in partial.glob("model-*")}
     (partial / ".tmpAbC123").write_bytes(b"what a killed library leaves")
-    arguments = [sys.executable, "-c", script.replace(f"layer == {at}", "layer == -1")]
+    arguments = [sys.executable, "-c", script.replace(f"next(steps) == {at}", "False")]
     subprocess.run(arguments, check=True, env=environment)
     assert not partial.exists()
     assert all((target / file.name).stat().st_mtime_ns == time for file, time in begun.items())
@@ -238,11 +251,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(backend, folder, tmp_path, m
     stream = part(backend, "stream")
     written, save_file = [], stream.save_file
 
-    def full(tensors, path, metadata):
+    def full(tensors, path, *metadata):
         written.append(path)
         if len(written) > 3:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, *metadata)
 
     monkeypatch.setattr(stream, "save_file", full)
     refused(lambda: backend.convert_checkpoint(folder, tmp_path / "tpa"), "No space left on device", "tpa")

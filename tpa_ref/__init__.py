@@ -27,6 +27,7 @@ from .errors import TPAError
 from .evaluate import evaluate
 from .generate import generate, generate_batch
 from .model import Model, convert
+from .plan import plan
 from .stream import convert_checkpoint, export
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "generate",
     "generate_batch",
     "load",
+    "plan",
     "save",
 ]

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from . import rope
-from .factorize import Factorization, decode
+from .factorize import Factorization, as_pairs, decode, from_pairs
 
 einsum = partial(np.einsum, optimize=True)
 Tables = tuple[np.ndarray, np.ndarray]  # cos and sin of the key positions, [b,k,d/2] each
@@ -92,21 +92,30 @@ def values_contextual(P_bhqk: np.ndarray, A_bkug: np.ndarray, B_bkue: np.ndarray
 def scores_fixed_a(Q_bqhd: np.ndarray, A_sg: np.ndarray, B_bksd: np.ndarray, scale: float) -> np.ndarray:
     """The query absorbs A: q^_s = A[s,g] q. What remains is multi-query attention with one key of length R d.
 
-    Shapes: Q [b,q,h,d], A [s,g], B [b,k,s,d] (rotated) -> [b,h,q,k].
+    A may also be one complex number per RoPE pair (`factorize.mix_heads`); the query takes its conjugate.
+
+    Shapes: Q [b,q,h,d], A [s,g] or [s,g,d], B [b,k,s,d] (rotated) -> [b,h,q,k].
     """
-    s, g = A_sg.shape
-    Q_bqgnsd = einsum("sg,bqgnd->bqgnsd", A_sg, split_heads(Q_bqhd, g))
+    s, g = A_sg.shape[:2]
+    Q_bqgnd = split_heads(Q_bqhd, g)
+    if A_sg.ndim == 2:
+        Q_bqgnsd = einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
+    else:
+        Q_bqgnsd = from_pairs(einsum("sgp,bqgnp->bqgnsp", as_pairs(A_sg).conj(), as_pairs(Q_bqgnd)))
     return join_heads(einsum("bqgnsd,bksd->bgnqk", Q_bqgnsd, B_bksd) * (scale / s))
 
 
 def values_fixed_a(P_bhqk: np.ndarray, A_ug: np.ndarray, B_bkue: np.ndarray) -> np.ndarray:
     """Aggregate b's first (all heads share them), mix with A once per query.
 
-    Shapes: P [b,h,q,k], A [u,g], B [b,k,u,e] -> [b,q,h,e].
+    Shapes: P [b,h,q,k], A [u,g] or [u,g,e], B [b,k,u,e] -> [b,q,h,e].
     """
     b, h, q, _ = P_bhqk.shape
-    u, g = A_ug.shape
+    u, g = A_ug.shape[:2]
     Y_bqgnue = einsum("bhqk,bkue->bqhue", P_bhqk, B_bkue).reshape(b, q, g, h // g, u, -1)
+    if A_ug.ndim == 3:
+        O_bqgne = from_pairs(einsum("ugp,bqgnup->bqgnp", as_pairs(A_ug), as_pairs(Y_bqgnue)))
+        return O_bqgne.reshape(b, q, h, -1) / u
     return einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue).reshape(b, q, h, -1) / u
 
 
@@ -147,6 +156,15 @@ def values_latent(P_bhqk: np.ndarray, C_bku: np.ndarray, B_uge: np.ndarray) -> n
     return einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).reshape(b, q, h, -1)
 
 
+def mean_values(P_bhqk: np.ndarray, mean_ge: np.ndarray) -> np.ndarray:
+    """What the constant mean of V adds: once the probability that falls on these keys (1 if they are all).
+
+    Shapes: P [b,h,q,k], mean [g,e] -> [b,q,h,e].
+    """
+    h, g = P_bhqk.shape[1], mean_ge.shape[0]
+    return einsum("bhq,he->bqhe", P_bhqk.sum(-1), np.repeat(mean_ge, h // g, axis=0))
+
+
 # ---- one entry for every mode ----
 
 
@@ -175,8 +193,10 @@ def values(P_bhqk: np.ndarray, parts: dict[str, np.ndarray], how: Factorization,
     if how.mode == "fixed-a":
         return values_fixed_a(P_bhqk, basis, parts["B"])
     if how.mode == "fixed-b":
-        return values_fixed_b(P_bhqk, parts["A"], basis)
-    return values_latent(P_bhqk, parts["C"], basis)
+        O_bqhe = values_fixed_b(P_bhqk, parts["A"], basis)
+    else:
+        O_bqhe = values_latent(P_bhqk, parts["C"], basis)
+    return O_bqhe if how.mean is None else O_bqhe + mean_values(P_bhqk, _like(how.mean, P_bhqk))
 
 
 def _like(basis: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,9 @@
 A layer with a sliding window holds min(max_len, window) slots, a global one max_len; token p lives in slot
 p mod slots. No positions are stored: they follow from the length. What is held are exactly the quantized parts of
 `factorize.part_shapes`, and `nbytes` is the sum over those arrays.
+
+A converted global layer may keep its first tokens (attention sinks) and its newest ones as they are, in two small dense
+caches beside the coded one; a query then reads up to three segments of keys.
 """
 
 from __future__ import annotations
@@ -23,6 +26,33 @@ Stored = dict[str, dict[str, Any]]  # part -> field -> array [b, k, ...]
 LayerFactors = tuple[Factorization, Factorization]  # how K and how V are cached
 
 
+DENSE = Factorization("dense", dtype="bfloat16"), Factorization("dense", dtype="bfloat16")  # of exact tokens
+
+
+@dataclass(frozen=True)
+class Exact:
+    """How many tokens of a layer are read as they are: the first `sinks` of a text, and the newest `recent`."""
+
+    sinks: int = 0
+    recent: int = 0
+
+    def __bool__(self) -> bool:
+        return self.sinks > 0 or self.recent > 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys and values that a chunk of queries reads: what is held of them, and the position of each, [b,k].
+
+    kind: "coded", "sinks" or "recent"; `masks.of_segment` says which of them a query reads where.
+    """
+
+    kind: str
+    how: LayerFactors
+    held: tuple[Stored, Stored]
+    positions_bk: np.ndarray
+
+
 @dataclass
 class LayerCache:
     """K and V of one layer: for each the stored fields of its parts, [b, slots, ...]."""
@@ -31,11 +61,32 @@ class LayerCache:
     slots: int
     windowed: bool
     stored: tuple[Stored, Stored]
+    sinks: LayerCache | None = None
+    recent: LayerCache | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays really held."""
-        return sum(array.nbytes for side in self.stored for fields in side.values() for array in fields.values())
+        own = sum(array.nbytes for side in self.stored for fields in side.values() for array in fields.values())
+        return own + sum(part.nbytes for part in (self.sinks, self.recent) if part)
+
+    def segments(
+        self,
+        new: tuple[Stored, Stored],
+        exact: tuple[Stored, Stored] | None,
+        positions_bq: np.ndarray,
+        lengths_b: np.ndarray,
+    ) -> list[Segment]:
+        """Store new tokens, coded (`new`) and as they are (`exact`), and return all that their queries read."""
+        found = [Segment("coded", self.how, *self.extend(new, positions_bq, lengths_b))]
+        if self.sinks is not None and exact is not None:
+            first = self.sinks.slots
+            among_bq = np.where(positions_bq < first, positions_bq, -1)
+            held, positions_bk = self.sinks.extend(exact, among_bq, np.minimum(lengths_b, first))
+            found.append(Segment("sinks", DENSE, held, positions_bk))
+        if self.recent is not None and exact is not None:
+            found.append(Segment("recent", DENSE, *self.recent.extend(exact, positions_bq, lengths_b)))
+        return found
 
     def extend(
         self, new: tuple[Stored, Stored], positions_bq: np.ndarray, lengths_b: np.ndarray
@@ -100,13 +151,40 @@ def slot_positions(filled: int, lengths_b: np.ndarray, slots: int) -> np.ndarray
     return np.maximum(position, -1)
 
 
-def store(parts: Parts, dtype: str) -> Stored:
+def whole_text(
+    how: LayerFactors,
+    new: tuple[Stored, Stored],
+    exact_tokens: tuple[Stored, Stored] | None,
+    positions_bq: np.ndarray,
+    exact: Exact,
+) -> list[Segment]:
+    """The segments of a text that is read at once, without a cache: the same keys that a cache would have given."""
+    found = [Segment("coded", how, new, positions_bq)]
+    if exact.sinks and exact_tokens:
+        first = tuple(
+            {part: {name: x[:, : exact.sinks] for name, x in fields.items()} for part, fields in side.items()}
+            for side in exact_tokens
+        )
+        found.append(Segment("sinks", DENSE, first, positions_bq[:, : exact.sinks]))  # type: ignore[arg-type]
+    if exact.recent and exact_tokens:
+        found.append(Segment("recent", DENSE, exact_tokens, positions_bq))
+    return found
+
+
+def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
-    return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
+    if how.dtype == "spectral":
+        return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
+    return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
 
 
 def load(stored: Stored, how: Factorization, g: int, d: int, dtype: np.dtype | type = np.float32) -> Parts:
     """The parts back as numbers (in `dtype`): what attention computes with."""
+    if how.dtype == "spectral":
+        return {
+            part: quantize.dequantize_spectral(fields, how.widths).astype(dtype, copy=False)
+            for part, fields in stored.items()
+        }
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {
         part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]).astype(
@@ -130,27 +208,49 @@ class Cache:
     True
     """
 
-    def __init__(self, config: GemmaConfig, factors: Sequence[LayerFactors], batch: int = 1, max_len: int = 4096):
+    layer_class = LayerCache
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        factors: Sequence[LayerFactors],
+        batch: int = 1,
+        max_len: int = 4096,
+        exact: Exact | None = None,
+    ):
         if batch < 1 or max_len < 1:
             raise TPAError(f"cache: batch and max_len must be >= 1, got {batch} and {max_len}")
         self.config, self.factors, self.batch, self.max_len = config, list(factors), batch, max_len
+        self.exact = exact or Exact()
         self.layers = [self._new_layer(layer) for layer in range(config.num_layers)]
         self.lengths_b = np.zeros(batch, np.int64)
         self._highest_b = np.zeros(batch, np.int64)  # how far each ring was ever written
 
     def _new_layer(self, layer: int) -> LayerCache:
-        how, slots = self.factors[layer], self.config.slots(layer, self.max_len)
-        windowed = self.config.window(layer) is not None
+        how, windowed = self.factors[layer], self.config.window(layer) is not None
+        made = self._allocated(how, self.config.slots(layer, self.max_len), windowed)
+        kept = exact_slots(self.config, how, layer, self.max_len, self.exact)
+        if kept.sinks:
+            made.sinks = self._allocated(DENSE, kept.sinks, windowed=False)
+        if kept.recent:
+            made.recent = self._allocated(DENSE, kept.recent, windowed=True)
+        return made
+
+    def _allocated(self, how: LayerFactors, slots: int, windowed: bool) -> LayerCache:
         stored = tuple(
             {
                 part: {
-                    name: np.zeros((self.batch, slots, *leading, size), kind) for name, (size, kind) in fields.items()
+                    name: self._zeros((self.batch, slots, *leading, size), kind)
+                    for name, (size, kind) in fields.items()
                 }
                 for part, (leading, fields) in stored_shapes(side, self.config).items()
             }
             for side in how
         )
-        return LayerCache(how, slots, windowed, stored)  # type: ignore[arg-type]
+        return self.layer_class(how, slots, windowed, stored)  # type: ignore[arg-type]
+
+    def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> Any:
+        return np.zeros(shape, kind)
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +259,7 @@ class Cache:
 
     def nbytes_at(self, n: int, batch: int = 1) -> int:
         """`nbytes` of a new cache for `batch` texts of n tokens, by arithmetic, without allocating it."""
-        return cache_bytes(self.config, self.factors, n, batch)
+        return cache_bytes(self.config, self.factors, n, batch, self.exact)
 
     def positions(self, q: int, lengths_b: np.ndarray | None) -> np.ndarray:
         """Positions [b,q] of q new tokens a row; -1 where a row's text (`lengths_b`) is already over."""
@@ -187,7 +287,8 @@ class Cache:
         """Keep the first n tokens of every row. Past its window a ring has overwritten older keys, so then only the
         newest token can be taken back.
         """
-        rings = [layer.slots for layer in self.layers if layer.windowed and layer.slots < self.max_len]
+        held = [part for layer in self.layers for part in (layer, layer.recent) if part]
+        rings = [part.slots for part in held if part.windowed and part.slots < self.max_len]
         ring = min(rings, default=self.max_len)
         lost = (n < self._highest_b - 1) & (self._highest_b > ring) & (n < self.lengths_b)
         if n < 0 or lost.any():
@@ -203,6 +304,8 @@ def stored_shapes(
     how: Factorization, config: GemmaConfig
 ) -> dict[str, tuple[tuple[int, ...], dict[str, tuple[int, np.dtype]]]]:
     """{part: (leading axes, {field: (last axis, dtype)})} of one token: what `store` makes of it."""
+    if how.dtype == "spectral":
+        return {"C": ((), {"codes": (quantize.packed_bytes(how.widths), np.dtype(np.uint8))})}
     shapes = part_shapes(how.mode, how.rank, config.num_kv_heads, config.head_dim)
     return {
         part: (shape[:-1], quantize.field_shapes(shape[-1], part_dtype(part, 2 + len(shape), how.dtype)))
@@ -223,11 +326,22 @@ def token_bytes(how: Factorization, config: GemmaConfig) -> int:
     )
 
 
-def cache_bytes(config: GemmaConfig, factors: Sequence[LayerFactors], n: int, batch: int = 1) -> int:
-    """Bytes of a cache for n tokens: slots times bytes per token, over all layers."""
+def exact_slots(config: GemmaConfig, how: LayerFactors, layer: int, n: int, exact: Exact) -> Exact:
+    """How many sinks and newest tokens one layer keeps in texts of n tokens: only a converted global one does."""
+    if how[0].mode == "dense" or config.window(layer) is not None:
+        return Exact()
+    return Exact(min(exact.sinks, n), min(exact.recent, n))
+
+
+def cache_bytes(
+    config: GemmaConfig, factors: Sequence[LayerFactors], n: int, batch: int = 1, exact: Exact | None = None
+) -> int:
+    """Bytes of a cache for n tokens: slots times bytes per token, over all layers, and the exact tokens."""
     if n < 1 or batch < 1:
         raise TPAError(f"cache: n and batch must be >= 1, got {n} and {batch}")
-    return batch * sum(
-        config.slots(layer, n) * (token_bytes(k, config) + token_bytes(v, config))
-        for layer, (k, v) in enumerate(factors)
-    )
+    total = 0
+    for layer, how in enumerate(factors):
+        total += config.slots(layer, n) * sum(token_bytes(side, config) for side in how)
+        kept = exact_slots(config, how, layer, n, exact or Exact())
+        total += (kept.sinks + kept.recent) * sum(token_bytes(side, config) for side in DENSE)
+    return batch * total

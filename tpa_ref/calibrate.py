@@ -1,51 +1,200 @@
-"""Second moments of K and V over a text, from which the constant factors are made.
+"""What a text tells of K and V, layer by layer: means, second moments, and how much the model feels their errors.
 
-All windows go through one layer before the next, so that only one layer's weights need be in memory.
-
-What is kept is one matrix per layer and side, whatever the length of the text. K is taken after QK-norm and before
-RoPE: that is what `factorize` encodes.
+All windows go through one layer before the next, first forwards, then backwards (`sensitivity`), so only one layer's
+weights need be in memory, and what is kept are a few matrices per layer, whatever the length of the text. K is taken
+after QK-norm and before RoPE: that is what `factorize` encodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from . import sensitivity
+from .config import chosen_layers
 from .errors import TPAError
+from .factorize import second_moment
 from .tokenizer import BOS
+from .trace import Watch
 
-WINDOW = 512  # tokens of a calibration window: moments of K before RoPE do not depend on position
+WINDOW = 1024  # tokens of a calibration window: beyond the tiny model's sliding window, so that long range counts
+SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, which costs twice a forward pass
+
+
+@dataclass(frozen=True)
+class SideMoments:
+    """K or V of one layer, heads flattened: E[x x^T], E[x] and, where it was measured, the Fisher matrix."""
+
+    M_gdgd: Any
+    mean_gd: Any
+    F_gdgd: Any = None
+
+
+LayerMoments = tuple[SideMoments, SideMoments]  # of K, of V
 
 
 @dataclass
 class Moments:
-    """Per layer E[k k^T] and E[v v^T] of the flattened heads, [g,d,g,d]; `tokens` is how many they average."""
+    """What `calibrate` found: per layer the moments of K and V; `tokens` is how many they average."""
 
-    K_lgdgd: dict[int, np.ndarray] = field(default_factory=dict)
-    V_lgege: dict[int, np.ndarray] = field(default_factory=dict)
+    layers: dict[int, LayerMoments] = field(default_factory=dict)
     tokens: int = 0
 
-    def of_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """(moment of K, moment of V) of one layer."""
-        if layer not in self.K_lgdgd:
-            raise TPAError(f"calibrate: layer {layer} was not calibrated, got layers {sorted(self.K_lgdgd)}")
-        return self.K_lgdgd[layer], self.V_lgege[layer]
+    def of_layer(self, layer: int) -> LayerMoments:
+        """(moments of K, moments of V) of one layer."""
+        if layer not in self.layers:
+            raise TPAError(f"calibrate: layer {layer} was not calibrated, got layers {sorted(self.layers)}")
+        return self.layers[layer]
+
+    def save(self, path: str | Path) -> None:
+        """Write them as one safetensors file."""
+        from .checkpoint import replacing
+
+        tensors = {
+            f"{layer}.{side}.{name}": np.ascontiguousarray(value)
+            for layer, pair in self.layers.items()
+            for side, moments in zip("kv", pair, strict=True)
+            for name, value in (("M", moments.M_gdgd), ("mean", moments.mean_gd), ("F", moments.F_gdgd))
+            if value is not None
+        }
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, {"format": "tpa-moments", "tokens": str(self.tokens)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """The inverse of `save`."""
+        try:
+            with safe_open(path, "numpy") as file:
+                tokens = int((file.metadata() or {})["tokens"])
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            layers = sorted({int(name.split(".")[0]) for name in found})
+            return cls(
+                {
+                    layer: tuple(  # type: ignore[misc]
+                        SideMoments(
+                            found[f"{layer}.{side}.M"], found[f"{layer}.{side}.mean"], found.get(f"{layer}.{side}.F")
+                        )
+                        for side in "kv"
+                    )
+                    for layer in layers
+                },
+                tokens,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+            raise TPAError(f"calibrate: {path} holds no moments: {problem}") from None
 
 
-def calibrate(model: Any, text_or_path: str | Path, max_tokens: int = 32_768, progress: Any = iter) -> Moments:
-    """Run the dense model over a text in windows that each begin with BOS, and average k k^T and v v^T.
+def calibrate(
+    model: Any,
+    text_or_path: str | Path,
+    layers: str = "all",
+    seed: int = 0,
+    max_tokens: int = 32_768,
+    sensitivity_tokens: int = SENSITIVITY_TOKENS,
+    progress: Any = iter,
+    cache_dir: str | Path | None = None,
+) -> Moments:
+    """Run the dense model over a text in windows that each begin with BOS, forwards and backwards.
 
-    max_tokens: how much of the text is used. progress: wraps the layers, for instance `tqdm.tqdm`.
+    layers: which ones are kept ("all", "global", "local", "5,11"). seed: of the tokens drawn for the sensitivity.
+    max_tokens: how much of the text is used; sensitivity_tokens: how much of it also backwards (0: not at all).
+    progress: wraps the layers, for instance `tqdm.tqdm`. cache_dir: a folder where the result is kept under a hash of
+    model, text and arguments, and found again.
     """
-    states = begin(model, text_windows(model, text_or_path, max_tokens, WINDOW))
-    moments = Moments(tokens=sum(x_bqm.shape[1] for x_bqm in states))
-    for layer in progress(range(model.config.num_layers)):
-        states, (moments.K_lgdgd[layer], moments.V_lgege[layer]) = through_layer(model, layer, states)
+    return calibrated(THROUGH, model, text_or_path, layers, seed, max_tokens, sensitivity_tokens, progress, cache_dir)
+
+
+@dataclass(frozen=True)
+class Through:
+    """The four steps that a backend brings: into the layers and through each, forwards and backwards."""
+
+    begin: Callable
+    through_layer: Callable
+    begin_backward: Callable
+    back_through_layer: Callable
+
+
+def calibrated(
+    through: Through,
+    model: Any,
+    text_or_path: str | Path,
+    layers: str,
+    seed: int,
+    max_tokens: int,
+    sensitivity_tokens: int,
+    progress: Any,
+    cache_dir: str | Path | None,
+) -> Moments:
+    """`calibrate` for either backend."""
+    check_dense(model)
+    windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
+    kept = chosen_layers(layers, model.config)
+    name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens)}.safetensors"
+    file = Path(cache_dir) / name if cache_dir else None
+    if file and file.is_file():
+        return Moments.load(file)
+    moments = Moments(tokens=sum(map(len, windows)))
+    order = range(model.config.num_layers)
+    backwards = sensitivity_windows(windows, sensitivity_tokens)
+    states = through.begin(model, windows)
+    in_front = {}
+    gradients = None
+    for layer, back in progress(
+        [(layer, False) for layer in order] + [(layer, True) for layer in order[::-1] if backwards]
+    ):
+        if not back:
+            in_front[layer] = states[:backwards]
+            states, found = through.through_layer(model, layer, states)
+        else:
+            gradients = gradients or through.begin_backward(model, states[:backwards], seed)
+            gradients, found = through.back_through_layer(model, layer, in_front.pop(layer), gradients)
+            found = with_fisher(moments.layers[layer], found) if layer in kept else None
+        if layer in kept:
+            moments.layers[layer] = found
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moments.save(file)
     return moments
+
+
+def check_dense(model: Any) -> None:
+    """Moments are those of the dense model."""
+    if model.tpa is not None:
+        raise TPAError("calibrate: the model already has a TPA cache; calibrate the dense model")
+
+
+def fingerprint(model: Any, windows: list[list[int]], *arguments: Any) -> str:
+    """A hash of everything that decides what `calibrate` finds: config, some weights, the tokens, the arguments."""
+    digest = hashlib.sha256(json.dumps([model.config.to_hf(), model.dtype, windows, arguments]).encode())
+    for weight in (model.weights.final_norm_m, *(block.k_norm_d for block in model.weights.layers)):
+        digest.update(np.asarray(weight.tolist(), np.float64).tobytes())
+    digest.update(np.asarray(model.weights.embed_vm[:64].tolist(), np.float64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sensitivity_windows(windows: list[list[int]], tokens: int) -> int:
+    """How many of the windows go backwards: as many as `tokens` fill, at least one if any.
+
+    >>> sensitivity_windows([[2] * 1024] * 4, 2048), sensitivity_windows([[2] * 10], 1), sensitivity_windows([[2]], 0)
+    (2, 1, 0)
+    """
+    if tokens < 1:
+        return 0
+    return max(1, int(np.searchsorted(np.cumsum([len(window) for window in windows]), tokens, side="right")))
+
+
+def with_fisher(pair: LayerMoments, fisher: tuple[np.ndarray, np.ndarray]) -> LayerMoments:
+    """The moments of one layer with their Fisher matrices."""
+    k, v = (SideMoments(side.M_gdgd, side.mean_gd, F_gdgd) for side, F_gdgd in zip(pair, fisher, strict=True))
+    return k, v
 
 
 def begin(model: Any, windows: Iterable[list[int]]) -> list[np.ndarray]:
@@ -53,31 +202,25 @@ def begin(model: Any, windows: Iterable[list[int]]) -> list[np.ndarray]:
     return [model.embed(np.array([window])) for window in windows]
 
 
-def through_layer(
-    model: Any, layer: int, states: list[np.ndarray]
-) -> tuple[list[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(states behind a layer, (E[k k^T], E[v v^T]) of its normed K before RoPE and of its V)."""
-    sums: dict[str, np.ndarray] = {}
+def through_layer(model: Any, layer: int, states: list[np.ndarray]) -> tuple[list[np.ndarray], LayerMoments]:
+    """(states behind a layer, moments of its normed K before RoPE and of its V)."""
+    sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def collect(name: str, array: Any) -> Any:
-        if name in ("attn.K_bkgd", "attn.V_bkge"):
-            sums[name] = sums.get(name, 0) + second_moment(array)
-        return array
+    def collect(name: str, array: Any) -> None:
+        found = second_moment(array), array.reshape(-1, *array.shape[2:]).astype(np.float64).sum(0)
+        sums[name] = tuple(a + b for a, b in zip(sums[name], found)) if name in sums else found  # type: ignore[assignment]
 
-    block = model.weights.layers[layer]
+    watch, block = Watch({"attn.K_bkgd": collect, "attn.V_bkge": collect}), model.weights.layers[layer]
     behind = [
-        np.ascontiguousarray(model.block(x_bqm, layer, block, np.arange(x_bqm.shape[1])[None], None, collect))
+        np.ascontiguousarray(model.block(x_bqm, layer, block, np.arange(x_bqm.shape[1])[None], None, watch))
         for x_bqm in states
     ]
     tokens = sum(x_bqm.shape[1] for x_bqm in states)
-    return behind, (sums["attn.K_bkgd"] / tokens, sums["attn.V_bkge"] / tokens)
+    k, v = (SideMoments(*(total / tokens for total in sums[name])) for name in ("attn.K_bkgd", "attn.V_bkge"))
+    return behind, (k, v)
 
 
-def second_moment(X_bkgd: np.ndarray) -> np.ndarray:
-    """Sum over tokens of x x^T for the flattened heads of each token: [b,k,g,d] -> [g,d,g,d]."""
-    g, d = X_bkgd.shape[2:]
-    X_tx = X_bkgd.reshape(-1, g * d).astype(np.float64)
-    return (X_tx.T @ X_tx).reshape(g, d, g, d)
+THROUGH = Through(begin, through_layer, sensitivity.begin_backward, sensitivity.back_through_layer)
 
 
 def read_text(text_or_path: str | Path) -> str:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from . import formats
-from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig, exact_rank
+from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig, exact_rank, width_counts, widths_of
 from .errors import TPAError
 from .factorize import Factorization
 from .formats import FORMAT, VERSION, Entry
@@ -36,6 +36,7 @@ from .tokenizer import Tokenizer
 from .weights import LayersOnDisk, Weights, from_named, hf_names, to_named_layer
 
 DTYPES = ("float32", "float64")
+CONSTANTS = ("basis", "encoder", "mean")  # of a Factorization
 SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
@@ -70,7 +71,7 @@ def read(found: Found, name: str, dtype: str) -> np.ndarray:
 
 def is_basis(name: str) -> bool:
     """Constant factors keep the precision they were made in; everything else takes the one that is computed in."""
-    return name.startswith("tpa.") and name.endswith(".basis")
+    return name.startswith("tpa.") and name.rpartition(".")[2] in CONSTANTS
 
 
 def widen(name: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
@@ -210,7 +211,7 @@ def _is_factor(name: str, config: GemmaConfig) -> bool:
         and parts[:2] == ["tpa", "layers"]
         and parts[2].isdecimal()
         and int(parts[2]) < config.num_layers
-        and (parts[3], parts[4]) in {("k", "basis"), ("v", "basis"), ("q", "A"), ("q", "W")}
+        and (parts[4] in CONSTANTS if parts[3] in "kv" else parts[3:] in (["q", "A"], ["q", "W"]))
     )
 
 
@@ -227,14 +228,14 @@ def assemble(
             tpa = TPAConfig.from_dict(found.tpa["config"])
             factors = [
                 tuple(
-                    Factorization(**how, basis=tensors.get(f"tpa.layers.{layer}.{side}.basis"))
+                    factorization(how, {name: tensors.get(f"tpa.layers.{layer}.{side}.{name}") for name in CONSTANTS})
                     for side, how in zip("kv", pair, strict=True)
                 )
                 for layer, pair in enumerate(found.tpa["factors"])
             ]
             check_factors(factors, config)
             queries = [_query_factors(tensors, layer, config) for layer in range(config.num_layers)]
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
     if on_disk:
         outer = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
@@ -242,6 +243,17 @@ def assemble(
     else:
         weights = from_named(tensors, config)
     return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype)
+
+
+def describe(how: Factorization) -> dict[str, Any]:
+    """A factorization as JSON, without its constant arrays."""
+    content = {"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error}
+    return content | ({"widths": width_counts(how.widths)} if how.widths else {})
+
+
+def factorization(described: dict[str, Any], constants: dict[str, Any]) -> Factorization:
+    """The inverse of `describe`, with the constant arrays."""
+    return Factorization(**described | {"widths": widths_of(described.get("widths", ()))}, **constants)
 
 
 def _query_factors(tensors: dict[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
@@ -268,21 +280,44 @@ def check_factors(factors: list[Any], config: GemmaConfig) -> None:
             where = f"load: saved factors of layer {layer}, {side}"
             if how.mode not in (*MODES, "dense"):
                 raise TPAError(f"{where}: mode must be one of {', '.join(MODES)} or dense, got {how.mode!r}")
-            if how.dtype not in (*KV_DTYPES, "float64"):
+            if how.dtype not in (*KV_DTYPES, "float64", "spectral"):
                 raise TPAError(f"{where}: dtype must be one of {', '.join(KV_DTYPES)}, got {how.dtype!r}")
             if how.mode == "dense":
                 continue
-            if type(how.rank) is not int or not 1 <= how.rank <= exact_rank(how.mode, config):
-                raise TPAError(f"{where}: rank must lie in 1 ... {exact_rank(how.mode, config)}, got {how.rank!r}")
-            R = how.rank
-            expected = {"contextual": None, "fixed-a": (R, g), "fixed-b": (g, R, d), "latent": (R, g, d)}[how.mode]
-            got = None if how.basis is None else tuple(how.basis.shape)
-            if got != expected:
+            least = 0 if how.dtype == "spectral" else 1
+            if type(how.rank) is not int or not least <= how.rank <= exact_rank(how.mode, config):
                 raise TPAError(
-                    f"load: tpa.layers.{layer}.{side.lower()}.basis of {how.mode} must have shape {expected}, got {got}"
+                    f"{where}: rank must lie in {least} ... {exact_rank(how.mode, config)}, got {how.rank!r}"
                 )
-            if how.basis is not None and "float" not in str(how.basis.dtype):
-                raise TPAError(f"load: tpa.layers.{layer}.{side.lower()}.basis must be float, got {how.basis.dtype}")
+            if how.dtype == "spectral" and (how.mode != "latent" or len(how.widths) != how.rank):
+                raise TPAError(
+                    f"{where}: a spectral cache is latent with one width a coefficient, "
+                    f"got {how.mode}, rank {how.rank} and {len(how.widths)} widths"
+                )
+            for name, shapes in constant_shapes(how, g, d).items():
+                value = how.constants()[name]
+                got, tensor = None if value is None else tuple(value.shape), f"tpa.layers.{layer}.{side.lower()}.{name}"
+                if got not in shapes:
+                    raise TPAError(f"load: {tensor} of {how.mode} must have shape {shapes[0]}, got {got}")
+                if value is not None and "float" not in str(value.dtype):
+                    raise TPAError(f"load: {tensor} must be float, got {value.dtype}")
+
+
+def constant_shapes(how: Factorization, g: int, d: int) -> dict[str, list]:
+    """The shapes that each constant array of a factorization may have; None: there need be none."""
+    R = how.rank
+    basis: dict[str, list] = {
+        "contextual": [None],
+        "fixed-a": [(R, g), (R, g, d)],
+        "fixed-b": [(g, R, d)],
+        "latent": [(R, g, d)],
+    }
+    weighted = how.mode in ("fixed-b", "latent")
+    if how.dtype == "spectral" or how.encoder is not None or how.mean is not None:
+        encoder, mean = (basis[how.mode], [(g, d)]) if weighted else ([None], [None])
+    else:
+        encoder, mean = [None], [None]
+    return {"basis": basis[how.mode], "encoder": encoder, "mean": mean}
 
 
 # ---- saving ----
@@ -329,8 +364,9 @@ def layer_part(model: Any, layer: int, cast: Callable[[Any, str | None], Any]) -
     block = to_named_layer(model.weights.layers[layer], layer, model.config)
     tensors = {name: cast(value, model.stored_dtype) for name, value in block.items()}
     for side, how in zip("kv", model.factors[layer], strict=True):
-        if how.basis is not None:
-            tensors[f"tpa.layers.{layer}.{side}.basis"] = cast(how.basis, None)
+        for name, value in how.constants().items():
+            if value is not None:
+                tensors[f"tpa.layers.{layer}.{side}.{name}"] = cast(value, None)
     for name, value in zip("AW", model.query_factors[layer] or (), strict=False):
         tensors[f"tpa.layers.{layer}.q.{name}"] = cast(value, None)
     return tensors
@@ -340,10 +376,7 @@ def config_json(model: Any) -> str:
     """The config.json of a saved model."""
     content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
     if model.tpa is not None:
-        described = [
-            [{"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error} for how in pair]
-            for pair in model.factors
-        ]
+        described = [[describe(how) for how in pair] for pair in model.factors]
         content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": described}
     return json.dumps(content, indent=2)
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from .calibrate import read_text
 from .checkpoint import inspect, replacing
-from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig
+from .config import FORM, KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig
 from .errors import TPAError
+from .plan import check_bounds
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny-gemma3"
@@ -80,8 +82,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tpa_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("TPA (nothing given: latent, half of all coefficients, int8)")
-    group.add_argument("--mode", choices=MODES, help="for K and V")
+    group = parser.add_argument_group("TPA (nothing given: --rate 2, spectral latent, 8x smaller)")
+    group.add_argument("--rate", type=float, metavar="BITS", help="bits per number of dense K and V, in (0, 8]")
+    group.add_argument("--kv-budget", type=float, metavar="X", help="plan: at least X times smaller than windowed")
+    group.add_argument("--max-kl", type=float, metavar="NATS", help="plan: at most this KL to the dense model")
+    group.add_argument("--holdout", metavar="FILE", help="text --max-kl is measured on (default: the shipped one)")
+    group.add_argument("--sinks", type=int, metavar="N", help="first tokens that global layers keep exactly")
+    group.add_argument("--recent", type=int, default=0, metavar="N", help="newest tokens that they keep exactly")
+    group.add_argument("--mode", choices=MODES, help="for K and V, instead of a rate")
     group.add_argument("--k-mode", choices=MODES)
     group.add_argument("--v-mode", choices=MODES)
     group.add_argument("--q-rank", type=int, metavar="R", help="head-mixing rank of Q; saves no cache")
@@ -111,8 +119,29 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def tpa_config(args: argparse.Namespace) -> TPAConfig:
     """The TPAConfig that the options mean."""
-    names = ["mode", "k_mode", "v_mode", "q_rank", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype", "layers"]
-    return TPAConfig(**{name: getattr(args, name) for name in names})
+    names = [*FORM, "q_rank", "layers", "rate", "sinks", "recent"]
+    chosen = {name: getattr(args, name) for name in names} | {"context": getattr(args, "context", None)}
+    if args.kv_budget is not None or args.max_kl is not None:
+        given = [name for name in (*FORM, "rate") if chosen[name] is not None]
+        if given:
+            raise TPAError(f"--{given[0].replace('_', '-')} and a plan (--kv-budget, --max-kl) exclude each other")
+        check_bounds(args.kv_budget, args.max_kl, args.context or 1, "the shipped one")
+        chosen["rate"] = 1.0  # to plan from
+    elif args.holdout:
+        raise TPAError("--holdout is the text of --max-kl, which is not given")
+    return TPAConfig(**chosen)
+
+
+def make_plan(backend: Any, dense: Any, moments: Any, args: argparse.Namespace, context: int) -> Any:
+    """The plan that --kv-budget and --max-kl ask for; None if neither is given."""
+    if args.kv_budget is None and args.max_kl is None:
+        return None
+    if moments is None:
+        raise TPAError("--calibration none leaves nothing to plan with: --kv-budget and --max-kl need a text")
+    holdout = read_text(Path(args.holdout or TINY / "holdout.txt"))
+    planner = importlib.import_module(f"{backend.__name__}.plan")
+    bar = progress_bar("planning")
+    return planner.make_plan(dense, moments, args.kv_budget, args.max_kl, context, holdout, tpa_config(args), bar)
 
 
 def backend_module(name: str) -> Any:
@@ -173,13 +202,20 @@ def describe_factors(model: Any) -> list[str]:
     """One line for each run of layers that cache in the same way."""
     lines: list[str] = []
     start = 0
-    shown = [tuple(f"{how.mode} R={how.rank} {how.dtype}" for how in pair) for pair in model.factors]
+    numbers = model.config.num_kv_heads * model.config.head_dim
+    shown = [tuple(_describe_side(how, numbers) for how in pair) for pair in model.factors]
     for layer in range(1, len(shown) + 1):
         if layer == len(shown) or shown[layer] != shown[start]:
             k, v = (text.replace(" R=0", "") for text in shown[start])
             lines.append(f"layers {start}-{layer - 1}: K {k}, V {v}")
             start = layer
     return lines
+
+
+def _describe_side(how: Any, numbers: int) -> str:
+    if how.dtype == "spectral":
+        return f"{sum(how.widths) / numbers:.2f} bits in {how.rank} of {numbers} coefficients"
+    return f"{how.mode} R={how.rank} {how.dtype}"
 
 
 def environment(backend: str, device: str) -> dict[str, Any]:

@@ -340,6 +340,14 @@ def _name_variant(config: GemmaConfig) -> str:
 
 MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
+DEFAULT_RATE = 2.0  # bits per number
+MAX_RATE = 8
+DEFAULT_CONTEXT = 32_768  # where bytes are compared, or the model's positions if they are fewer
+DEFAULT_SINKS = 4
+MAX_EXACT = 64
+MANY = 2**31
+WIDTHS = ("k_widths", "v_widths")
+FORM = ("mode", "k_mode", "v_mode", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype")  # excluded by a rate
 
 
 def exact_rank(mode: str, config: GemmaConfig) -> int:
@@ -354,7 +362,10 @@ def exact_rank(mode: str, config: GemmaConfig) -> int:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What the cache of one converted layer holds: mode, rank and storage dtype, for K and for V."""
+    """What the cache of one converted layer holds: mode, rank and storage dtype, for K and for V.
+
+    dtype "spectral": the widths give the bits of each of the `rank` coefficients.
+    """
 
     k_mode: str
     v_mode: str
@@ -362,18 +373,33 @@ class LayerConfig:
     v_rank: int
     k_dtype: str
     v_dtype: str
+    k_widths: tuple[int, ...] = ()
+    v_widths: tuple[int, ...] = ()
+
+    @classmethod
+    def spectral(cls, k_widths: tuple[int, ...], v_widths: tuple[int, ...]) -> LayerConfig:
+        """`latent` with a width for every coefficient; none at all leaves the mean alone."""
+        return cls(
+            "latent", "latent", len(k_widths), len(v_widths), "spectral", "spectral", tuple(k_widths), tuple(v_widths)
+        )
 
 
 @dataclass(frozen=True)
 class TPAConfig:
-    """How to convert a model. Nothing given: `latent` with half of all coefficients (R = g d / 2) in int8.
+    """How to convert a model. Nothing given: the spectral cache at a rate of 2 bits, 8x smaller than bfloat16.
 
+    rate: mean bits per number of dense K and V, in (0, 8]; they are spent where the model feels them (`spectral`).
+    Instead of a rate, factors of fixed rank:
     mode (or k_mode, v_mode): contextual, fixed-a, fixed-b, latent. Ranks given without a mode mean `contextual`.
     k_rank, v_rank: default half of the exact rank of the mode, at least 1. Larger than exact is clamped.
-    kv_dtype (or k_dtype, v_dtype): float32, bfloat16, int8, int4; bfloat16 once a mode or rank is chosen.
+    kv_dtype (or k_dtype, v_dtype): float32, bfloat16, int8, int4; bfloat16 is the default.
+    For both:
     q_rank: head-mixing rank of Q, at most h (the default, exact). It saves no cache.
     layers: "all", "global", "local", or numbers such as "5,11"; the other layers keep a dense cache.
-    per_layer: the complete choice, one LayerConfig (or None: dense) a layer, instead of all of the above.
+    context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
+    sinks, recent: how many first and newest tokens the global layers also keep exactly, in bfloat16 (default: 4 and 0
+    with a rate, else none).
+    per_layer: the complete choice, one LayerConfig (or None: dense) a layer, instead of mode, ranks, dtypes and layers.
 
     >>> TPAConfig(k_rank=2, v_rank=2).resolve(GemmaConfig.gemma3_4b())[0][0].k_mode
     'contextual'
@@ -391,20 +417,51 @@ class TPAConfig:
     rate: float | None = None
     layers: str = "all"
     per_layer: tuple[LayerConfig | None, ...] | None = None
+    context: int | None = None
+    sinks: int | None = None
+    recent: int = 0
 
     def __post_init__(self) -> None:
         for name in ("mode", "k_mode", "v_mode"):
             _one_of(name, getattr(self, name), MODES)
         for name in ("kv_dtype", "k_dtype", "v_dtype"):
             _one_of(name, getattr(self, name), KV_DTYPES)
-        for name in ("q_rank", "k_rank", "v_rank"):
-            rank = getattr(self, name)
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-                raise TPAError(f"tpa config: {name} must be a whole number >= 1, got {rank!r}")
-        if self.rate is not None:
+        for name, least, most in (
+            ("q_rank", 1, MANY),
+            ("k_rank", 1, MANY),
+            ("v_rank", 1, MANY),
+            ("context", 1, MANY),
+            ("sinks", 0, MAX_EXACT),
+            ("recent", 0, MAX_EXACT),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if (value is not None or name == "recent") and not (whole and least <= value <= most):
+                bound = f">= {least}" if most == MANY else f"in {least} ... {most}"
+                raise TPAError(f"tpa config: {name} must be a whole number {bound}, got {value!r}")
+        if self.rate is None:
+            return
+        number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
+        if not (number and 0 < self.rate <= MAX_RATE):
+            raise TPAError(f"tpa config: rate must lie in (0, {MAX_RATE}] bits per number, got {self.rate!r}")
+        given = [name for name in FORM if getattr(self, name) is not None]
+        if (given and {self.mode, self.k_mode, self.v_mode} - {None, "latent"}) or set(given) - set(FORM[:3]):
             raise TPAError(
-                f"tpa config: rate is not supported in this version, got {self.rate!r}; choose ranks and kv_dtype"
+                f"tpa config: a rate chooses latent, its ranks and its bits, so it excludes {given[-1]}, "
+                f"got {getattr(self, given[-1])!r} and rate {self.rate}"
             )
+
+    @property
+    def spectral(self) -> bool:
+        """Is the cache (or a part of it) a spectral one? So it is when nothing is chosen, too."""
+        if self.per_layer is not None:
+            return any("spectral" in (choice.k_dtype, choice.v_dtype) for choice in self.per_layer if choice)
+        return self.rate is not None or all(getattr(self, name) is None for name in FORM)
+
+    @property
+    def exact_tokens(self) -> tuple[int, int]:
+        """(sinks, recent) that converted global layers keep exactly."""
+        return (DEFAULT_SINKS if self.spectral else 0) if self.sinks is None else self.sinks, self.recent
 
     def resolve(self, config: GemmaConfig) -> tuple[tuple[LayerConfig | None, ...], list[str]]:
         """(one LayerConfig, or None for dense, per layer; a line for every choice that had to be clamped)."""
@@ -415,11 +472,15 @@ class TPAConfig:
                     f"for {config.num_layers} layers"
                 )
             return self.per_layer, []
+        chosen = chosen_layers(self.layers, config)
+        if self.spectral:  # widths follow from the spectra of all layers
+            exact = exact_rank("latent", config)
+            layer = LayerConfig("latent", "latent", exact, exact, "spectral", "spectral")
+            return tuple(layer if index in chosen else None for index in range(config.num_layers)), []
         ranks_given = self.k_rank is not None or self.v_rank is not None
         mode = self.mode or ("contextual" if ranks_given else "latent")
         k_mode, v_mode = self.k_mode or mode, self.v_mode or mode
-        nothing_chosen = not (ranks_given or self.mode or self.k_mode or self.v_mode)
-        dtype = self.kv_dtype or ("int8" if nothing_chosen else "bfloat16")
+        dtype = self.kv_dtype or "bfloat16"
         notes: list[str] = []
         layer = LayerConfig(
             k_mode=k_mode,
@@ -429,7 +490,6 @@ class TPAConfig:
             k_dtype=self.k_dtype or dtype,
             v_dtype=self.v_dtype or dtype,
         )
-        chosen = chosen_layers(self.layers, config)
         return tuple(layer if index in chosen else None for index in range(config.num_layers)), notes
 
     def resolve_q_rank(self, config: GemmaConfig) -> tuple[int, list[str]]:
@@ -444,7 +504,12 @@ class TPAConfig:
         return self.q_rank, []
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON can hold it; widths become counts."""
+        content = dataclasses.asdict(self)
+        for entry in content["per_layer"] or ():
+            for name in WIDTHS if entry else ():
+                entry[name] = width_counts(entry[name])
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TPAConfig:
@@ -452,10 +517,36 @@ class TPAConfig:
         try:
             content = dict(content)
             if content.get("per_layer") is not None:
-                content["per_layer"] = tuple(LayerConfig(**entry) if entry else None for entry in content["per_layer"])
+                content["per_layer"] = tuple(_layer_config(entry) if entry else None for entry in content["per_layer"])
             return cls(**content)
         except (TypeError, AttributeError) as problem:
             raise TPAError(f"tpa config: unreadable: {problem}") from None
+
+
+def _layer_config(entry: dict[str, Any]) -> LayerConfig:
+    """A LayerConfig from JSON, where widths are counts."""
+    return LayerConfig(**entry | {name: widths_of(entry.get(name, ())) for name in WIDTHS})
+
+
+def width_counts(widths: tuple[int, ...]) -> list[int]:
+    """Widths, which never increase, as how many there are of 8, 7 ... 1 bits.
+
+    >>> width_counts((8, 2, 2))
+    [1, 0, 0, 0, 0, 0, 2, 0]
+    """
+    return [widths.count(width) for width in range(MAX_RATE, 0, -1)] if widths else []
+
+
+def widths_of(counts: Any) -> tuple[int, ...]:
+    """The inverse of `width_counts`; refuses what is none.
+
+    >>> widths_of([1, 0, 0, 0, 0, 0, 2, 0])
+    (8, 2, 2)
+    """
+    whole = isinstance(counts, (list, tuple)) and all(type(count) is int and 0 <= count < 2**20 for count in counts)
+    if not whole or len(counts) not in (0, MAX_RATE):
+        raise TPAError(f"tpa config: widths must be {MAX_RATE} counts, of 8 to 1 bits, got {counts!r:.60}")
+    return tuple(MAX_RATE - place for place, count in enumerate(counts) for _ in range(count))
 
 
 def chosen_layers(layers: str, config: GemmaConfig) -> set[int]:

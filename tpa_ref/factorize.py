@@ -34,18 +34,30 @@ einsum = partial(np.einsum, optimize=True)
 
 @dataclass(frozen=True)
 class Factorization:
-    """How one layer caches its K (or its V): `mode` is one of the four, or "dense"."""
+    """How one layer caches its K (or its V): `mode` is one of the four, or "dense".
+
+    `fixed-b` and `latent` may bring factors made for the damage an error does instead of for the error itself
+    (`spectral`): then coefficients come from `encoder` (otherwise the basis itself, whose rows are orthonormal), and
+    `mean` is subtracted before and added behind. dtype "spectral": coefficient s takes widths[s] bits.
+    """
 
     mode: str
     rank: int = 0
     dtype: str = "bfloat16"
-    basis: Any = field(default=None, repr=False)  # A_sg, B_gsd or B_sgd (array or tensor); None where there is none
+    basis: Any = field(default=None, repr=False)  # A_sg, A_sgd, B_gsd or B_sgd (array or tensor); None: there is none
     error: float = 0.0  # share of the second moment that the constant basis leaves out, as a relative norm
+    encoder: Any = field(default=None, repr=False)  # the shape of basis
+    mean: Any = field(default=None, repr=False)  # [g,d]
+    widths: tuple[int, ...] = field(default=(), repr=False)  # bits of each coefficient, for dtype "spectral"
 
     @property
     def rotated(self) -> bool:
         """Is K cached after RoPE? Only where rotation and constant factors do not get in each other's way."""
         return self.mode in ("dense", "contextual", "fixed-a")
+
+    def constants(self) -> dict[str, Any]:
+        """Its constant arrays by name, None where there is none."""
+        return {"basis": self.basis, "encoder": self.encoder, "mean": self.mean}
 
 
 def part_shapes(mode: str, rank: int, g: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -95,8 +107,7 @@ def truncate_contextual(X_bkgd: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
     G_bkgj = einsum("bkgd,bkjd->bkgj", X_bkgd, X_bkgd)
     _, U_bkgs = np.linalg.eigh(G_bkgj)  # ascending eigenvalues
     U_bksg = np.swapaxes(U_bkgs[..., ::-1], -1, -2)[:, :, :rank]
-    largest = np.take_along_axis(U_bksg, np.abs(U_bksg).argmax(-1, keepdims=True), -1)
-    U_bksg = (U_bksg * np.where(largest < 0, -1, 1)).astype(X_bkgd.dtype)
+    U_bksg = steady_signs(U_bksg).astype(X_bkgd.dtype)
     B_bksd = einsum("bksg,bkgd->bksd", U_bksg, X_bkgd)
     lost = max(0.0, 1 - float(np.square(B_bksd).sum()) / max(float(np.square(X_bkgd).sum()), 1e-30))
     return rank * U_bksg, B_bksd, lost**0.5
@@ -113,6 +124,24 @@ def truncate_fixed_a(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
     M_gj = einsum("gdjd->gj", M_gdgd)
     U_sg, error = _leading(M_gj, rank)
     return rank * U_sg, error
+
+
+def truncate_fixed_a_pairs(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """Constant A of `fixed-a` for each RoPE frequency pair by itself: leading eigenvectors of E[z z^H] in C^{g x g},
+    z the heads' pair as complex numbers. As many bytes per token as one A for all pairs, and never worse.
+
+    Shapes: M [g,d,g,d] -> A [R,g,d] (see `mix_heads`), relative error.
+    """
+    g, d = M_gdgd.shape[:2]
+    M_ggxy = M_gdgd.reshape(g, 2, d // 2, g, 2, d // 2)
+    pair = np.arange(d // 2)
+    M_pgjxy = M_ggxy[:, :, pair, :, :, pair].transpose(0, 1, 3, 2, 4)  # x, y: real or imaginary part
+    Z_pgj = M_pgjxy[..., 0, 0] + M_pgjxy[..., 1, 1] + 1j * (M_pgjxy[..., 1, 0] - M_pgjxy[..., 0, 1])
+    values_pg, U_pgs = np.linalg.eigh((Z_pgj + Z_pgj.conj().swapaxes(1, 2)) / 2)
+    U_psg = U_pgs[..., ::-1].swapaxes(1, 2)[:, :rank]
+    largest = np.take_along_axis(U_psg, np.abs(U_psg).argmax(-1, keepdims=True), -1)
+    U_psg = U_psg * (np.abs(largest) / largest)  # a complex eigenvector has a free phase
+    return rank * from_pairs(U_psg.transpose(1, 2, 0)), _relative_error(values_pg[:, g - rank :].sum(), values_pg.sum())
 
 
 def exact_fixed_a(g: int) -> np.ndarray:
@@ -155,9 +184,13 @@ def exact_latent(g: int, d: int) -> np.ndarray:
 def _leading(M: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
     """(leading eigenvectors as rows, largest entry positive; relative error of leaving out the others)."""
     values, U = np.linalg.eigh((M + M.T).astype(np.float64) / 2)
-    rows = U[:, ::-1][:, :rank].T
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(-1, keepdims=True), -1)
-    return rows * np.where(largest < 0, -1, 1), _relative_error(values[::-1][:rank].sum(), values.sum())
+    return steady_signs(U[:, ::-1][:, :rank].T), _relative_error(values[::-1][:rank].sum(), values.sum())
+
+
+def steady_signs(U_sx: np.ndarray) -> np.ndarray:
+    """Rows with their largest entry made positive: eigenvectors have no sign, but both backends choose one."""
+    largest = np.take_along_axis(U_sx, np.abs(U_sx).argmax(-1, keepdims=True), -1)
+    return U_sx * np.where(largest < 0, -1, 1)
 
 
 def _relative_error(kept: float, total: float) -> float:
@@ -175,8 +208,15 @@ def constant_basis(mode: str, rank: int, M_gdgd: np.ndarray) -> tuple[np.ndarray
         return exact_fixed_b(g, d), 0.0
     if mode == "latent" and rank == g * d:
         return exact_latent(g, d), 0.0
-    truncate = {"fixed-a": truncate_fixed_a, "fixed-b": truncate_fixed_b, "latent": truncate_latent}[mode]
+    truncate = {"fixed-a": truncate_fixed_a_pairs, "fixed-b": truncate_fixed_b, "latent": truncate_latent}[mode]
     return truncate(M_gdgd, rank)
+
+
+def second_moment(X_bkgd: np.ndarray) -> np.ndarray:
+    """Sum over tokens of x x^T for the flattened heads of each token: [b,k,g,d] -> [g,d,g,d]."""
+    g, d = X_bkgd.shape[2:]
+    X_tx = X_bkgd.reshape(-1, g * d).astype(np.float64)
+    return (X_tx.T @ X_tx).reshape(g, d, g, d)
 
 
 def moment_from_weights(W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: np.ndarray | None = None) -> np.ndarray:
@@ -212,7 +252,8 @@ def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
     """The parts that are cached: {part: [b, k, *part_shapes(...)]}.
 
     `contextual`: Eq. (3.1) solved per token. `fixed-a`: B = (1/R) A X (A has rows R u_r). `fixed-b`: a_g = B_g x_g.
-    `latent`: c = B vec(X). In the last two the basis is orthonormal, so projecting is also the least-squares answer.
+    `latent`: c = B vec(X). In the last two the basis is orthonormal, so projecting is also the least-squares answer;
+    with an encoder E of its own, c = E (x - mean).
     """
     b, k = X_bkgd.shape[:2]
     if how.mode == "dense":
@@ -220,12 +261,14 @@ def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
     if how.mode == "contextual":
         A_bksg, B_bksd, _ = truncate_contextual(X_bkgd, how.rank)
         return {"A": A_bksg.reshape(b, k, -1), "B": B_bksd}
-    basis = how.basis.astype(X_bkgd.dtype)
     if how.mode == "fixed-a":
-        return {"B": einsum("sg,bkgd->bksd", basis, X_bkgd) / how.rank}
+        return {"B": mix_heads_back(how.basis.astype(X_bkgd.dtype), X_bkgd) / how.rank}
+    encoder = (how.basis if how.encoder is None else how.encoder).astype(X_bkgd.dtype)
+    if how.mean is not None:
+        X_bkgd = X_bkgd - how.mean.astype(X_bkgd.dtype)
     if how.mode == "fixed-b":
-        return {"A": einsum("gsd,bkgd->bkgs", basis, X_bkgd)}
-    return {"C": einsum("sgd,bkgd->bks", basis, X_bkgd)}
+        return {"A": einsum("gsd,bkgd->bkgs", encoder, X_bkgd)}
+    return {"C": einsum("sgd,bkgd->bks", encoder, X_bkgd)}
 
 
 def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarray:
@@ -239,10 +282,44 @@ def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarr
         return einsum("bksg,bksd->bkgd", A_bksg, parts["B"]) / how.rank
     basis = how.basis.astype(next(iter(parts.values())).dtype)
     if how.mode == "fixed-a":
-        return einsum("sg,bksd->bkgd", basis, parts["B"]) / how.rank
+        return mix_heads(basis, parts["B"]) / how.rank
     if how.mode == "fixed-b":
-        return einsum("bkgs,gsd->bkgd", parts["A"], basis)
-    return einsum("bks,sgd->bkgd", parts["C"], basis)
+        X_bkgd = einsum("bkgs,gsd->bkgd", parts["A"], basis)
+    else:
+        X_bkgd = einsum("bks,sgd->bkgd", parts["C"], basis)
+    return X_bkgd if how.mean is None else X_bkgd + how.mean.astype(basis.dtype)
+
+
+def mix_heads(A: np.ndarray, B_bksd: np.ndarray) -> np.ndarray:
+    """sum_s a_s (x) b_s with a constant A: [s,g], or [s,g,d], one complex number for every pair of features that RoPE
+    rotates (real part at i, imaginary part at i + d/2). Such an A turns a pair like RoPE does, so the two commute.
+
+    Shapes: A, B [b,k,s,d] -> [b,k,g,d].
+
+    >>> mix_heads(np.array([[[0.0, 1.0]]]), np.array([[[[1.0, 0.0]]]])).tolist()  # times i: a quarter turn
+    [[[[0.0, 1.0]]]]
+    """
+    if A.ndim == 2:
+        return einsum("sg,bksd->bkgd", A, B_bksd)
+    return from_pairs(einsum("sgp,bksp->bkgp", as_pairs(A), as_pairs(B_bksd)))
+
+
+def mix_heads_back(A: np.ndarray, X_bkgd: np.ndarray) -> np.ndarray:
+    """The adjoint of `mix_heads`: b_s = sum_g conj(a_sg) x_g. With it <x, A b> = <mix_heads_back(A, x), b>."""
+    if A.ndim == 2:
+        return einsum("sg,bkgd->bksd", A, X_bkgd)
+    return from_pairs(einsum("sgp,bkgp->bksp", as_pairs(A).conj(), as_pairs(X_bkgd)))
+
+
+def as_pairs(x: np.ndarray) -> np.ndarray:
+    """Features i and i + d/2, which RoPE rotates together, as one complex number: [..., d] -> [..., d/2]."""
+    real, imaginary = np.split(x, 2, -1)
+    return real + 1j * imaginary
+
+
+def from_pairs(z: np.ndarray) -> np.ndarray:
+    """The inverse of `as_pairs`."""
+    return np.concatenate([z.real, z.imag], -1)
 
 
 def numbers_per_token(mode: str, rank: int, config: GemmaConfig) -> int:

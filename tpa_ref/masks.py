@@ -22,6 +22,25 @@ def visible(positions_bq: np.ndarray, positions_bk: np.ndarray, window: int | No
     return seen_bqk if window is None else seen_bqk & (distance_bqk < window)
 
 
+def of_segment(
+    kind: str, seen_bqk: np.ndarray, positions_bq: np.ndarray, positions_bk: np.ndarray, sinks: int, recent: int
+) -> np.ndarray:
+    """Which of the visible keys of a segment a query reads there: each key in exactly one segment.
+
+    The first `sinks` tokens of the text are read from "sinks", the others from "recent" where j > i - recent, all that
+    remain from "coded". The rule is by position, so a whole text, its chunks and its tokens one by one read the same.
+
+    Shapes: seen [b,q,k], positions [b,q] and [b,k] -> bool [b,q,k].
+
+    >>> i, j = np.array([[5]]), np.array([[0, 1, 4, 5]])
+    >>> of_segment("coded", visible(i, j, None), i, j, sinks=1, recent=2)[0, 0].tolist()
+    [False, True, False, False]
+    """
+    sink_bqk = (positions_bk < sinks)[:, None, :]
+    recent_bqk = ~sink_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < recent)
+    return seen_bqk & {"sinks": sink_bqk, "recent": recent_bqk, "coded": ~sink_bqk & ~recent_bqk}[kind]
+
+
 def apply_mask(L_bhqk: np.ndarray, seen_bqk: np.ndarray) -> np.ndarray:
     """Logits with a very negative number wherever the query may not look."""
     return np.where(seen_bqk[:, None], L_bhqk, L_bhqk.dtype.type(MASKED))

@@ -6,24 +6,27 @@ tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import attention, factorize, masks, rope
+from . import attention, factorize, masks, rope, spectral
 from . import cache as kv
-from .calibrate import Moments, calibrate
-from .config import GemmaConfig, LayerConfig, TPAConfig
+from .calibrate import LayerMoments, Moments, SideMoments, calibrate
+from .config import DEFAULT_CONTEXT, DEFAULT_RATE, GemmaConfig, LayerConfig, TPAConfig, chosen_layers
 from .errors import TPAError
 from .factorize import Factorization
+from .mlp import mlp
 from .norm import rms_norm
+from .spectral import Spectrum
 from .tokenizer import Tokenizer
 from .trace import Tracer, no_trace, scoped
 from .weights import LayerWeights, Weights
 
 einsum = partial(np.einsum, optimize=True)
-LayerMoments = tuple[np.ndarray, np.ndarray]  # E[k k^T] and E[v v^T], [g,d,g,d]
+Spectra = tuple[Spectrum, Spectrum]  # of K and of V of one layer
 QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
 
 
@@ -134,24 +137,49 @@ class Model:
         if how_k.rotated:
             part = "X" if how_k.mode == "dense" else "B"
             parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
+        new = kv.store(parts_k, how_k), kv.store(parts_v, how_v)
+        exact, exact_tokens = self.exact(layer), None
+        if exact:
+            exact_tokens = (
+                kv.store({"X": rope.rotate(K_bkgd, *tables_q)}, kv.DENSE[0]),
+                kv.store({"X": V_bkge}, kv.DENSE[1]),
+            )
 
         # 3) store, and read what the cache holds: at prefill as at decode
-        new = kv.store(parts_k, how_k.dtype), kv.store(parts_v, how_v.dtype)
         if cache is None:
-            held, positions_bk = new, positions_bq
+            segments = kv.whole_text((how_k, how_v), new, exact_tokens, positions_bq, exact)
         else:
-            held, positions_bk = cache.layers[layer].extend(new, positions_bq, cache.lengths_b)
-        parts_k, parts_v = (
-            kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(held, (how_k, how_v), strict=True)
-        )
+            segments = cache.layers[layer].segments(new, exact_tokens, positions_bq, cache.lengths_b)
 
-        # 4) attention on the factors
-        tables_k = rope.rope_tables(positions_bk, d, base, scale)
-        L_bhqk = trace("attn.L_bhqk", attention.scores(Q_bqhd, parts_k, how_k, g, tables_k, config.query_scale))
-        L_bhqk = masks.apply_mask(L_bhqk, masks.visible(positions_bq, positions_bk, config.window(layer)))
+        # 4) attention on the factors: one softmax over the keys of all segments
+        logits, parts = [], []
+        for segment in segments:
+            parts_k, parts_v = (
+                kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(segment.held, segment.how, strict=True)
+            )
+            tables_k = rope.rope_tables(segment.positions_bk, d, base, scale)
+            L_bhqk = attention.scores(Q_bqhd, parts_k, segment.how[0], g, tables_k, config.query_scale)
+            seen_bqk = masks.visible(positions_bq, segment.positions_bk, config.window(layer))
+            seen_bqk = masks.of_segment(
+                segment.kind, seen_bqk, positions_bq, segment.positions_bk, exact.sinks, exact.recent
+            )
+            logits.append(masks.apply_mask(L_bhqk, seen_bqk))
+            parts.append((parts_v, segment.how[1]))
+        L_bhqk = trace("attn.L_bhqk", np.concatenate(logits, -1))
         P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk))
-        O_bqhe = trace("attn.O_bqhe", attention.values(P_bhqk, parts_v, how_v, g))
-        return einsum("bqhe,mhe->bqm", O_bqhe, w.WO_mhe)
+        ends = np.cumsum([L.shape[-1] for L in logits])[:-1]
+        O_bqhe = sum(
+            attention.values(P, parts_v, how, g)
+            for P, (parts_v, how) in zip(np.split(P_bhqk, ends, -1), parts, strict=True)
+        )
+        return einsum("bqhe,mhe->bqm", trace("attn.O_bqhe", O_bqhe), w.WO_mhe)
+
+    def exact(self, layer: int) -> kv.Exact:
+        """How many tokens this layer reads as they are, beside those that are coded."""
+        sinks, recent = self.tpa.exact_tokens if self.tpa else (0, 0)
+        return kv.exact_slots(
+            self.config, self.factors[layer], layer, self.config.max_positions, kv.Exact(sinks, recent)
+        )
 
     def project_queries(self, a_bqm: np.ndarray, layer: int, w: LayerWeights) -> np.ndarray:
         """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
@@ -163,22 +191,9 @@ class Model:
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
-        return kv.Cache(self.config, self.factors, batch, max_len)
-
-
-def mlp(a_bqm: np.ndarray, w: LayerWeights) -> np.ndarray:
-    """Gated MLP: W_down (gelu(W_gate x) * W_up x)."""
-    gate_bqf = gelu_tanh(einsum("bqm,fm->bqf", a_bqm, w.W_gate_fm))
-    return einsum("bqf,mf->bqm", gate_bqf * einsum("bqm,fm->bqf", a_bqm, w.W_up_fm), w.W_down_mf)
-
-
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """The tanh approximation of GELU, which Gemma was trained with.
-
-    >>> gelu_tanh(np.array([0.0, 1.0])).round(4).tolist()
-    [0.0, 0.8412]
-    """
-    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+        return kv.Cache(
+            self.config, self.factors, batch, max_len, kv.Exact(*self.tpa.exact_tokens) if self.tpa else None
+        )
 
 
 def dense_layer(dtype: str) -> kv.LayerFactors:
@@ -242,9 +257,43 @@ def convert(
     """
     converted = begin_conversion(model, tpa)
     moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
+    spectra: dict[int, Spectra] = {}
+    if wants_bits(converted.tpa):  # all layers share the bits, so all spectra come first
+        for layer in progress(sorted(chosen_layers(converted.tpa.layers, model.config))):
+            spectra[layer] = layer_spectra(converted, layer, moments.of_layer(layer) if moments else None)
+        spend_bits(converted, {layer: (k.variance_s, v.variance_s) for layer, (k, v) in spectra.items()})
     for layer in progress(range(model.config.num_layers)):
-        convert_layer(converted, layer, moments.of_layer(layer) if moments else None)
+        convert_layer(converted, layer, moments, spectra.pop(layer, None))
     return converted
+
+
+def wants_bits(tpa: TPAConfig) -> bool:
+    """Must the widths of the spectral coefficients still be chosen?"""
+    return tpa.spectral and tpa.per_layer is None
+
+
+def spend_bits(converted: Any, variances: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Choose the widths of all layers at the rate of the configuration."""
+    converted.tpa = replace(converted.tpa, per_layer=allocated(converted.config, converted.tpa, variances))
+
+
+def allocated(
+    config: GemmaConfig, tpa: TPAConfig, variances: dict[int, tuple[np.ndarray, np.ndarray]]
+) -> tuple[LayerConfig | None, ...]:
+    """One choice a layer at the rate of a configuration, by `spectral.allocate`; None for a layer that stays dense.
+
+    variances: of the coefficients of K and of V, for every layer that is converted.
+    """
+    context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
+    layers = sorted(variances)
+    entries = [config.slots(layer, context) for layer in layers for _ in "kv"]
+    numbers = sum(entries) * config.num_kv_heads * config.head_dim
+    widths = spectral.allocate(
+        [side for layer in layers for side in variances[layer]], entries, (tpa.rate or DEFAULT_RATE) * numbers
+    )
+    kept = iter(tuple(width for width in side if width) for side in widths)
+    chosen = {layer: LayerConfig.spectral(next(kept), next(kept)) for layer in layers}
+    return tuple(chosen.get(layer) for layer in range(config.num_layers))
 
 
 def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
@@ -263,36 +312,80 @@ def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
     return converted
 
 
-def convert_layer(converted: Model, layer: int, moments: LayerMoments | None) -> None:
+def convert_layer(converted: Model, layer: int, moments: Moments | None, spectra: Spectra | None = None) -> None:
     """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
     assert converted.tpa is not None
     per_layer, _ = converted.tpa.resolve(converted.config)
     q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
     choice = per_layer[layer]
     if choice is not None:
-        converted.factors[layer] = layer_factors(converted, layer, choice, moments)
+        of_layer = moments.of_layer(layer) if moments and spectra is None else None
+        converted.factors[layer] = layer_factors(converted, layer, choice, of_layer, spectra)
     if q_rank < converted.config.num_heads:
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
-def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None) -> kv.LayerFactors:
-    """How one converted layer caches K and V, with its constant factors."""
-    full = "float64" if model.dtype == "float64" else "float32"
+def layer_moments(model: Model, layer: int) -> LayerMoments:
+    """Second moments of K and V of one layer from its weights alone."""
     w = model.weights.layers[layer]
-    if moments is None:
-        M_k = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
-        M_v = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
+    zero_gd = np.zeros(w.WK_gdm.shape[:2])
+    return (
+        SideMoments(factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d), zero_gd),
+        SideMoments(factorize.moment_from_weights(w.WV_gem, w.attn_norm_m), zero_gd.copy()),
+    )
+
+
+def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spectra:
+    """The spectral transforms of K and V of one layer. moments None: from the weights alone."""
+    k, v = (
+        spectral.spectrum(side.M_gdgd, side.mean_gd, side.F_gdgd) for side in moments or layer_moments(model, layer)
+    )
+    return k, v
+
+
+def layer_factors(
+    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectra: Spectra | None = None
+) -> kv.LayerFactors:
+    """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
+    full = "float64" if model.dtype == "float64" else "float32"
+    if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
+        spectra = layer_spectra(model, layer, moments)
+    moments = moments or layer_moments(model, layer)
+    sides = (
+        (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
+        (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
+    )
+    k, v = (
+        side_factors(*side, moments[index], spectra[index] if spectra else None, full)
+        for index, side in enumerate(sides)
+    )
+    return k, v
+
+
+def side_factors(
+    mode: str,
+    rank: int,
+    dtype: str,
+    widths: tuple[int, ...],
+    moments: SideMoments,
+    spectrum: Spectrum | None,
+    full: str,
+) -> Factorization:
+    """How K (or V) of one layer is cached. full: the dtype of constant factors."""
+    g, d = moments.mean_gd.shape
+    encoder = mean = None
+    if dtype == "spectral":
+        assert spectrum is not None
+        encoder, basis, mean = spectrum.encoder_sgd[:rank], spectrum.basis_sgd[:rank], spectrum.mean_gd
+        lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
+        error = float(np.sqrt(lost / total)) if total > 0 else 0.0
+    elif mode in ("fixed-b", "latent") and moments.F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
+        mean = moments.mean_gd
+        encoder, basis, error = spectral.truncate_weighted(mode, rank, moments.M_gdgd, mean, moments.F_gdgd)
     else:
-        M_k, M_v = moments
-    made = []
-    for mode, rank, dtype, M in (
-        (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),
-        (choice.v_mode, choice.v_rank, choice.v_dtype, M_v),
-    ):
-        basis, error = factorize.constant_basis(mode, rank, M)
-        basis = None if basis is None else basis.astype(full)
-        made.append(Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error))
-    return made[0], made[1]
+        basis, error = factorize.constant_basis(mode, rank, moments.M_gdgd)
+    basis, encoder, mean = (None if x is None else np.ascontiguousarray(x, full) for x in (basis, encoder, mean))
+    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
 
 
 def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:

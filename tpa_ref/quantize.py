@@ -4,6 +4,9 @@ int8 and int4 work on groups of 64 numbers along the last axis (the last group m
     int8: x = scale * code                    code in -127 ... 127
     int4: x = scale * code + minimum          code in 0 ... 15
 Scales and minima are float16 and count as memory like everything else.
+
+Coefficients of a spectral basis (see `spectral`) have unit variance and a width of their own each, 0 to 8 bits, with
+constant levels: no scales are stored at all.
 """
 
 from __future__ import annotations
@@ -121,3 +124,119 @@ def _half(x: np.ndarray) -> np.ndarray:
 
 def _ungrouped(groups: np.ndarray, n: int) -> np.ndarray:
     return groups.reshape(*groups.shape[:-2], -1)[..., :n]
+
+
+# ---- spectral: each coefficient has its own width, from 0 to 8 bits ----
+
+# A coefficient of unit variance becomes one of 2^w levels s t (1 + kappa t^2), t evenly spaced in [-1, 1]: close where
+# coefficients are frequent, wide in the tails. (s, kappa) minimise the mean squared error of a unit Gaussian mixed with
+# a Student t of 10 degrees, since measured coefficients have a kurtosis a little above 3; the error itself is beside.
+COMPANDER = {
+    1: (0.786, 0.0),
+    2: (1.340, 0.156),
+    3: (1.669, 0.386),
+    4: (1.848, 0.677),
+    5: (1.972, 1.010),
+    6: (2.079, 1.377),
+    7: (2.182, 1.767),
+    8: (2.284, 2.187),
+}
+DISTORTION = np.array([1.0, 0.382768, 0.130040, 0.040534, 0.012157, 0.003604, 0.001058, 0.000308, 0.000089])
+MAX_WIDTH = 8
+PLANES = (8, 4, 2, 1)  # a width is a sum of these: 7 = 4 + 2 + 1
+
+
+def levels(width: int) -> np.ndarray:
+    """The 2^w levels of a coefficient of unit variance, ascending, float32.
+
+    >>> [round(float(x), 3) for x in levels(2)]
+    [-1.549, -0.454, 0.454, 1.549]
+    """
+    scale, kappa = (np.float32(x) for x in odd_compander(width))
+    t = 2 * np.arange(1 << width, dtype=np.float32) - np.float32((1 << width) - 1)
+    return (t * t * kappa + np.float32(1)) * t * scale
+
+
+def odd_compander(width: int) -> tuple[float, float]:
+    """(s, kappa) for a t that runs over the odd numbers 2 code + 1 - 2^w instead of from -1 to 1."""
+    scale, kappa = COMPANDER[width]
+    most = (1 << width) - 1
+    return scale / most, kappa / most**2
+
+
+def thresholds(width: int) -> np.ndarray:
+    """Halfway between neighbouring levels: where the nearest one changes, float32 [2^w - 1]."""
+    at = levels(width)
+    return (at[1:] + at[:-1]) / np.float32(2)
+
+
+def plane_columns(widths: tuple[int, ...]) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(bits of the plane, coefficients that have one, how far its bits are shifted in their code), empty ones left out.
+
+    Codes of one width would pack to whole bytes; those of 3, 5, 6 or 7 bits are cut into planes that do.
+
+    >>> [(bits, columns.tolist(), shift.tolist()) for bits, columns, shift in plane_columns((4, 3, 2))]
+    [(4, [0], [0]), (2, [1, 2], [0, 0]), (1, [1], [2])]
+    """
+    width_s = np.array(widths, int)
+    planes, shift_s = [], np.zeros_like(width_s)
+    for bits in PLANES:
+        columns = np.flatnonzero(width_s & bits)
+        if len(columns):
+            planes.append((bits, columns, shift_s[columns]))
+            shift_s[columns] += bits
+    return planes
+
+
+def packed_bytes(widths: tuple[int, ...]) -> int:
+    """Bytes of one token's codes.
+
+    >>> packed_bytes((4, 3, 2)), packed_bytes(())
+    (3, 0)
+    """
+    return sum(-(-len(columns) * bits // 8) for bits, columns, _ in plane_columns(widths))
+
+
+def quantize_spectral(C_bks: np.ndarray, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Nearest level of every coefficient, packed by planes: [..., R] of unit variance -> codes uint8 [..., bytes].
+
+    In a plane of p bits the first coefficients take the low bits of its bytes, the next ones the bits above: unpacking
+    is then a shift and a mask of whole rows.
+    """
+    codes = np.zeros(C_bks.shape, np.uint8)
+    for width in sorted(set(widths)):
+        columns = np.flatnonzero(np.array(widths) == width)
+        codes[..., columns] = np.searchsorted(thresholds(width), C_bks[..., columns].astype(np.float32))
+    rows = [np.zeros((*codes.shape[:-1], 0), np.uint8)]
+    for bits, columns, shift in plane_columns(widths):
+        part = (codes[..., columns] >> shift.astype(np.uint8)) & np.uint8((1 << bits) - 1)
+        length = -(-len(columns) * bits // 8)
+        part = np.concatenate([part, np.zeros((*part.shape[:-1], length * 8 // bits - len(columns)), np.uint8)], -1)
+        row = np.zeros((*part.shape[:-1], length), np.uint8)
+        for slot in range(8 // bits):
+            row |= part[..., slot * length : (slot + 1) * length] << np.uint8(slot * bits)
+        rows.append(row)
+    return {"codes": np.concatenate(rows, -1)}
+
+
+def unpack_spectral(codes: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """The inverse of the packing: uint8 [..., bytes] -> the code of each coefficient, uint8 [..., R]."""
+    out = np.zeros((*codes.shape[:-1], len(widths)), np.uint8)
+    start = 0
+    for bits, columns, shift in plane_columns(widths):
+        length = -(-len(columns) * bits // 8)
+        row = codes[..., start : start + length]
+        slots = [(row >> np.uint8(slot * bits)) & np.uint8((1 << bits) - 1) for slot in range(8 // bits)]
+        out[..., columns] |= np.concatenate(slots, -1)[..., : len(columns)] << shift.astype(np.uint8)
+        start += length
+    return out
+
+
+def dequantize_spectral(fields: dict[str, np.ndarray], widths: tuple[int, ...]) -> np.ndarray:
+    """Codes -> coefficients of unit variance, float32 [..., R]."""
+    codes = unpack_spectral(fields["codes"], widths)
+    C_bks = np.zeros(codes.shape, np.float32)
+    for width in sorted(set(widths)):
+        columns = np.flatnonzero(np.array(widths) == width)
+        C_bks[..., columns] = levels(width)[codes[..., columns]]
+    return C_bks

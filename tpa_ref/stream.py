@@ -1,10 +1,13 @@
 """Conversion of a checkpoint larger than memory: layer by layer from disk to disk, and on after an interruption.
 
-    read layer l -> run the calibration text through it -> its factors -> write its file -> forget it
+    forwards   read layer l -> run the calibration text through it -> its moments
+    backwards  read layer l -> run the gradients back through it -> its sensitivity
+    spectra    moments and sensitivity of layer l -> its spectral transform (when bits are to be shared by all layers)
+    factors    read layer l -> its factors -> write its file
 
 Never more than the embedding, one layer and the text's hidden states are held. What is finished lies in a folder
 `.NAME.partial` beside the target, which takes the target's name at the end; the same call goes on where one was killed.
-The functions that touch no array are shared with the torch backend.
+Everything that touches no array is shared with the torch backend, which brings its own `Steps`.
 """
 
 from __future__ import annotations
@@ -14,17 +17,32 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from . import formats
-from .calibrate import WINDOW, Moments, begin, read_text, text_windows, through_layer
+from .calibrate import (
+    SENSITIVITY_TOKENS,
+    THROUGH,
+    WINDOW,
+    LayerMoments,
+    Moments,
+    SideMoments,
+    Through,
+    read_text,
+    sensitivity_windows,
+    text_windows,
+)
 from .checkpoint import (
     cast,
     check_output,
+    describe,
+    factorization,
     inspect,
     layer_part,
     load,
@@ -35,10 +53,10 @@ from .checkpoint import (
     write_index,
     writing,
 )
-from .config import GemmaConfig, TPAConfig
+from .config import GemmaConfig, TPAConfig, chosen_layers
 from .errors import TPAError
-from .factorize import Factorization
-from .model import begin_conversion, convert_layer
+from .model import begin_conversion, convert_layer, layer_spectra, spend_bits, wants_bits
+from .spectral import Spectrum
 
 RECIPE = "conversion.json"  # what a partial folder was begun with
 
@@ -63,29 +81,155 @@ def convert_checkpoint(
     """
     target = check_folder(target)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True)
+    steps = Steps(THROUGH, layer_spectra, convert_layer, cast, save_file, load_states)
+    return convert_on_disk(steps, dense, path, target, tpa, calibration, max_tokens, progress)
+
+
+# ---- shared by both backends ----
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a backend brings: calibration through one layer, its transform and its factors, and its files."""
+
+    through: Through
+    layer_spectra: Callable
+    convert_layer: Callable
+    cast: Callable
+    save_file: Callable
+    load_states: Callable  # (file, model) -> the arrays of a file, in the order of their names
+    to_numpy: Callable = np.asarray
+    from_numpy: Callable = np.asarray
+
+
+def convert_on_disk(
+    steps: Steps,
+    dense: Any,
+    path: str | Path,
+    target: Path,
+    tpa: TPAConfig | None,
+    calibration: Moments | str | Path | None,
+    max_tokens: int,
+    progress: Callable,
+) -> Path:
+    """`convert_checkpoint` for either backend, once the dense model is opened."""
     converted = begin_conversion(dense, tpa)
     folder = resume_folder(target, recipe(path, converted, calibration, max_tokens))
     with writing(target, folder):
+        work = Work(folder, steps)
+        if not (folder / shard_name(0, dense.config)).is_file():
+            write_part(folder, 0, converted, outer_part(converted, steps.cast), steps.save_file)
+        if calibration is None or isinstance(calibration, Moments):
+            moments_of = calibration.of_layer if calibration else lambda layer: None
+        else:
+            windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
+            measure(steps, work, dense, windows, progress)
+            moments_of = work.moments
+        spectra = wants_bits(converted.tpa)
+        if spectra:
+            chosen = sorted(chosen_layers(converted.tpa.layers, dense.config))
+            for layer in progress(chosen):
+                if not work.has("spectrum", layer):
+                    work.put_spectra(layer, steps.layer_spectra(converted, layer, moments_of(layer)), converted)
+            spend_bits(converted, {layer: work.variances(layer) for layer in chosen})
         first = finished_layers(folder, converted)
-        states = None
-        if calibration is not None and not isinstance(calibration, Moments):
-            states = begin(dense, text_windows(dense, calibration, max_tokens, WINDOW))
-        if first < 0:
-            write_part(folder, 0, converted, outer_part(converted, cast), save_file)
-        elif states and first > 0:
-            states = [x_bqm for _, x_bqm in sorted(load_file(states_file(folder, first)).items())]
-        for layer in progress(range(max(first, 0), dense.config.num_layers)):
-            moments = calibration.of_layer(layer) if isinstance(calibration, Moments) else None
-            if states:
-                states, moments = through_layer(dense, layer, states)
-                save_states(folder, layer + 1, states, save_file)
-            convert_layer(converted, layer, moments)
-            write_part(folder, layer + 1, converted, layer_part(converted, layer, cast), save_file)
+        per_layer, _ = converted.tpa.resolve(dense.config)
+        for layer in progress(range(first, dense.config.num_layers)):
+            if per_layer[layer] is None:
+                steps.convert_layer(converted, layer, None)
+            elif spectra:
+                steps.convert_layer(converted, layer, None, work.spectra(layer))
+            else:
+                found = moments_of(layer)
+                steps.convert_layer(converted, layer, Moments({layer: found}) if found else None)
+            write_part(folder, layer + 1, converted, layer_part(converted, layer, steps.cast), steps.save_file)
         finish_folder(folder, target, converted)
     return target
 
 
-# ---- shared by both backends ----
+def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], progress: Callable) -> None:
+    """`calibrate` from disk to disk: the states in front of every layer, then the gradients, lie in files."""
+    layers = range(dense.config.num_layers)
+    backwards = sensitivity_windows(windows, SENSITIVITY_TOKENS)
+    if not work.has("states", 0):
+        work.put("states", 0, steps.through.begin(dense, windows))
+    for layer in progress(layers):
+        if not work.has("moments", layer):
+            states, found = steps.through.through_layer(dense, layer, work.get("states", layer, dense))
+            work.put("states", layer + 1, states)
+            work.put_moments("moments", layer, {"M": [x.M_gdgd for x in found], "mean": [x.mean_gd for x in found]})
+    if not work.has("gradients", len(layers)):
+        states = work.get("states", len(layers), dense)[:backwards]
+        work.put("gradients", len(layers), steps.through.begin_backward(dense, states, 0))
+    for layer in progress(layers[::-1]):
+        if not work.has("fisher", layer):
+            states = work.get("states", layer, dense)[:backwards]
+            gradients = work.get("gradients", layer + 1, dense)
+            gradients, fisher = steps.through.back_through_layer(dense, layer, states, gradients)
+            work.put("gradients", layer, gradients)
+            work.put_moments("fisher", layer, {"F": fisher})
+
+
+class Work:
+    """The files of an unfinished conversion: what was found for each layer, complete wherever it has its name."""
+
+    def __init__(self, folder: Path, steps: Steps):
+        self.folder, self.steps = folder, steps
+
+    def file(self, kind: str, layer: int) -> Path:
+        return self.folder / f"{kind}-{layer:05d}.safetensors"
+
+    def has(self, kind: str, layer: int) -> bool:
+        return self.file(kind, layer).is_file()
+
+    def _write(self, kind: str, layer: int, tensors: dict[str, Any], save: Callable) -> None:
+        temporary = self.file(kind, layer).with_suffix(".tmp")
+        save(tensors, temporary)
+        os.replace(temporary, self.file(kind, layer))
+
+    def put(self, kind: str, layer: int, arrays: list[Any]) -> None:
+        """One array a window."""
+        named = {f"{window:06d}": self.steps.cast(x, None) for window, x in enumerate(arrays)}
+        self._write(kind, layer, named, self.steps.save_file)
+
+    def get(self, kind: str, layer: int, model: Any) -> list[Any]:
+        return self.steps.load_states(self.file(kind, layer), model)
+
+    def put_moments(self, kind: str, layer: int, found: dict[str, Any]) -> None:
+        """Arrays of K and V by name."""
+        tensors = {f"{side}.{name}": x for name, pair in found.items() for side, x in zip("kv", pair, strict=True)}
+        self._write(kind, layer, tensors, save_file)
+
+    def moments(self, layer: int) -> LayerMoments:
+        found = load_file(self.file("moments", layer)) | load_file(self.file("fisher", layer))
+        k, v = (SideMoments(*(found[f"{side}.{name}"] for name in ("M", "mean", "F"))) for side in "kv")
+        return k, v
+
+    def put_spectra(self, layer: int, spectra: Any, model: Any) -> None:
+        """The transforms of one layer, in the precision in which constant factors are stored."""
+        full = "float64" if model.dtype == "float64" else "float32"
+        tensors = {}
+        for side, one in zip("kv", spectra, strict=True):
+            for name, x in (("encoder", one.encoder_sgd), ("basis", one.basis_sgd), ("mean", one.mean_gd)):
+                tensors[f"{side}.{name}"] = np.ascontiguousarray(self.steps.to_numpy(x), full)
+            tensors[f"{side}.variance"] = one.variance_s
+        self._write("spectrum", layer, tensors, save_file)
+
+    def spectra(self, layer: int) -> Any:
+        found: dict[str, Any] = self._spectra(layer)
+        found |= {name: self.steps.from_numpy(x) for name, x in found.items() if "variance" not in name}
+        k, v = (
+            Spectrum(*(found[f"{side}.{name}"] for name in ("encoder", "basis", "mean", "variance"))) for side in "kv"
+        )
+        return k, v
+
+    def variances(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        found = self._spectra(layer, "variance")
+        return found["k.variance"], found["v.variance"]
+
+    def _spectra(self, layer: int, only: str = "") -> dict[str, np.ndarray]:
+        with safe_open(self.file("spectrum", layer), "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if only in name}  # noqa: SIM118 (not a dict)
 
 
 def check_folder(target: str | Path) -> Path:
@@ -99,7 +243,9 @@ def check_folder(target: str | Path) -> Path:
 def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) -> dict[str, Any]:
     """Everything that decides what a conversion writes; a partial folder with another recipe is begun anew."""
     if isinstance(calibration, Moments):
-        said = [M.tobytes() for layer in sorted(calibration.K_lgdgd) for M in calibration.of_layer(layer)]
+        pairs = (pair for _, pair in sorted(calibration.layers.items()))
+        found = (x for pair in pairs for side in pair for x in (side.M_gdgd, side.mean_gd, side.F_gdgd))
+        said = [x.tobytes() for x in found if x is not None]
     else:
         said = [read_text(calibration).encode(), str(max_tokens).encode()] if calibration is not None else []
     files = formats.checkpoint_files(Path(path))
@@ -132,24 +278,21 @@ def resume_folder(target: Path, recipe: dict[str, Any]) -> Path:
 
 
 def finished_layers(folder: Path, converted: Any) -> int:
-    """How many layers are written (-1: not even the embedding); `converted` learns how they cache."""
-    for number in range(converted.config.num_layers + 1):
-        file = folder / shard_name(number, converted.config)
-        if not file.is_file():
-            return number - 1
-        if number > 0:
-            k, v = (Factorization(**how) for how in json.loads(_factors_file(folder, number - 1).read_text("utf-8")))
-            converted.factors[number - 1] = (k, v)
+    """How many layers are written; `converted` learns how they cache."""
+    for layer in range(converted.config.num_layers):
+        if not (folder / shard_name(layer + 1, converted.config)).is_file():
+            return layer
+        k, v = (factorization(how, {}) for how in json.loads(_factors_file(folder, layer).read_text("utf-8")))
+        converted.factors[layer] = (k, v)
     return converted.config.num_layers
 
 
 def write_part(folder: Path, number: int, converted: Any, part: dict[str, Any], save_file: Callable) -> None:
-    """One finished file, under its name only when it is complete; the layer's bases need not be kept after that."""
+    """One finished file, under its name only when it is complete; the layer's constants need not be kept after that."""
     if number > 0:
         pair = converted.factors[number - 1]
-        described = [{"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error} for how in pair]
-        _factors_file(folder, number - 1).write_text(json.dumps(described), encoding="utf-8")
-        converted.factors[number - 1] = tuple(replace(how, basis=None) for how in pair)
+        _factors_file(folder, number - 1).write_text(json.dumps([describe(how) for how in pair]), encoding="utf-8")
+        converted.factors[number - 1] = tuple(replace(how, **dict.fromkeys(how.constants())) for how in pair)
         converted.query_factors[number - 1] = None
     file = folder / shard_name(number, converted.config)
     save_file(part, file.with_suffix(".tmp"), {"format": "pt"})
@@ -158,18 +301,6 @@ def write_part(folder: Path, number: int, converted: Any, part: dict[str, Any], 
 
 def _factors_file(folder: Path, layer: int) -> Path:
     return folder / f"factors-{layer:05d}.json"
-
-
-def states_file(folder: Path, layer: int) -> Path:
-    return folder / f"states-{layer:05d}.safetensors"
-
-
-def save_states(folder: Path, layer: int, states: list[Any], save_file: Callable) -> None:
-    """The hidden states in front of a layer, to go on from; those two layers back are no longer needed."""
-    file = states_file(folder, layer)
-    save_file({f"{window:06d}": x_bqm for window, x_bqm in enumerate(states)}, file.with_suffix(".tmp"))
-    os.replace(file.with_suffix(".tmp"), file)
-    states_file(folder, layer - 2).unlink(missing_ok=True)
 
 
 def finish_folder(folder: Path, target: Path, converted: Any) -> None:
@@ -182,6 +313,11 @@ def finish_folder(folder: Path, target: Path, converted: Any) -> None:
     write_beside(converted, folder)
     with replacing(target) as temporary:
         folder.rename(temporary)
+
+
+def load_states(file: Path, model: Any) -> list[np.ndarray]:
+    """The arrays of a file in the order of their names."""
+    return [x for _, x in sorted(load_file(file).items())]
 
 
 # ---- back to a dense model ----

@@ -33,6 +33,29 @@ class Trace:
         return array
 
 
+class Watch:
+    """Calls a function for each of a few named arrays and records nothing. Unlike other tracers it does not ask for
+    arrays in one piece, so a backend may still work in blocks.
+
+    >>> Watch({"x": print})("x", 1)
+    x 1
+    1
+    """
+
+    def __init__(self, wanted: Mapping[str, Callable[[str, Any], None]]):
+        self.wanted = wanted
+
+    def __call__(self, name: str, array: Any) -> Any:
+        if name in self.wanted:
+            self.wanted[name](name, array)
+        return array
+
+
+def wants_whole_arrays(trace: Tracer) -> bool:
+    """Must arrays be made in one piece for this tracer?"""
+    return trace is not no_trace and not isinstance(trace, Watch)
+
+
 def scoped(trace: Tracer, prefix: str) -> Tracer:
     """The same tracer with `prefix.` in front of each name, for instance one per layer."""
     if trace is no_trace:

@@ -15,6 +15,7 @@ from .checkpoint import load, save
 from .evaluate import evaluate
 from .generate import generate, generate_batch
 from .model import Model, convert
+from .plan import plan
 from .stream import convert_checkpoint, export
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "generate",
     "generate_batch",
     "load",
+    "plan",
     "save",
 ]

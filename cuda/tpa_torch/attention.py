@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import rope
-from .factorize import Factorization, decode
+from .factorize import Factorization, decode, multiply_pairs
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of the key positions, [b,k,d/2] each
 
@@ -67,16 +67,24 @@ def values_contextual(P_bhqk: Tensor, A_bkug: Tensor, B_bkue: Tensor) -> Tensor:
 
 def scores_fixed_a(Q_bqhd: Tensor, A_sg: Tensor, B_bksd: Tensor, scale: float) -> Tensor:
     """The query absorbs A; what remains is multi-query attention with one key of length R d."""
-    s, g = A_sg.shape
-    Q_bqgnsd = torch.einsum("sg,bqgnd->bqgnsd", A_sg, split_heads(Q_bqhd, g))
+    s, g = A_sg.shape[:2]
+    Q_bqgnd = split_heads(Q_bqhd, g)
+    if A_sg.ndim == 2:
+        Q_bqgnsd = torch.einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
+    else:  # one complex number per RoPE pair; the query takes its conjugate
+        real, imaginary = A_sg.movedim(0, 1)[:, None].chunk(2, -1)  # [g,1,s,d/2], against [b,q,g,n,1,d/2]
+        Q_bqgnsd = multiply_pairs(real, -imaginary, Q_bqgnd[..., None, :])
     return join_heads(torch.einsum("bqgnx,bkx->bgnqk", Q_bqgnsd.flatten(-2), B_bksd.flatten(-2))) * (scale / s)
 
 
 def values_fixed_a(P_bhqk: Tensor, A_ug: Tensor, B_bkue: Tensor) -> Tensor:
     """Aggregate b's first (all heads share them), mix with A once per query."""
-    u, g = A_ug.shape
+    u, g = A_ug.shape[:2]
     Y_bqhx = torch.einsum("bhqk,bkx->bqhx", P_bhqk, B_bkue.flatten(-2))
     Y_bqgnue = Y_bqhx.unflatten(-1, (u, -1)).unflatten(2, (g, -1))
+    if A_ug.ndim == 3:
+        real, imaginary = A_ug.movedim(0, 1)[:, None].chunk(2, -1)
+        return multiply_pairs(real, imaginary, Y_bqgnue).sum(-2).flatten(2, 3) / u
     return torch.einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue).flatten(2, 3) / u
 
 
@@ -98,6 +106,12 @@ def values_latent(P_bhqk: Tensor, C_bku: Tensor, B_uge: Tensor) -> Tensor:
     """The same with coefficients shared by all heads."""
     Y_bgnqu = torch.einsum("bhqk,bku->bhqu", P_bhqk, C_bku).unflatten(1, (B_uge.shape[1], -1))
     return torch.einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).flatten(2, 3)
+
+
+def mean_values(P_bhqk: Tensor, mean_ge: Tensor) -> Tensor:
+    """What the constant mean of V adds: once the probability that falls on these keys (1 if they are all)."""
+    n = P_bhqk.shape[1] // mean_ge.shape[0]
+    return P_bhqk.sum(-1).transpose(1, 2)[..., None] * mean_ge.repeat_interleave(n, 0)
 
 
 def scores(
@@ -123,8 +137,10 @@ def values(P_bhqk: Tensor, parts: dict[str, Tensor], how: Factorization, g: int)
     if how.mode == "fixed-a":
         return values_fixed_a(P_bhqk, basis, parts["B"])
     if how.mode == "fixed-b":
-        return values_fixed_b(P_bhqk, parts["A"], basis)
-    return values_latent(P_bhqk, parts["C"], basis)
+        O_bqhe = values_fixed_b(P_bhqk, parts["A"], basis)
+    else:
+        O_bqhe = values_latent(P_bhqk, parts["C"], basis)
+    return O_bqhe if how.mean is None else O_bqhe + mean_values(P_bhqk, how.mean.to(P_bhqk.dtype))
 
 
 def algorithm_1(

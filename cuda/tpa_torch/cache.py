@@ -13,21 +13,38 @@ import torch
 
 from tpa_ref import cache as reference
 from tpa_ref.cache import (
+    DENSE,
+    Exact,
     LayerFactors,
     Parts,
+    Segment,
     Stored,
     cache_bytes,
+    exact_slots,
     part_dtype,
     slot_positions,
     stored_shapes,
     token_bytes,
+    whole_text,
 )
 from tpa_ref.config import GemmaConfig
 from tpa_ref.factorize import Factorization, part_shapes
 
 from . import quantize
 
-__all__ = ["LayerFactors", "cache_bytes", "part_dtype", "slot_positions", "stored_shapes", "token_bytes"]
+__all__ = [
+    "DENSE",
+    "Exact",
+    "LayerFactors",
+    "Segment",
+    "cache_bytes",
+    "exact_slots",
+    "part_dtype",
+    "slot_positions",
+    "stored_shapes",
+    "token_bytes",
+    "whole_text",
+]
 
 
 @dataclass
@@ -69,13 +86,17 @@ class LayerCache(reference.LayerCache):
         }
 
 
-def store(parts: Parts, dtype: str) -> Stored:
+def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
-    return {part: quantize.quantize(array, part_dtype(part, array.ndim, dtype)) for part, array in parts.items()}
+    if how.dtype == "spectral":
+        return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
+    return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
 
 
 def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype = torch.float32) -> Parts:
     """The parts back as numbers (in `dtype`): what attention computes with."""
+    if how.dtype == "spectral":
+        return {part: quantize.dequantize_spectral(fields, how.widths).to(dtype) for part, fields in stored.items()}
     shapes = part_shapes(how.mode, how.rank, g, d)
     return {
         part: quantize.dequantize(fields, part_dtype(part, 2 + len(shapes[part]), how.dtype), shapes[part][-1]).to(
@@ -94,23 +115,13 @@ class Cache(reference.Cache):
         factors: Sequence[LayerFactors],
         batch: int = 1,
         max_len: int = 4096,
+        exact: Exact | None = None,
         device: torch.device | str = "cpu",
     ):
         self.device = device
-        super().__init__(config, factors, batch, max_len)
+        super().__init__(config, factors, batch, max_len, exact)
 
-    def _new_layer(self, layer: int) -> LayerCache:
-        how, slots = self.factors[layer], self.config.slots(layer, self.max_len)
-        stored = tuple(
-            {
-                part: {
-                    name: torch.zeros(
-                        (self.batch, slots, *leading, size), dtype=quantize.torch_dtype(kind), device=self.device
-                    )
-                    for name, (size, kind) in fields.items()
-                }
-                for part, (leading, fields) in stored_shapes(side, self.config).items()
-            }
-            for side in how
-        )
-        return LayerCache(how, slots, self.config.window(layer) is not None, stored)  # type: ignore[arg-type]
+    def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=quantize.torch_dtype(kind), device=self.device)
+
+    layer_class = LayerCache

@@ -36,9 +36,7 @@ def contextual_factors(X_bkgd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if X32.shape[2] == 1:  # one KV head: K itself is b
         return torch.ones_like(X_bkgd[..., :1]), X_bkgd
     _, U_bkgs = torch.linalg.eigh(X32 @ X32.mT)  # ascending eigenvalues
-    U_bksg = U_bkgs.flip(-1).mT[:, :, :rank]
-    largest = U_bksg.gather(-1, U_bksg.abs().argmax(-1, keepdim=True))
-    U_bksg = torch.where(largest < 0, -U_bksg, U_bksg)
+    U_bksg = steady_signs(U_bkgs.flip(-1).mT[:, :, :rank])
     return (rank * U_bksg).to(X_bkgd.dtype), (U_bksg @ X32).to(X_bkgd.dtype)
 
 
@@ -49,6 +47,20 @@ def truncate_fixed_a(M_gdgd: Tensor, rank: int) -> tuple[Tensor, float]:
     """Constant A of `fixed-a`: leading eigenvectors of the heads' second moment, rows times R. -> A [R,g], error."""
     U_sg, error = _leading(torch.einsum("gdjd->gj", M_gdgd), rank)
     return rank * U_sg, error
+
+
+def truncate_fixed_a_pairs(M_gdgd: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Constant A of `fixed-a` for each RoPE frequency pair by itself. -> A [R,g,d] (see `mix_heads`), error."""
+    g, d = M_gdgd.shape[:2]
+    M_pgjxy = M_gdgd.double().reshape(g, 2, d // 2, g, 2, d // 2).diagonal(0, 2, 5).permute(4, 0, 2, 1, 3)
+    real, imaginary = M_pgjxy[..., 0, 0] + M_pgjxy[..., 1, 1], M_pgjxy[..., 1, 0] - M_pgjxy[..., 0, 1]
+    Z_pgj = torch.complex(real, imaginary)
+    values_pg, U_pgs = torch.linalg.eigh((Z_pgj + Z_pgj.mH) / 2)
+    U_psg = U_pgs.flip(-1).mT[:, :rank]
+    largest = U_psg.gather(-1, U_psg.abs().argmax(-1, keepdim=True))
+    U_psg = U_psg * (largest.abs() / largest)  # a complex eigenvector has a free phase
+    A_sgd = torch.cat([U_psg.real, U_psg.imag], 0).unflatten(0, (2, -1)).permute(2, 3, 0, 1).flatten(-2)
+    return rank * A_sgd, _relative_error(float(values_pg[:, g - rank :].sum()), float(values_pg.sum()))
 
 
 def exact_fixed_a(g: int) -> Tensor:
@@ -84,10 +96,14 @@ def exact_latent(g: int, d: int) -> Tensor:
 def _leading(M: Tensor, rank: int) -> tuple[Tensor, float]:
     """(leading eigenvectors as rows, largest entry positive; relative error of leaving out the others)."""
     values, U = torch.linalg.eigh((M + M.mT).double() / 2)
-    rows = U.flip(-1)[:, :rank].mT
-    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
     kept = float(values.flip(0)[:rank].sum())
-    return torch.where(largest < 0, -rows, rows), _relative_error(kept, float(values.sum()))
+    return steady_signs(U.flip(-1)[:, :rank].mT), _relative_error(kept, float(values.sum()))
+
+
+def steady_signs(U_sx: Tensor) -> Tensor:
+    """Rows with their largest entry made positive: eigenvectors have no sign, but both backends choose one."""
+    largest = U_sx.gather(-1, U_sx.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -U_sx, U_sx)
 
 
 def _relative_error(kept: float, total: float) -> float:
@@ -105,8 +121,16 @@ def constant_basis(mode: str, rank: int, M_gdgd: Tensor) -> tuple[Tensor | None,
         return exact_fixed_b(g, d), 0.0
     if mode == "latent" and rank == g * d:
         return exact_latent(g, d), 0.0
-    truncate = {"fixed-a": truncate_fixed_a, "fixed-b": truncate_fixed_b, "latent": truncate_latent}[mode]
+    truncate = {"fixed-a": truncate_fixed_a_pairs, "fixed-b": truncate_fixed_b, "latent": truncate_latent}[mode]
     return truncate(M_gdgd, rank)
+
+
+def second_moment(X_bkgd: Tensor) -> Tensor:
+    """Sum over tokens of x x^T for the flattened heads of each token: [b,k,g,d] -> [g,d,g,d], at least float32."""
+    g, d = X_bkgd.shape[2:]
+    X_tx = X_bkgd.reshape(-1, g * d)
+    X_tx = X_tx if X_tx.dtype.itemsize == 8 else X_tx.float()
+    return (X_tx.mT @ X_tx).reshape(g, d, g, d)
 
 
 def moment_from_weights(W_gdm: Tensor, input_norm_m: Tensor, k_norm_d: Tensor | None = None) -> Tensor:
@@ -135,12 +159,14 @@ def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
     if how.mode == "contextual":
         A_bksg, B_bksd = contextual_factors(X_bkgd, how.rank)
         return {"A": A_bksg.flatten(2), "B": B_bksd}
-    basis = how.basis.to(X_bkgd.dtype)
     if how.mode == "fixed-a":
-        return {"B": torch.einsum("sg,bkgd->bksd", basis, X_bkgd) / how.rank}
+        return {"B": mix_heads_back(how.basis.to(X_bkgd.dtype), X_bkgd) / how.rank}
+    encoder = (how.basis if how.encoder is None else how.encoder).to(X_bkgd.dtype)
+    if how.mean is not None:
+        X_bkgd = X_bkgd - how.mean.to(X_bkgd.dtype)
     if how.mode == "fixed-b":
-        return {"A": torch.einsum("gsd,bkgd->bkgs", basis, X_bkgd)}
-    return {"C": X_bkgd.flatten(2) @ basis.flatten(1).mT}
+        return {"A": torch.einsum("gsd,bkgd->bkgs", encoder, X_bkgd)}
+    return {"C": X_bkgd.flatten(2) @ encoder.flatten(1).mT}
 
 
 def decode(parts: dict[str, Tensor], how: Factorization, g: int) -> Tensor:
@@ -153,7 +179,31 @@ def decode(parts: dict[str, Tensor], how: Factorization, g: int) -> Tensor:
     part = next(iter(parts.values()))
     basis = how.basis.to(part.dtype)
     if how.mode == "fixed-a":
-        return torch.einsum("sg,bksd->bkgd", basis, parts["B"]) / how.rank
+        return mix_heads(basis, parts["B"]) / how.rank
     if how.mode == "fixed-b":
-        return torch.einsum("bkgs,gsd->bkgd", parts["A"], basis)
-    return (parts["C"] @ basis.flatten(1)).unflatten(-1, basis.shape[1:])
+        X_bkgd = torch.einsum("bkgs,gsd->bkgd", parts["A"], basis)
+    else:
+        X_bkgd = (parts["C"] @ basis.flatten(1)).unflatten(-1, basis.shape[1:])
+    return X_bkgd if how.mean is None else X_bkgd + how.mean.to(basis.dtype)
+
+
+def mix_heads(A: Tensor, B_bksd: Tensor) -> Tensor:
+    """sum_s a_s (x) b_s with a constant A, [s,g] or, complex for every RoPE pair, [s,g,d]. B [b,k,s,d] -> [b,k,g,d]."""
+    if A.ndim == 2:
+        return torch.einsum("sg,bksd->bkgd", A, B_bksd)
+    real, imaginary = A.movedim(0, 1).chunk(2, -1)  # [g,s,d/2] against [b,k,1,s,d/2]
+    return multiply_pairs(real, imaginary, B_bksd[:, :, None]).sum(-2)
+
+
+def mix_heads_back(A: Tensor, X_bkgd: Tensor) -> Tensor:
+    """The adjoint of `mix_heads`: b_s = sum_g conj(a_sg) x_g."""
+    if A.ndim == 2:
+        return torch.einsum("sg,bkgd->bksd", A, X_bkgd)
+    real, imaginary = A.chunk(2, -1)  # [s,g,d/2] against [b,k,1,g,d/2]
+    return multiply_pairs(real, -imaginary, X_bkgd[:, :, None]).sum(-2)
+
+
+def multiply_pairs(real: Tensor, imaginary: Tensor, x: Tensor) -> Tensor:
+    """(real + i imaginary) times the pairs (i, i + d/2) of x as complex numbers: [..., d]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([real * first - imaginary * second, real * second + imaginary * first], -1)

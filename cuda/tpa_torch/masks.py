@@ -14,6 +14,15 @@ def visible(positions_bq: Tensor, positions_bk: Tensor, window: int | None) -> T
     return seen_bqk if window is None else seen_bqk & (distance_bqk < window)
 
 
+def of_segment(
+    kind: str, seen_bqk: Tensor, positions_bq: Tensor, positions_bk: Tensor, sinks: int, recent: int
+) -> Tensor:
+    """Which of the visible keys of a segment a query reads there: each key in exactly one segment. [b,q,k]."""
+    sink_bqk = (positions_bk < sinks)[:, None, :]
+    recent_bqk = ~sink_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < recent)
+    return seen_bqk & {"sinks": sink_bqk, "recent": recent_bqk, "coded": ~sink_bqk & ~recent_bqk}[kind]
+
+
 def apply_mask(L_bhqk: Tensor, seen_bqk: Tensor) -> Tensor:
     """Logits with a very negative number wherever the query may not look."""
     return L_bhqk.masked_fill(~seen_bqk[:, None], MASKED)

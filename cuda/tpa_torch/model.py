@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,20 +11,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpa_ref.calibrate import Moments
-from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.calibrate import LayerMoments, Moments, SideMoments
+from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig, chosen_layers
 from tpa_ref.factorize import Factorization
-from tpa_ref.model import LayerMoments, begin_conversion, check_cache, check_tokens, dense_layer, text_positions
+from tpa_ref.model import (
+    Spectra,
+    allocated,
+    begin_conversion,
+    check_cache,
+    check_tokens,
+    dense_layer,
+    spend_bits,
+    text_positions,
+    wants_bits,
+)
+from tpa_ref.spectral import Spectrum
 from tpa_ref.tokenizer import Tokenizer
-from tpa_ref.trace import Tracer, no_trace, scoped
+from tpa_ref.trace import Tracer, no_trace, scoped, wants_whole_arrays
 from tpa_ref.weights import LayerWeights, Weights
 
-from . import attention, factorize, masks, rope
+from . import attention, factorize, masks, rope, spectral
 from . import cache as kv
 from .calibrate import calibrate
+from .mlp import mlp
 from .norm import rms_norm
 
-__all__ = ["begin_conversion", "check_cache", "check_tokens", "dense_layer", "text_positions"]
+__all__ = [
+    "allocated",
+    "begin_conversion",
+    "check_cache",
+    "check_tokens",
+    "dense_layer",
+    "spend_bits",
+    "text_positions",
+    "wants_bits",
+]
 QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
 QUERY_BLOCK = 128
 
@@ -132,32 +154,55 @@ class Model:
         if how_k.rotated:
             part = "X" if how_k.mode == "dense" else "B"
             parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
+        new = kv.store(parts_k, how_k), kv.store(parts_v, how_v)
+        exact, exact_tokens = self.exact(layer), None
+        if exact:
+            exact_tokens = (
+                kv.store({"X": rope.rotate(K_bkgd, *tables_q)}, kv.DENSE[0]),
+                kv.store({"X": V_bkge}, kv.DENSE[1]),
+            )
 
         # 3) store, and read what the cache holds: at prefill as at decode
-        new = kv.store(parts_k, how_k.dtype), kv.store(parts_v, how_v.dtype)
         if cache is None:
-            held, positions_bk = new, views.positions_bq
+            segments = kv.whole_text((how_k, how_v), new, exact_tokens, views.positions_bq, exact)
         else:
-            held, positions_bk = cache.layers[layer].extend(new, views.positions_bq, cache.lengths_b)
-        parts_k, parts_v = (
-            kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(held, (how_k, how_v), strict=True)
-        )
+            segments = cache.layers[layer].segments(new, exact_tokens, views.positions_bq, cache.lengths_b)
 
-        # 4) attention on the factors: a block of queries at a time against the keys that it can see at all
-        tables_k, seen_bqk = views.of_keys(layer, positions_bk)
+        # 4) attention on the factors, one softmax over the keys of all segments: a block of queries at a time against
+        # the keys that it can see at all
+        loaded = [
+            [kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(segment.held, segment.how, strict=True)]
+            for segment in segments
+        ]
+        seen = [views.of_keys(layer, segment, exact) for segment in segments]
+        whole = wants_whole_arrays(trace)
+        blocks = [query_blocks(views.positions_bq, s.positions_bk, config.window(layer), whole) for s in segments]
         outputs = []
-        for queries, keys in query_blocks(
-            views.positions_bq, positions_bk, config.window(layer), trace is not no_trace
-        ):
-            block_k, block_v = ({part: x[:, keys] for part, x in parts.items()} for parts in (parts_k, parts_v))
-            tables = tables_k[0][:, keys], tables_k[1][:, keys]
-            L_bhqk = attention.scores(Q_bqhd[:, queries], block_k, how_k, g, tables, config.query_scale)
-            L_bhqk = trace("attn.L_bhqk", L_bhqk if self.dtype == "float64" else L_bhqk.float())
-            P_bhqk = attention.softmax(masks.apply_mask(L_bhqk, seen_bqk[:, queries, keys]))
-            P_bhqk = trace("attn.P_bhqk", P_bhqk).to(a_bqm.dtype)
-            outputs.append(attention.values(P_bhqk, block_v, how_v, g))
+        for block in zip(*blocks, strict=True):
+            logits, values = [], []
+            for (queries, keys), segment, parts, (tables_k, seen_bqk) in zip(
+                block, segments, loaded, seen, strict=True
+            ):
+                parts_k, parts_v = ({part: x[:, keys] for part, x in side.items()} for side in parts)
+                tables = tables_k[0][:, keys], tables_k[1][:, keys]
+                L_bhqk = attention.scores(Q_bqhd[:, queries], parts_k, segment.how[0], g, tables, config.query_scale)
+                L_bhqk = L_bhqk if self.dtype == "float64" else L_bhqk.float()
+                logits.append(masks.apply_mask(L_bhqk, seen_bqk[:, queries, keys]))
+                values.append((parts_v, segment.how[1]))
+            L_bhqk = trace("attn.L_bhqk", logits[0] if len(logits) == 1 else torch.cat(logits, -1))
+            P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk)).to(a_bqm.dtype)
+            parts_P = P_bhqk.split([L.shape[-1] for L in logits], -1)
+            each = [attention.values(P, parts_v, how, g) for P, (parts_v, how) in zip(parts_P, values, strict=True)]
+            outputs.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
         O_bqhe = trace("attn.O_bqhe", outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
         return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+
+    def exact(self, layer: int) -> kv.Exact:
+        """How many tokens this layer reads as they are, beside those that are coded."""
+        sinks, recent = self.tpa.exact_tokens if self.tpa else (0, 0)
+        return kv.exact_slots(
+            self.config, self.factors[layer], layer, self.config.max_positions, kv.Exact(sinks, recent)
+        )
 
     def project_queries(self, a_bqm: Tensor, layer: int, w: LayerWeights) -> Tensor:
         """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
@@ -169,7 +214,8 @@ class Model:
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
-        return kv.Cache(self.config, self.factors, batch, max_len, self.device)
+        exact = kv.Exact(*self.tpa.exact_tokens) if self.tpa else None
+        return kv.Cache(self.config, self.factors, batch, max_len, exact, self.device)
 
     def rope_table(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them."""
@@ -210,7 +256,7 @@ class Views:
     def __init__(self, model: Model, positions_bq: np.ndarray):
         self.model, self.positions_bq = model, positions_bq
         self._queries: dict[bool, tuple[Tensor, Tensor]] = {}
-        self._keys: dict[bool, tuple[tuple[Tensor, Tensor], Tensor]] = {}
+        self._keys: dict[tuple, tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
     def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
         kind = self.model.config.is_global[layer]
@@ -218,13 +264,15 @@ class Views:
             self._queries[kind] = self._tables(layer, self.positions_bq)
         return self._queries[kind]
 
-    def of_keys(self, layer: int, positions_bk: np.ndarray) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """(rotation tables of the keys, mask [b,q,k])."""
-        kind = self.model.config.is_global[layer]
+    def of_keys(self, layer: int, segment: kv.Segment, exact: kv.Exact) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """(rotation tables of the keys of a segment, mask [b,q,k])."""
+        kind = self.model.config.is_global[layer], segment.kind, exact
         if kind not in self._keys:
-            q, k = (torch.from_numpy(x).to(self.model.device) for x in (self.positions_bq, positions_bk))
+            q, k = (torch.from_numpy(x).to(self.model.device) for x in (self.positions_bq, segment.positions_bk))
             seen_bqk = masks.visible(q, k, self.model.config.window(layer))
-            self._keys[kind] = self._tables(layer, positions_bk), seen_bqk
+            if exact:
+                seen_bqk = masks.of_segment(segment.kind, seen_bqk, q, k, exact.sinks, exact.recent)
+            self._keys[kind] = self._tables(layer, segment.positions_bk), seen_bqk
         return self._keys[kind]
 
     def _tables(self, layer: int, positions: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -234,16 +282,6 @@ class Views:
             return cos[None, first : first + positions.shape[1]], sin[None, first : first + positions.shape[1]]
         index = torch.from_numpy(np.maximum(positions, 0)).to(cos.device)
         return cos[index], sin[index]
-
-
-def mlp(a_bqm: Tensor, w: LayerWeights) -> Tensor:
-    """Gated MLP: W_down (gelu(W_gate x) * W_up x)."""
-    return F.linear(gelu_tanh(F.linear(a_bqm, w.W_gate_fm)) * F.linear(a_bqm, w.W_up_fm), w.W_down_mf)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU, which Gemma was trained with."""
-    return F.gelu(x, approximate="tanh")
 
 
 def _project(a_bqm: Tensor, W_hdm: Tensor) -> Tensor:
@@ -265,45 +303,110 @@ def convert(
     """
     converted = begin_conversion(model, tpa)
     moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
+    spectra: dict[int, Spectra] = {}
+    if wants_bits(converted.tpa):  # all layers share the bits, so all spectra come first
+        for layer in progress(sorted(chosen_layers(converted.tpa.layers, model.config))):
+            spectra[layer] = layer_spectra(converted, layer, moments.of_layer(layer) if moments else None)
+        spend_bits(converted, {layer: (k.variance_s, v.variance_s) for layer, (k, v) in spectra.items()})
     for layer in progress(range(model.config.num_layers)):
-        convert_layer(converted, layer, moments.of_layer(layer) if moments else None)
+        convert_layer(converted, layer, moments, spectra.pop(layer, None))
     return converted
 
 
-def convert_layer(converted: Model, layer: int, moments: LayerMoments | None) -> None:
+def convert_layer(converted: Model, layer: int, moments: Moments | None, spectra: Spectra | None = None) -> None:
     """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
     assert converted.tpa is not None
     per_layer, _ = converted.tpa.resolve(converted.config)
     q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
     choice = per_layer[layer]
     if choice is not None:
-        converted.factors[layer] = layer_factors(converted, layer, choice, moments)
+        of_layer = moments.of_layer(layer) if moments and spectra is None else None
+        converted.factors[layer] = layer_factors(converted, layer, choice, of_layer, spectra)
     if q_rank < converted.config.num_heads:
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
+def layer_moments(model: Model, layer: int) -> LayerMoments:
+    """Second moments of K and V of one layer from its weights alone."""
+    w, device = model.weights.layers[layer], eigen_device(model)
+    norm, zero_gd = w.attn_norm_m.to(device), torch.zeros(w.WK_gdm.shape[:2], dtype=torch.float64, device=device)
+    M_k = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
+    return SideMoments(M_k, zero_gd), SideMoments(
+        factorize.moment_from_weights(w.WV_gem.to(device), norm), zero_gd.clone()
+    )
+
+
+def eigen_device(model: Model) -> torch.device:
+    """Where eigenvectors are found: they want float64, which Apple's GPUs lack."""
+    return model.device if model.device.type == "cuda" else torch.device("cpu")
+
+
+def on_device(moments: SideMoments, device: torch.device) -> SideMoments:
+    """Moments of either backend as tensors."""
+    found = (moments.M_gdgd, moments.mean_gd, moments.F_gdgd)
+    return SideMoments(*(None if x is None else torch.as_tensor(x, device=device) for x in found))
+
+
 @torch.inference_mode()
-def layer_factors(model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None) -> kv.LayerFactors:
-    """How one converted layer caches K and V, with its constant factors."""
+def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spectra:
+    """The spectral transforms of K and V of one layer. moments None: from the weights alone."""
+    pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
+    k, v = (spectral.spectrum(side.M_gdgd, side.mean_gd, side.F_gdgd) for side in pair)
+    return k, v
+
+
+@torch.inference_mode()
+def layer_factors(
+    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectra: Spectra | None = None
+) -> kv.LayerFactors:
+    """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
     full = "float64" if model.dtype == "float64" else "float32"
-    w = model.weights.layers[layer]
-    # Eigenvectors want float64, which Apple's GPUs lack.
-    device = model.device if model.device.type == "cuda" else torch.device("cpu")
-    if moments is None:
-        norm, k_norm = w.attn_norm_m.to(device), w.k_norm_d.to(device)
-        M_k = factorize.moment_from_weights(w.WK_gdm.to(device), norm, k_norm)
-        M_v = factorize.moment_from_weights(w.WV_gem.to(device), norm)
+    if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
+        spectra = layer_spectra(model, layer, moments)
+    pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
+    sides = (
+        (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
+        (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
+    )
+    k, v = (
+        side_factors(*side, pair[index], spectra[index] if spectra else None, full) for index, side in enumerate(sides)
+    )
+    return placed(k, model.device), placed(v, model.device)
+
+
+def placed(how: Factorization, device: torch.device) -> Factorization:
+    """The same with its constant arrays on a device."""
+    arrays: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in how.constants().items()}
+    return replace(how, **arrays)
+
+
+def side_factors(
+    mode: str,
+    rank: int,
+    dtype: str,
+    widths: tuple[int, ...],
+    moments: SideMoments,
+    spectrum: Spectrum | None,
+    full: str,
+) -> Factorization:
+    """How K (or V) of one layer is cached. full: the dtype of constant factors."""
+    g, d = moments.mean_gd.shape
+    encoder = mean = None
+    if dtype == "spectral":
+        assert spectrum is not None
+        encoder, basis, mean = spectrum.encoder_sgd[:rank], spectrum.basis_sgd[:rank], spectrum.mean_gd
+        lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
+        error = float(np.sqrt(lost / total)) if total > 0 else 0.0
     else:
-        M_k, M_v = (torch.as_tensor(M, device=device) for M in moments)
-    made = []
-    for mode, rank, dtype, M in (
-        (choice.k_mode, choice.k_rank, choice.k_dtype, M_k),
-        (choice.v_mode, choice.v_rank, choice.v_dtype, M_v),
-    ):
-        basis, error = factorize.constant_basis(mode, rank, M)
-        basis = None if basis is None else basis.to(dtype=getattr(torch, full)).to(model.device).contiguous()
-        made.append(Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error))
-    return made[0], made[1]
+        M_gdgd, mean, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
+        if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
+            encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean, F_gdgd)
+        else:
+            mean = None
+            basis, error = factorize.constant_basis(mode, rank, M_gdgd)
+    kind = getattr(torch, full)
+    basis, encoder, mean = (None if x is None else x.to(dtype=kind).contiguous() for x in (basis, encoder, mean))
+    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
 
 
 @torch.inference_mode()

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_ref import quantize as reference
-from tpa_ref.quantize import GROUP, HALF_MAX, stored_bytes
+from tpa_ref.quantize import (
+    DISTORTION,
+    GROUP,
+    HALF_MAX,
+    MAX_WIDTH,
+    PLANES,
+    levels,
+    odd_compander,
+    packed_bytes,
+    plane_columns,
+    stored_bytes,
+    thresholds,
+)
 
 __all__ = [
+    "DISTORTION",
     "GROUP",
+    "MAX_WIDTH",
+    "PLANES",
     "dequantize",
     "dequantize_int4",
     "dequantize_int8",
     "field_shapes",
+    "levels",
+    "odd_compander",
+    "packed_bytes",
+    "plane_columns",
     "quantize",
     "quantize_int4",
     "quantize_int8",
     "stored_bytes",
+    "thresholds",
 ]
 
 
@@ -107,3 +130,73 @@ def _half(x: Tensor) -> Tensor:
 
 def _ungrouped(groups: Tensor, n: int) -> Tensor:
     return groups.flatten(-2)[..., :n]
+
+
+# ---- spectral: each coefficient has its own width, from 0 to 8 bits ----
+
+
+@dataclass(frozen=True)
+class Packing:
+    """planes: (bits, bytes, columns, shifts); runs: (width, columns, thresholds); level = s (t + kappa t^3) of the odd
+    number t = 2 code + 1 - 2^w, with s and kappa rescaled to it, [R] each.
+    """
+
+    planes: list
+    runs: list
+    scale_s: Tensor
+    kappa_s: Tensor
+    offset_s: Tensor
+
+
+@lru_cache(maxsize=512)
+def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
+    """What packing and unpacking need of a layer's widths, made once for each device."""
+    planes = []
+    for bits, columns, shift in plane_columns(widths):
+        length = -(-len(columns) * bits // 8)
+        planes.append((bits, length, *(torch.from_numpy(x).to(device) for x in (columns, shift.astype(np.uint8)))))
+    runs = []
+    for width in sorted(set(widths)):
+        columns = np.flatnonzero(np.array(widths) == width)
+        contiguous = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
+        where = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else torch.from_numpy(columns).to(device)
+        runs.append((width, where, torch.from_numpy(thresholds(width)).to(device)))
+    rows = [(*odd_compander(width), 1.0 - (1 << width)) for width in widths]
+    scale_s, kappa_s, offset_s = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 3).unbind(-1)
+    return Packing(planes, runs, scale_s, kappa_s, offset_s)
+
+
+def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
+    """Nearest level of every coefficient, packed by planes: [..., R] of unit variance -> codes uint8 [..., bytes]."""
+    how = packing(widths, C_bks.device)
+    codes = torch.zeros(C_bks.shape, dtype=torch.uint8, device=C_bks.device)
+    for _, columns, edges in how.runs:
+        codes[..., columns] = torch.bucketize(C_bks[..., columns].float().contiguous(), edges).to(torch.uint8)
+    rows = [codes[..., :0]]
+    for bits, length, columns, shift in how.planes:
+        part = (codes[..., columns] >> shift) & ((1 << bits) - 1)
+        part = F.pad(part, (0, length * 8 // bits - len(columns))).unflatten(-1, (8 // bits, length))
+        row = part[..., 0, :]
+        for slot in range(1, 8 // bits):
+            row = row | (part[..., slot, :] << (slot * bits))
+        rows.append(row)
+    return {"codes": torch.cat(rows, -1)}
+
+
+def unpack_spectral(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """The inverse of the packing: uint8 [..., bytes] -> the code of each coefficient, uint8 [..., R]."""
+    out = torch.zeros((*codes.shape[:-1], len(widths)), dtype=torch.uint8, device=codes.device)
+    start = 0
+    for bits, length, columns, shift in packing(widths, codes.device).planes:
+        row = codes[..., start : start + length]
+        slots = [(row >> (slot * bits)) & ((1 << bits) - 1) for slot in range(8 // bits)]
+        out[..., columns] |= torch.cat(slots, -1)[..., : len(columns)] << shift
+        start += length
+    return out
+
+
+def dequantize_spectral(fields: dict[str, Tensor], widths: tuple[int, ...]) -> Tensor:
+    """Codes -> coefficients of unit variance, float32 [..., R]."""
+    how = packing(widths, fields["codes"].device)
+    t = unpack_spectral(fields["codes"], widths).float().mul_(2).add_(how.offset_s)
+    return t.square().mul_(how.kappa_s).add_(1).mul_(t).mul_(how.scale_s)

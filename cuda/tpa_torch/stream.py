@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from tpa_ref.calibrate import WINDOW, Moments, text_windows
-from tpa_ref.checkpoint import layer_part, outer_part, writing
+from tpa_ref.calibrate import Moments
 from tpa_ref.config import GemmaConfig, TPAConfig
-from tpa_ref.model import begin_conversion
 from tpa_ref.stream import (
+    Steps,
+    Work,
     check_folder,
+    convert_on_disk,
     export,
     finish_folder,
     finished_layers,
+    measure,
     recipe,
     resume_folder,
-    save_states,
-    states_file,
     write_part,
 )
 
-from .calibrate import begin, through_layer
+from .calibrate import THROUGH
 from .checkpoint import cast, load
-from .model import convert_layer
+from .model import convert_layer, layer_spectra
 
-__all__ = ["export"]
+__all__ = ["Work", "export", "finish_folder", "finished_layers", "measure", "recipe", "resume_folder", "write_part"]
 
 
 def convert_checkpoint(
@@ -52,23 +55,15 @@ def convert_checkpoint(
     """
     target = check_folder(target)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True, device=device)
-    converted = begin_conversion(dense, tpa)
-    folder = resume_folder(target, recipe(path, converted, calibration, max_tokens))
-    with writing(target, folder):
-        first = finished_layers(folder, converted)
-        states = None
-        if calibration is not None and not isinstance(calibration, Moments):
-            states = begin(dense, text_windows(dense, calibration, max_tokens, WINDOW))
-        if first < 0:
-            write_part(folder, 0, converted, outer_part(converted, cast), save_file)
-        elif states and first > 0:
-            states = [x.to(dense.device) for _, x in sorted(load_file(states_file(folder, first)).items())]
-        for layer in progress(range(max(first, 0), dense.config.num_layers)):
-            moments = calibration.of_layer(layer) if isinstance(calibration, Moments) else None
-            if states:
-                states, moments = through_layer(dense, layer, states)
-                save_states(folder, layer + 1, states, save_file)
-            convert_layer(converted, layer, moments)
-            write_part(folder, layer + 1, converted, layer_part(converted, layer, cast), save_file)
-        finish_folder(folder, target, converted)
-    return target
+    steps = Steps(THROUGH, layer_spectra, convert_layer, cast, save_file, load_states, to_numpy, torch.from_numpy)
+    return convert_on_disk(steps, dense, path, target, tpa, calibration, max_tokens, progress)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A tensor as a NumPy array."""
+    return x.cpu().numpy()
+
+
+def load_states(file: Path, model: Any) -> list[Tensor]:
+    """The tensors of a file in the order of their names, on the model's device."""
+    return [x.to(model.device) for _, x in sorted(load_file(file).items())]
