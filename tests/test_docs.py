@@ -62,6 +62,9 @@ def test_links_and_formulas():
     for line in text.splitlines():
         if line.startswith("|"):
             assert all("|" not in formula for formula in re.findall(r"\$([^$]*)\$", line)), line
+    for page in (MATH, (ROOT / "notebooks" / "exercise.md").read_text(encoding="utf-8")):
+        for formula in re.findall(r"\$\$?([^$]+)\$", page):
+            assert not re.search(r"\\[^A-Za-z\s]", formula), f"Markdown would eat the backslash: {formula}"
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
 
