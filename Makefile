@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test lint table results sizes real golden tiny clean
+.PHONY: demo test lint notebooks table results sizes real golden tiny clean
 
 demo: .venv/.demo
 	@mkdir -p $(OUT)
@@ -16,6 +16,10 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Run every notebook from top to bottom and write it back with its outputs.
+notebooks: .venv/.test
+	$(BIN)/python scripts/run_notebooks.py
 
 # The table mode x rank x dtype of the tiny model, as shown in the README.
 table: .venv/.demo

@@ -302,3 +302,35 @@ def test_the_query_scale_is_applied(backend):
     one, four = (small.back(trace.stages["layers.0.attn.L_bhqk"]) for trace in traces)
     seen = np.broadcast_to(np.tril(np.ones((5, 5), bool)), one.shape)
     np.testing.assert_allclose(four[seen], one[seen] / 2, rtol=1e-12)
+
+
+# ---- what ships ----
+
+
+def test_both_packages_ship_their_type_marker():
+    """py.typed is there and packaged, so that type checkers use the annotations."""
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    for package, folder in (("tpa_ref", "tpa_ref"), ("tpa_torch", "cuda/tpa_torch")):
+        assert (ROOT / folder / "py.typed").is_file()
+        assert package in setup["packages"] and "py.typed" in setup["package-data"][package]
+
+
+def test_the_citation_is_of_this_version():
+    """CITATION.cff names the version of the package and the paper."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {tpa_ref.__version__}\n" in citation and "2501.06425" in citation
+
+
+def test_memory_where_the_system_does_not_tell():
+    """Without /proc and without the module `resource` (Windows) peak memory is 0 and no error."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        sys.modules["resource"] = None
+        def unreadable(*_, **__): raise OSError
+        Path.read_text = unreadable
+        from tpa_ref.command_line import anonymous_memory
+        print(anonymous_memory())
+    """
+    assert python(code) == "0"

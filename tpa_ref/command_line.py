@@ -289,7 +289,10 @@ def anonymous_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,135 @@
+"""The notebooks run from top to bottom in a fresh copy, and a mistake in the package turns one of them red."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+pytest.importorskip("matplotlib")
+import run_notebooks  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NAMES = [path.name for path in NOTEBOOKS]
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """What a notebook needs of a clone, in a folder of its own, on two threads at most and without a display."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for name in ("tpa_ref", "cuda", "notebooks", "assets"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "licenses"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_from_top_to_bottom(copy, name):
+    """Every assertion of the notebook holds."""
+    done = run_notebooks.execute(copy / "notebooks" / name, timeout=120)
+    assert all(cell.execution_count for cell in done.cells if cell.cell_type == "code")
+
+
+# What is planted: (notebook that must turn red, module of tpa_ref, lines added at its end).
+MISTAKES = {
+    "the smallest products kept": (
+        "01_tensor_product.ipynb",
+        "factorize",
+        """
+_right = truncate_contextual
+def truncate_contextual(X_bkgd, rank):
+    A_bksg, B_bksd, error = _right(X_bkgd, X_bkgd.shape[2])
+    return A_bksg[:, :, -rank:] * rank / A_bksg.shape[2], B_bksd[:, :, -rank:], error
+""",
+    ),
+    "RoPE turns the other way": (
+        "02_rope_on_factors.ipynb",
+        "rope",
+        "\n_right = rotate\ndef rotate(x, cos, sin):\n    return _right(x, cos, -sin)\n",
+    ),
+    "no 1/R in the scores": (
+        "03_attention_without_k_and_v.ipynb",
+        "attention",
+        "\n_right = scores_contextual\ndef scores_contextual(Q, A, B, scale):\n"
+        "    return _right(Q, A, B, scale * A.shape[2])\n",
+    ),
+    "no 1/R in the values": (
+        "03_attention_without_k_and_v.ipynb",
+        "attention",
+        "\n_right = values_contextual\ndef values_contextual(P, A, B):\n    return _right(P, A, B) * A.shape[2]\n",
+    ),
+    "a window one too long": (
+        "03_attention_without_k_and_v.ipynb",
+        "masks",
+        "\n_right = visible\ndef visible(q, k, window):\n    return _right(q, k, window and window + 1)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_package_turns_a_notebook_red(copy, mistake):
+    """The same notebooks on a package with one wrong function: an assertion fails, and nothing else does."""
+    name, module, lines = MISTAKES[mistake]
+    with open(copy / "tpa_ref" / f"{module}.py", "a", encoding="utf-8") as file:
+        file.write(lines)
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as failure:
+        run_notebooks.execute(copy / "notebooks" / name, timeout=120)
+    assert failure.value.ename == "AssertionError", str(failure.value)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_what_is_committed(path):
+    """Valid, run in order with outputs and no error, small, and for the kernel that everybody has."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
+    assert "python" in code[0].outputs[0]["text"] and "numpy" in code[0].outputs[0]["text"]  # versions come first
+    assert path.stat().st_size < 600 * 1024
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(/home/|/Users/|/root/|[A-Z]:\\\\)", text), "a path of one machine"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_every_figure_is_described(path):
+    """Below each picture stands its description for those who cannot see it; figures are numbered one by one."""
+    notebook = nbformat.read(path, as_version=4)
+    numbers = []
+    for cell, below in zip(notebook.cells, [*notebook.cells[1:], None]):
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", ())):
+            caption = re.match(r"\*Figure (\d+)\.(\d+)\. .{40,}", below.source if below else "", re.DOTALL)
+            assert caption, f"no description below:\n{cell.source}"
+            numbers.append((int(caption[1]), int(caption[2])))
+    assert numbers == [(int(path.name[:2]), count + 1) for count in range(len(numbers))] and numbers
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_every_section_checks_what_it_claims(path):
+    """A numbered section with code has an assertion; links between notebooks lead somewhere."""
+    notebook = nbformat.read(path, as_version=4)
+    number = int(path.name[:2])
+    sections: dict[str, str] = {}
+    title = ""
+    for cell in notebook.cells:
+        for line in cell.source.splitlines() if cell.cell_type == "markdown" else ():
+            if line.startswith("## "):
+                title = line
+                assert line.startswith(f"## {number}.{len(sections) + 1} "), line
+                sections[title] = ""
+        if cell.cell_type == "code" and title:
+            sections[title] += cell.source
+        for target in re.findall(r"\]\(([^)]+)\)", cell.source if cell.cell_type == "markdown" else ""):
+            assert target.startswith("http") or (path.parent / target).is_file(), target
+    for title, code in sections.items():
+        assert "assert" in code or not code, title
+    assert list(sections)[-1].endswith("What if?")
