@@ -1,4 +1,4 @@
-"""RMSNorm, and how Gemma 3's QK-norm folds into TPA factors."""
+"""RMSNorm and GELU, and how Gemma 3's QK-norm folds into TPA factors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def rms_norm(x: np.ndarray, w: np.ndarray, eps: float = 1e-6) -> np.ndarray:
 def rms_scale(x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
     """1 / rms(x) over the last axis, kept as an axis of size one: [..., d] -> [..., 1]."""
     return 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The tanh approximation of GELU, which Gemma was trained with.
+
+    >>> gelu_tanh(np.array([0.0, 1.0])).round(4).tolist()
+    [0.0, 0.8412]
+    """
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
 def fold_into_contextual(

@@ -30,7 +30,9 @@ from .checkpoint import (
     load,
     outer_part,
     replacing,
+    shard_count,
     shard_name,
+    vision_part,
     write_beside,
     write_index,
     writing,
@@ -39,6 +41,7 @@ from .config import GemmaConfig, TPAConfig
 from .errors import TPAError
 from .factorize import Factorization
 from .model import begin_conversion, convert_layer
+from .weights import is_vision, stored_name
 
 RECIPE = "conversion.json"  # what a partial folder was begun with
 
@@ -81,6 +84,8 @@ def convert_checkpoint(
                 save_states(folder, layer + 1, states, save_file)
             convert_layer(converted, layer, moments)
             write_part(folder, layer + 1, converted, layer_part(converted, layer, cast), save_file)
+        if dense.config.vision:
+            write_shard(folder, dense.config.num_layers + 1, dense.config, vision_part(dense, cast), save_file)
         finish_folder(folder, target, converted)
     return target
 
@@ -144,14 +149,19 @@ def finished_layers(folder: Path, converted: Any) -> int:
 
 
 def write_part(folder: Path, number: int, converted: Any, part: dict[str, Any], save_file: Callable) -> None:
-    """One finished file, under its name only when it is complete; the layer's bases need not be kept after that."""
+    """The finished file of a layer (0: what stands outside of them), whose bases need not be kept after that."""
     if number > 0:
         pair = converted.factors[number - 1]
         described = [{"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error} for how in pair]
         _factors_file(folder, number - 1).write_text(json.dumps(described), encoding="utf-8")
         converted.factors[number - 1] = tuple(replace(how, basis=None) for how in pair)
         converted.query_factors[number - 1] = None
-    file = folder / shard_name(number, converted.config)
+    write_shard(folder, number, converted.config, part, save_file)
+
+
+def write_shard(folder: Path, number: int, config: GemmaConfig, part: dict[str, Any], save_file: Callable) -> None:
+    """One file, under its name only when it is complete."""
+    file = folder / shard_name(number, config)
     save_file(part, file.with_suffix(".tmp"), {"format": "pt"})
     os.replace(file.with_suffix(".tmp"), file)
 
@@ -174,7 +184,7 @@ def save_states(folder: Path, layer: int, states: list[Any], save_file: Callable
 
 def finish_folder(folder: Path, target: Path, converted: Any) -> None:
     """Index, config and tokenizer beside the finished files, nothing else; then the folder takes the target's name."""
-    kept = {shard_name(number, converted.config) for number in range(converted.config.num_layers + 1)}
+    kept = {shard_name(number, converted.config) for number in range(shard_count(converted.config))}
     for file in folder.iterdir():  # what only the work needed, and what a killed library left half-written
         if file.name not in kept:
             file.unlink()
@@ -187,6 +197,17 @@ def finish_folder(folder: Path, target: Path, converted: Any) -> None:
 # ---- back to a dense model ----
 
 
+def shard_of(name: str, config: GemmaConfig) -> int:
+    """The shard that a tensor belongs to.
+
+    >>> [shard_of(f"model.{name}.weight", GemmaConfig.gemma3_1b()) for name in ("norm", "layers.3.mlp.up_proj")]
+    [0, 4]
+    """
+    if is_vision(name):
+        return config.num_layers + 1
+    return int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
+
+
 def export(path: str | Path, target: str | Path, progress: Callable = iter) -> Path:
     """A saved TPA model, or a checkpoint of any format, as a dense Hugging Face folder: one file a layer, and an index.
 
@@ -196,10 +217,12 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
     names = [name for name in found.entries if not name.startswith("tpa.")]
     with replacing(target) as temporary:
         temporary.mkdir()
-        for number in progress(range(found.config.num_layers + 1)):
-            prefix = f"model.layers.{number - 1}."
-            chosen = [name for name in names if (name.startswith(prefix) if number else ".layers." not in name)]
-            part = {name: cast(found.entries[name].read("numpy"), found.stored_dtype) for name in chosen}
+        for number in progress(range(shard_count(found.config))):
+            chosen = [name for name in names if shard_of(name, found.config) == number]
+            part = {
+                stored_name(name, found.config): cast(found.entries[name].read("numpy"), found.stored_dtype)
+                for name in chosen
+            }
             save_file(part, temporary / shard_name(number, found.config), {"format": "pt"})
         write_index(temporary)
         content = found.config.to_hf() | {"torch_dtype": found.stored_dtype}

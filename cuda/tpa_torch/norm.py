@@ -1,8 +1,9 @@
-"""RMSNorm, and how Gemma 3's QK-norm folds into TPA factors. Twin of `tpa_ref.norm`."""
+"""RMSNorm and GELU, and how Gemma 3's QK-norm folds into TPA factors. Twin of `tpa_ref.norm`."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,11 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
 def rms_scale(x: Tensor, eps: float = 1e-6) -> Tensor:
     """1 / rms(x) over the last axis, kept as an axis of size one."""
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, which Gemma was trained with."""
+    return F.gelu(x, approximate="tanh")
 
 
 def fold_into_contextual(A_bksg: Tensor, B_bksd: Tensor, w_d: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tpa_ref.calibrate import WINDOW, Moments, text_windows
-from tpa_ref.checkpoint import layer_part, outer_part, writing
+from tpa_ref.checkpoint import layer_part, outer_part, vision_part, writing
 from tpa_ref.config import GemmaConfig, TPAConfig
 from tpa_ref.model import begin_conversion
 from tpa_ref.stream import (
@@ -20,15 +20,17 @@ from tpa_ref.stream import (
     recipe,
     resume_folder,
     save_states,
+    shard_of,
     states_file,
     write_part,
+    write_shard,
 )
 
 from .calibrate import begin, through_layer
 from .checkpoint import cast, load
 from .model import convert_layer
 
-__all__ = ["export"]
+__all__ = ["export", "shard_of"]
 
 
 def convert_checkpoint(
@@ -70,5 +72,7 @@ def convert_checkpoint(
                 save_states(folder, layer + 1, states, save_file)
             convert_layer(converted, layer, moments)
             write_part(folder, layer + 1, converted, layer_part(converted, layer, cast), save_file)
+        if dense.config.vision:
+            write_shard(folder, dense.config.num_layers + 1, dense.config, vision_part(dense, cast), save_file)
         finish_folder(folder, target, converted)
     return target
