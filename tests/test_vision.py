@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import vision_models as vm
-from conftest import KINDS, TOLERANCE, in_kind, relative, to_numpy
+from conftest import KINDS, TOLERANCE, in_kind, relative
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

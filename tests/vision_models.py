@@ -60,7 +60,7 @@ def hf_model(config: Any) -> Any:
     hf = transformers.Gemma3ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in hf.named_parameters():
-            if "layer_norm" in name or "layernorm" in name and "vision" in name:
+            if "layer_norm" in name or ("layernorm" in name and "vision" in name):
                 weight.normal_(1 if name.endswith("weight") else 0, 0.3)
             elif "norm" in name or name.endswith("bias"):
                 weight.normal_(0, 0.3)
@@ -82,13 +82,13 @@ def saved(folder: Path) -> tuple[Any, Path]:
 
 
 def text(layout: str, seed: int = 0) -> list[int]:
-    """Ids by a layout of words (a number: so many) and images ("i"), for instance "2 i 5": with start and end tokens."""
+    """Ids by a layout such as "2 i 5 bare": so many words, an image with its start and end tokens, one without."""
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     for item in layout.split():
         if item == "i":
             ids += [START, *[IMAGE] * TOKENS, END]
-        elif item == "bare":  # without start and end
+        elif item == "bare":
             ids += [IMAGE] * TOKENS
         else:
             ids += rng.integers(3, START, int(item)).tolist()

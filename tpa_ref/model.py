@@ -78,7 +78,7 @@ class Model:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
         positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
-        images = None if images is None else np.asarray(images)
+        images = vision.as_pixels(images)
         is_image_bq = vision.check_images(images, tokens_bq, positions_bq, self.config)
         last_bq = vision.last_seen(is_image_bq, positions_bq)
         x_bqm = self.embed(vision.without_placeholders(tokens_bq, self.config))

@@ -110,11 +110,9 @@ def check_images(images: Any, tokens_bq: np.ndarray, positions_bq: np.ndarray, c
     """Where the soft tokens go, bool [b,q]: every placeholder of a text, as many as the images have tokens, each image
     in one piece. `images` [i,c,x,y] or None; padding has position -1.
     """
-    vision = config.vision
-    if vision is None:
-        if images is not None:
-            raise TPAError("model: images were given, but this model reads text only (it has no image tower)")
+    if images is None and config.vision is None:
         return np.zeros(tokens_bq.shape, bool)
+    vision = require_vision(config)
     if images is not None:
         check_pixels(images, vision)
     is_image_bq = (tokens_bq == vision.image_token) & (positions_bq >= 0)
@@ -131,6 +129,20 @@ def check_images(images: Any, tokens_bq: np.ndarray, positions_bq: np.ndarray, c
                     f"model: the {t} placeholder tokens of an image must stand together, got {end - start} at {start}"
                 )
     return is_image_bq
+
+
+def require_vision(config: GemmaConfig) -> VisionConfig:
+    """The image tower's config, or one line where there is none."""
+    if config.vision is None:
+        raise TPAError("model: images were given, but this model reads text only: it has no image tower")
+    return config.vision
+
+
+def as_pixels(images: Any) -> np.ndarray | None:
+    """Images as a NumPy array, whatever array they are."""
+    if str(getattr(images, "dtype", "")) == "torch.bfloat16":  # which NumPy lacks
+        images = images.float()
+    return None if images is None else np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
 
 
 def check_pixels(images: Any, vision: VisionConfig) -> None:
@@ -171,6 +183,20 @@ def last_seen(is_image_bq: np.ndarray, positions_bq: np.ndarray) -> np.ndarray |
         for start, end in image_blocks(is_image_q):
             last_bq[row, start:end] = positions_bq[row, end - 1]
     return last_bq
+
+
+def images_between(images: np.ndarray | None, is_image_bq: np.ndarray, start: int, end: int) -> np.ndarray | None:
+    """Those images whose placeholders lie in the columns start ... end of a text, in their order there.
+
+    >>> is_image_bq = np.array([[True, True, False, True, True], [False, False, False, True, True]])
+    >>> images_between(np.array([10, 20, 30]), is_image_bq, 3, 5).tolist()
+    [20, 30]
+    """
+    if images is None or not len(images):
+        return images
+    t = is_image_bq.sum() // len(images)
+    number_bq = (np.cumsum(is_image_bq).reshape(is_image_bq.shape) - 1) // t
+    return images[np.unique(number_bq[:, start:end][is_image_bq[:, start:end]])]
 
 
 def without_placeholders(tokens_bq: np.ndarray, config: GemmaConfig) -> np.ndarray:

@@ -8,12 +8,30 @@ from torch import Tensor
 
 from tpa_ref.config import VisionConfig
 from tpa_ref.trace import Tracer, no_trace, scoped
-from tpa_ref.vision import check_images, check_pixels, image_blocks, last_seen, without_placeholders
+from tpa_ref.vision import (
+    as_pixels,
+    check_images,
+    check_pixels,
+    image_blocks,
+    images_between,
+    last_seen,
+    require_vision,
+    without_placeholders,
+)
 from tpa_ref.weights import VisionLayerWeights, VisionWeights
 
 from .norm import gelu_tanh, rms_norm
 
-__all__ = ["check_images", "check_pixels", "image_blocks", "last_seen", "without_placeholders"]
+__all__ = [
+    "as_pixels",
+    "check_images",
+    "check_pixels",
+    "image_blocks",
+    "images_between",
+    "last_seen",
+    "require_vision",
+    "without_placeholders",
+]
 
 
 def embed_images(pixels_icxy: Tensor, w: VisionWeights, config: VisionConfig, trace: Tracer = no_trace) -> Tensor:
