@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +72,29 @@ def hf_model(config: Any) -> Any:
     return hf
 
 
-@functools.cache
-def saved(folder: Path) -> tuple[Any, Path]:
+def saved(folder: Path, **changes: Any) -> tuple[Any, Path]:
     """(the model, the folder that `transformers` saved it in)."""
-    hf = hf_model(hf_config())
-    hf.save_pretrained(folder / "hf")
-    return hf, folder / "hf"
+    hf = hf_model(hf_config(**changes))
+    hf.save_pretrained(folder)
+    return hf, folder
 
 
-def text(layout: str, seed: int = 0) -> list[int]:
+def text(layout: str, seed: int = 0, tokens: int = TOKENS) -> list[int]:
     """Ids by a layout such as "2 i 5 bare": so many words, an image with its start and end tokens, one without."""
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     for item in layout.split():
         if item == "i":
-            ids += [START, *[IMAGE] * TOKENS, END]
+            ids += [START, *[IMAGE] * tokens, END]
         elif item == "bare":
-            ids += [IMAGE] * TOKENS
+            ids += [IMAGE] * tokens
         else:
             ids += rng.integers(3, START, int(item)).tolist()
     return ids
+
+
+def images_in(layout: str) -> int:
+    return sum(item in ("i", "bare") for item in layout.split())
 
 
 def pixels(count: int, seed: int = 0, size: int = SIZE) -> np.ndarray:
