@@ -59,6 +59,8 @@ def open_image(path: str | Path) -> Any:
                     raise TPAError(
                         f"images: {path} must have 1 ... {MAX_PIXELS:,} pixels, got {image.width} x {image.height}"
                     )
+                if image.mode == "F":
+                    raise TPAError(f"images: {path} must have whole numbers as pixels, got floating point (mode F)")
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except TPAError:
@@ -78,8 +80,6 @@ def to_rgb(image: Any) -> Any:
     """An image of any mode as RGB: 16 bits scaled to 8 (Pillow would cut them off), transparency laid on white."""
     from PIL import Image
 
-    if image.mode == "F":
-        raise TPAError("images: pixels must be whole numbers, got floating point (mode F)")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
     if image.has_transparency_data:
