@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,17 +253,24 @@ def test_an_image_in_a_prompt():
     assert tokenizer.encode("no image", vision=VISION) == tokenizer.encode("no image")
 
 
-def test_the_template_is_that_of_transformers():
-    """The text with image marks is what the published chat template and processor make of an image item and a text."""
-    said = chat_text([("user", mark_images(" What is this? ".strip(), [0]))])
+def test_images_in_the_chat_template():
+    """An image stands at the beginning of the user's turn, or where the prompt has a mark."""
+    said = chat_text([("user", mark_images("What is this?", [0]))])
     assert said == f"<start_of_turn>user\n{START_OF_IMAGE}What is this?<end_of_turn>\n<start_of_turn>model\n"
-    crops = mark_images("What?", [2])
-    assert crops == (
-        f"Here is the original image {START_OF_IMAGE} and here are some crops to help you see better "
-        f"{START_OF_IMAGE} {START_OF_IMAGE}What?"
-    )
     assert mark_images(f"a {START_OF_IMAGE} b {START_OF_IMAGE}", [0, 2]).count(START_OF_IMAGE) == 4
     refused(lambda: mark_images(f"a {START_OF_IMAGE}", [0, 0]), "got 1 for 2 images")
+
+
+@pytest.mark.parametrize("crops", [0, 2, 4])
+def test_crops_are_announced_as_by_transformers(crops):
+    """What stands in a prompt for an image and its crops is what the published processor puts there."""
+    processing = pytest.importorskip("transformers.models.gemma3.processing_gemma3").Gemma3Processor
+    if not hasattr(processing, "replace_image_token"):
+        pytest.skip("another version of transformers")
+    theirs = processing.replace_image_token(
+        SimpleNamespace(full_image_sequence=START_OF_IMAGE), {"num_crops": [crops]}, 0
+    )
+    assert mark_images(f"{START_OF_IMAGE}What?", [crops]) == f"{theirs}What?"
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +305,18 @@ def test_generate_with_images(backend, checkpoint):
     text_only = small.model(backend)
     text_only.tokenizer = model.tokenizer
     refused(lambda: "".join(backend.generate(text_only, "the list", images=images)), "text only")
+
+
+def test_the_readmes_example_runs(backend, checkpoint, tmp_path, monkeypatch, capsys):
+    """The lines about images, as printed."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text[text.index("## Images") :].split("```python\n", 1)[1].split("```", 1)[0]
+    picture().save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    model = backend.load(checkpoint)
+    tokens_bq = [[5, 6, *[model.config.vision.image_token] * 4, 7]]
+    exec(code, {"tpa": backend, "model": model, "tokens_bq": tokens_bq})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_conversation_about_images(backend, checkpoint):
