@@ -335,7 +335,14 @@ def test_a_conversation_about_images(backend, checkpoint):
     assert "".join(again.say("something else", vm.pixels(1, seed=5))) is not None
     assert again.undo()  # far past the window of 11: the text is read anew, with its image
     assert ["".join(again.say("return", second)), "".join(again.say("value"))] == said[1:]
-    refused(lambda: "".join(one.say(f"{START_OF_IMAGE} x")), "got 1 for 0 images")
+    for text, images, words in (
+        (f"{START_OF_IMAGE} x", None, "got 1 for 0 images"),
+        ("x", vm.pixels(1, size=16), "[1, 3, 16, 16]"),
+        ("x", vm.pixels(50), "exceed the 300"),
+    ):
+        length = len(one.ids)
+        refused(lambda text=text, images=images: "".join(one.say(text, images)), words)
+        assert len(one.ids) == length  # and the conversation goes on
 
 
 # ---- the command line ----

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import TPAError
 from .generate import TextStream, require_tokenizer
 from .tokenizer import END_OF_TURN, STOP, place_images
-from .vision import as_pixels, require_vision
+from .vision import as_pixels, check_pixels, require_vision
 
 
 class Conversation:
@@ -42,7 +42,7 @@ class Conversation:
         """Stream the model's answer to one more text, and to images [i,c,x,y] in it or before it."""
         shown = as_pixels(images)
         if shown is not None:
-            require_vision(self.model.config)
+            check_pixels(shown, require_vision(self.model.config))
         asked = self._turn(text, 0 if shown is None else len(shown))
         if len(self.ids) + len(asked) + self.max_new_tokens > self.max_len:
             raise TPAError(

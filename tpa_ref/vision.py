@@ -70,8 +70,8 @@ def attend(a_ipz: np.ndarray, w: VisionLayerWeights) -> np.ndarray:
     O_iqhe = np.empty_like(V_ikhe)
     scale = Q_iqhd.shape[-1] ** -0.5
     for head in range(Q_iqhd.shape[2]):  # 4096 x 4096 logits a head: one matrix in memory is enough
-        P_iqk = softmax(einsum("iqd,ikd->iqk", Q_iqhd[:, :, head], K_ikhd[:, :, head]) * scale)
-        O_iqhe[:, :, head] = einsum("iqk,ike->iqe", P_iqk, V_ikhe[:, :, head])
+        P_iqk = softmax(Q_iqhd[:, :, head] @ K_ikhd[:, :, head].swapaxes(1, 2) * scale)
+        O_iqhe[:, :, head] = P_iqk @ V_ikhe[:, :, head]
     return einsum("iqhe,zhe->iqz", O_iqhe, w.WO_zhe) + w.O_bias_z
 
 
