@@ -58,11 +58,11 @@ tiny: .venv/.demo
 
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images]
 	@touch $@
 
 .venv/.test: .venv/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,test,lint]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images,test,lint]
 	@touch $@
 
 clean:

@@ -6,10 +6,11 @@
 The published weights are gated; these have their names, shapes, dtypes and sizes, so that loading, conversion, memory
 and speed can be measured without them. What such a model says means nothing, and neither does its KL or perplexity.
 
-Formats: `hf` (text only), `hf-multimodal-old` and `hf-multimodal` (both generations of prefixes and config keys,
-without the image tower), `ckpt`, `ckpt-sharded` and `ckpt-int8` (google/gemma_pytorch). Every folder gets a synthetic
-tokenizer of the right size: the tiny model's, and placeholders behind it. `--spectra` gives W_Q, W_K and W_V of the 1B
-the decay of singular values that the real ones have (assets/gemma3_1b_weight_spectra.csv).
+Formats: `hf` (text only), `hf-multimodal-old` and `hf-multimodal` (both generations of prefixes and config keys),
+`ckpt`, `ckpt-sharded` and `ckpt-int8` (google/gemma_pytorch). `--vision` adds the image tower to 4b, 12b and 27b, and a
+small one to the multimodal formats of `tiny`. Every folder gets a synthetic tokenizer of the right size: the tiny
+model's, and placeholders behind it. `--spectra` gives W_Q, W_K and W_V of the 1B the decay of singular values that the
+real ones have (assets/gemma3_1b_weight_spectra.csv).
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ from torch import Tensor  # noqa: E402
 
 from tpa_ref import command_line as cli  # noqa: E402
 from tpa_ref.checkpoint import replacing  # noqa: E402
-from tpa_ref.config import VARIANTS, GemmaConfig  # noqa: E402
+from tpa_ref.config import VARIANTS, GemmaConfig, VisionConfig  # noqa: E402
 from tpa_ref.errors import TPAError  # noqa: E402
-from tpa_ref.weights import hf_names  # noqa: E402
+from tpa_ref.formats import GEMMA_PYTORCH_TOWER  # noqa: E402
+from tpa_ref.weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision  # noqa: E402
 
 FORMATS = ("hf", "hf-multimodal-old", "hf-multimodal", "ckpt", "ckpt-sharded", "ckpt-int8")
 SPECTRA = ROOT / "assets" / "gemma3_1b_weight_spectra.csv"
 TINY_TOKENIZER = cli.TINY / "tokenizer.model"
 PIECES = 262_144  # of Gemma 3's tokenizer
 BLOCK = 1 << 26  # numbers drawn at a time
+# For `tiny`: 16 x 16 patches, 16 soft tokens; start and end are pieces that its tokenizer does not use.
+TINY_VISION = VisionConfig(224, 14, 3, 64, 2, 4, 128, 1e-6, 16, image_token=4096, start_token=6, end_token=7)
 Spectrum = dict[str, tuple[int, int, int]]  # tensor name -> ranks that hold 90, 95 and 98 % of the energy
 
 
@@ -72,17 +76,19 @@ def generator_of(name: str, seed: int) -> torch.Generator:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Norms around 0 (their factor is 1 + w), everything else 1/sqrt(fan in): every stage has numbers of size 1.
+    """Norms around 0 (their factor is 1 + w; the image tower's LayerNorms: around 1), everything else 1/sqrt(fan in):
+    every stage has numbers of size 1.
 
     The numbers depend on the name and the seed alone, so the same tensor is the same in every format and order.
     """
     generator = generator_of(name, seed)
-    size = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+    size = 0.1 if len(shape) == 1 else int(np.prod(shape[1:])) ** -0.5
+    centre = float(name.startswith(TOWER) and "norm" in name and name.endswith(".weight"))
     made = torch.empty(shape, dtype=dtype)
     rows = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
     for start in range(0, shape[0], rows):
         block = made[start : start + rows]
-        block.copy_(torch.randn(block.shape, generator=generator) * size)
+        block.copy_(torch.randn(block.shape, generator=generator) * size + centre)
     return made
 
 
@@ -117,8 +123,8 @@ def read_spectra(path: Path = SPECTRA) -> Spectrum:
 # ---- the names of each format ----
 
 
-def text_tensors(config: GemmaConfig, dtype: torch.dtype, seed: int, spectra: Spectrum) -> dict[str, Planned]:
-    """The text model's tensors under their Hugging Face names."""
+def all_tensors(config: GemmaConfig, dtype: torch.dtype, seed: int, spectra: Spectrum) -> dict[str, Planned]:
+    """The model's tensors under the names of `weights.hf_names`."""
 
     def maker(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         def make() -> Tensor:
@@ -136,25 +142,44 @@ def planned_tensors(
     config: GemmaConfig, form: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, spectra: Spectrum | None = None
 ) -> list[Planned]:
     """Everything that a checkpoint of this format holds, by the names it has there."""
-    text = text_tensors(config, dtype, seed, spectra or {})
+    text = all_tensors(config, dtype, seed, spectra or {})
     if form == "hf":
         return list(text.values())
     if form == "hf-multimodal-old":
-        return [replace(tensor, name=f"language_model.{tensor.name}") for tensor in text.values()]
+        return [replace(tensor, name=multimodal_name(tensor.name, old=True)) for tensor in text.values()]
     if form == "hf-multimodal":
-        return [
-            replace(tensor, name=f"model.language_model.{tensor.name.removeprefix('model.')}")
-            for tensor in text.values()
-        ]
+        return [replace(tensor, name=multimodal_name(tensor.name)) for tensor in text.values()]
     tensors = list(gemma_pytorch_tensors(text, config))
     return [part for tensor in tensors for part in int8_tensors(tensor)] if form == "ckpt-int8" else tensors
+
+
+def multimodal_name(name: str, old: bool = False) -> str:
+    """A tensor's name in a multimodal Hugging Face file of either generation."""
+    if is_vision(name):
+        return name if old else f"model.{name.replace(TOWER, 'vision_tower.')}"
+    return f"language_model.{name}" if old else f"model.language_model.{name.removeprefix('model.')}"
+
+
+def gemma_pytorch_vision(tensor: Planned) -> Planned:
+    """A tensor of the image tower under google/gemma_pytorch's name; its projector is transposed."""
+    if tensor.name == VISION_NAMES["W_project_zm"][0]:
+        make = lambda: tensor.make().T.contiguous()  # noqa: E731
+        return Planned("mm_input_projection.weight", tensor.shape[::-1], tensor.dtype, make)
+    if tensor.name.startswith(PROJECTOR):
+        return replace(tensor, name="mm_soft_embedding_norm.weight")
+    name = tensor.name.removeprefix(TOWER)
+    for theirs, ours in GEMMA_PYTORCH_TOWER.items():
+        name = name.replace(ours, theirs, 1)
+    return replace(tensor, name=f"siglip_vision_model.{name}")
 
 
 def gemma_pytorch_tensors(text: dict[str, Planned], config: GemmaConfig) -> Iterator[Planned]:
     """google/gemma_pytorch's names, Q, K and V fused, and the complex buffers that its files carry along."""
     for name, tensor in text.items():
-        if name.endswith("embed_tokens.weight"):
-            multimodal = config.variant in ("4b", "12b", "27b")
+        if is_vision(name):
+            yield gemma_pytorch_vision(tensor)
+        elif name.endswith("embed_tokens.weight"):
+            multimodal = config.vision is not None or config.variant in ("4b", "12b", "27b")
             yield replace(tensor, name="text_token_embedder.weight" if multimodal else "embedder.weight")
         elif name.endswith("q_proj.weight"):
             parts = [text[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
@@ -170,8 +195,8 @@ def gemma_pytorch_tensors(text: dict[str, Planned], config: GemmaConfig) -> Iter
 
 
 def int8_tensors(tensor: Planned) -> list[Planned]:
-    """A matrix as int8 with one float32 scale a row; everything else as it is."""
-    if len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
+    """A matrix as int8 with one float32 scale a row; everything else, and the image tower, as it is."""
+    if len(tensor.shape) != 2 or not tensor.name.endswith(".weight") or tensor.name.startswith("siglip"):
         return [tensor]
 
     def scale(weight: Tensor) -> Tensor:
@@ -189,9 +214,11 @@ def int8_tensors(tensor: Planned) -> list[Planned]:
 
 def config_json(config: GemmaConfig, form: str) -> dict:
     """The config.json of a Hugging Face format."""
-    text = config.to_hf()
+    text = replace(config, vision=None).to_hf()
     if form == "hf":
         return text
+    whole = config.to_hf() if config.vision else {"model_type": "gemma3"}
+    whole["architectures"] = ["Gemma3ForConditionalGeneration"]
     if form == "hf-multimodal":
         scaling = {"rope_type": "linear", "factor": config.rope_scale_global}
         full = scaling if config.rope_scale_global != 1 else {"rope_type": "default"}
@@ -201,7 +228,7 @@ def config_json(config: GemmaConfig, form: str) -> dict:
             "full_attention": {**full, "rope_theta": config.rope_base_global},
             "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_base_local},
         }
-    return {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    return whole | {"text_config": text}
 
 
 # ---- files ----
@@ -282,11 +309,15 @@ def main() -> None:
     parser.add_argument("--out", metavar="FOLDER", required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--spectra", action="store_true", help="the real decay of singular values; 1b only")
+    parser.add_argument("--vision", action="store_true", help="with the image tower; not for hf, 270m and 1b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-gb", type=float, default=4.0)
     args = parser.parse_args()
     if args.spectra and args.variant != "1b":
         raise TPAError(f"--spectra: only those of 1b are published, got --variant {args.variant}")
+    large = args.variant in ("4b", "12b", "27b")
+    if args.vision and (args.format == "hf" or not (large or (args.variant == "tiny" and "multi" in args.format))):
+        raise TPAError(f"--vision: {args.variant} as {args.format} is not a model that reads images")
     target = Path(args.out)
     if os.path.lexists(target):
         raise TPAError(f"--out: {target} exists already; choose another place or remove it")
@@ -295,8 +326,10 @@ def main() -> None:
     if args.shard_gb <= 0:
         raise TPAError(f"--shard-gb must be > 0, got {args.shard_gb}")
     config = GemmaConfig.of_variant(args.variant)
-    if args.format.startswith("hf-multimodal") and args.variant in ("4b", "12b", "27b"):
+    if args.format.startswith("hf-multimodal") and large:
         config = replace(config, vocab_size=262_208)
+    if args.vision:
+        config = replace(config, vision=VisionConfig() if large else TINY_VISION)
     start = time.perf_counter()
     with replacing(target) as folder:
         write_checkpoint(

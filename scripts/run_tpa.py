@@ -6,6 +6,7 @@ python scripts/run_tpa.py --load_tpa tpa-4b --chat --prompt "Why is the sky blue
 python scripts/run_tpa.py --load_tpa tpa-4b --chat                                          # talk, turn by turn
 python scripts/run_tpa.py --ckpt model.ckpt --variant 1b --convert --prompts-file many.txt  # a batch of prompts
 python scripts/run_tpa.py --load_tpa tpa-4b --export gemma-3-4b-again                       # back to a dense model
+python scripts/run_tpa.py --load_tpa tpa-4b --chat --image cat.jpg --prompt "What is this?" # 4b, 12b and 27b
 """
 
 from __future__ import annotations
@@ -14,22 +15,28 @@ import argparse
 import importlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tpa_ref import __version__, memory
 from tpa_ref import command_line as cli
 from tpa_ref.calibrate import read_text
-from tpa_ref.checkpoint import check_output
-from tpa_ref.config import DEFAULT_CONTEXT, TPAConfig
+from tpa_ref.checkpoint import check_output, inspect
+from tpa_ref.config import DEFAULT_CONTEXT, GemmaConfig, TPAConfig
 from tpa_ref.conversation import Conversation
 from tpa_ref.errors import TPAError
 from tpa_ref.generate import check_sampling
+from tpa_ref.images import mark_images, read_images
+from tpa_ref.vision import require_vision
 
 CALIBRATION_TOKENS = 4096
 HELP = "/undo takes the last turn back, /reset forgets everything, /quit ends"
+HELP_IMAGE = "/image FILE shows an image with the next turn, "
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,6 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--export", metavar="FOLDER", help="write the model as a dense Hugging Face folder")
     group.add_argument("--prompt", action="append", default=[], help="may be given several times")
     group.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, UTF-8")
+    group.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="goes with every prompt, or with the first turn; may be given several times",
+    )
+    group.add_argument("--pan-and-scan", action="store_true", help="long images also as two to four crops")
     group.add_argument("--context", type=int, metavar="N", help="tokens a conversation may have (default: 32768)")
     group.add_argument("--report", metavar="FILE.json", help="seconds, peak memory and bytes of the conversion")
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
@@ -58,6 +73,10 @@ def parse_arguments() -> argparse.Namespace:
         raise TPAError(f"--{tpa_options[0].replace('_', '-')} concerns a conversion, but --convert is not given")
     if args.report and not (args.save_tpa and not Path(args.save_tpa).suffix):
         raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
+    if args.pan_and_scan and not args.image:
+        raise TPAError("--pan-and-scan concerns images, but --image is not given")
+    if args.image and (args.save_tpa or args.export) and not (args.prompt or args.prompts_file):
+        raise TPAError("--image goes with a prompt, but --prompt is not given")
     return args
 
 
@@ -72,6 +91,10 @@ def main() -> None:
             check_output(path)
     backend = cli.backend_module(args.backend)
     args.dtype = cli.choose_dtype(args, source)
+    shown = []
+    if args.image:  # read now: what is wrong with them shows before minutes of work
+        found = inspect(source, args.variant, args.config, args.tokenizer).config
+        shown = [Shown.read(args.image, found, args.pan_and_scan)]
     if args.export:
         backend.export(source, args.export, progress=cli.progress_bar("exporting"))
         print(f"dense model written to {args.export}")
@@ -89,13 +112,49 @@ def main() -> None:
         print(f"  {line}")
     context = min(args.context or 32_768, model.config.max_positions)
     if model.tpa is not None:
-        print(memory.table(model.config, [("at --context", context, model.new_cache(1, 1).nbytes_at(context))]))
+        print(memory.table(model.config, memory_rows(model, context)))
     if args.save_tpa and Path(args.save_tpa).suffix:
         print(f"saved to {backend.save(model, args.save_tpa)}")
     if prompts:
-        answer(backend, model, args, prompts)
+        answer(backend, model, args, prompts, shown)
     elif not (args.save_tpa or args.export):
-        talk(backend, model, args, context)
+        talk(backend, model, args, context, shown)
+
+
+@dataclass
+class Shown:
+    """Images that go with a prompt: pixels [i,c,x,y], how many crops follow each file's, and their tokens each."""
+
+    pixels: np.ndarray
+    crops: list[int]
+    tokens: int
+
+    @classmethod
+    def read(cls, files: list[str], config: GemmaConfig, pan_and_scan: bool = False) -> Shown:
+        vision = require_vision(config)
+        return cls(*read_images(files, vision, pan_and_scan), vision.tokens_per_image)
+
+
+def with_images(text: str, shown: list[Shown]) -> tuple[str, np.ndarray | None]:
+    """(the text with marks where images go, their pixels)."""
+    if not shown:
+        return text, None
+    pixels = np.concatenate([part.pixels for part in shown])
+    return mark_images(text, [count for part in shown for count in part.crops]), pixels
+
+
+def count_images(shown: list[Shown]) -> None:
+    """Say how many tokens the images of a prompt take."""
+    if shown:
+        count, each = sum(len(part.pixels) for part in shown), shown[0].tokens
+        print(f"{count} image{'s' if count > 1 else ''} in each prompt: {count} x {each} = {count * each:,} tokens")
+
+
+def memory_rows(model: Any, context: int) -> list[tuple[str, int, int]]:
+    """Rows of the memory table; a model that reads images has one for what an image takes."""
+    cache, vision = model.new_cache(1, 1), model.config.vision
+    rows = [("one image", vision.tokens_per_image, cache.nbytes_at(vision.tokens_per_image))] if vision else []
+    return [*rows, ("at --context", context, cache.nbytes_at(context))]
 
 
 def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
@@ -185,16 +244,18 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
-def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str]) -> None:
+def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str], shown: list[Shown]) -> None:
     """One prompt streams; several are generated as one batch and shown one after another."""
     batch = importlib.import_module(f"{backend.__name__}.generate").generate_batch
     start = time.perf_counter()
     pieces: list[list[str]] = [[] for _ in prompts]
     bar = cli.progress_bar("prefill")
-    options = sampling(args) | {"chat": args.chat, "progress": bar}
+    count_images(shown)
+    marked = [with_images(prompt, shown) for prompt in prompts]
+    options = sampling(args) | {"chat": args.chat, "progress": bar, "images": marked[0][1]}
     if len(prompts) == 1:
         print(f"\n{prompts[0]}", end="\n" if args.chat else "", flush=True)
-    for row, piece in batch(model, prompts, args.max_new_tokens, **options):
+    for row, piece in batch(model, [prompt for prompt, _ in marked], args.max_new_tokens, **options):
         pieces[row].append(piece)
         if len(prompts) == 1:
             print(piece, end="", flush=True)
@@ -206,13 +267,14 @@ def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str
     print(f"\n{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} in {time.perf_counter() - start:.1f} s")
 
 
-def talk(backend: Any, model: Any, args: argparse.Namespace, context: int) -> None:
-    """Turns from standard input; what was said stays in the cache."""
+def talk(backend: Any, model: Any, args: argparse.Namespace, context: int, shown: list[Shown]) -> None:
+    """Turns from standard input; what was said stays in the cache. Images go with the next turn."""
     generate_tokens = importlib.import_module(f"{backend.__name__}.generate").generate_tokens
     check_sampling(model.config, 1, args.max_new_tokens, **sampling(args))
     conversation = Conversation(model, generate_tokens, context, args.chat, args.max_new_tokens, **sampling(args))
     interactive = sys.stdin.isatty()
-    print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {HELP}")
+    commands = HELP_IMAGE + HELP if model.config.vision else HELP
+    print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {commands}")
     while True:
         try:
             text = input("\n> " if interactive else "").strip()
@@ -225,17 +287,26 @@ def talk(backend: Any, model: Any, args: argparse.Namespace, context: int) -> No
             print("forgotten")
         elif text == "/undo":
             print("taken back" if conversation.undo() else "nothing to take back")
+        elif text.startswith("/image "):
+            try:
+                shown.append(Shown.read([text.removeprefix("/image ").strip()], model.config, args.pan_and_scan))
+            except TPAError as problem:
+                print(f"error: {problem}", file=sys.stderr)
         elif text:
-            speak(conversation, text)
+            speak(conversation, text, shown)
 
 
-def speak(conversation: Conversation, text: str) -> None:
-    """One turn; Ctrl-C ends the answer, not the program, and what cannot be said is one line."""
+def speak(conversation: Conversation, text: str, shown: list[Shown]) -> None:
+    """One turn; Ctrl-C ends the answer, not the program, and what cannot be said is one line. The images that went with
+    it are taken off the list.
+    """
     try:
-        for piece in conversation.say(text):
+        count_images(shown)
+        for piece in conversation.say(*with_images(text, shown)):
             print(piece, end="", flush=True)
+        shown.clear()
     except KeyboardInterrupt:
-        pass
+        shown.clear()
     except TPAError as problem:
         print(f"error: {problem}", end="", file=sys.stderr)
     print(flush=True)

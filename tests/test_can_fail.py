@@ -61,13 +61,13 @@ def norm_after_rope(backend, patch):
 def window_too_long(backend, patch):
     masks = submodule(backend, "masks")
     right = masks.visible
-    patch(masks, "visible", lambda q, k, window: right(q, k, window and window + 1))
+    patch(masks, "visible", lambda q, k, window, *last: right(q, k, window and window + 1, *last))
 
 
 def window_too_short(backend, patch):
     masks = submodule(backend, "masks")
     right = masks.visible
-    patch(masks, "visible", lambda q, k, window: right(q, k, window and window - 1))
+    patch(masks, "visible", lambda q, k, window, *last: right(q, k, window and window - 1, *last))
 
 
 def unscaled_embedding(backend, patch):

@@ -175,7 +175,7 @@ def test_all_that_is_wrong_with_a_ckpt_is_named_together(backend, tmp_path):
 
 
 def test_vision_tensors_are_left_out(backend, tmp_path):
-    """The image tower of a multimodal .ckpt does not disturb the text model."""
+    """An image tower that the config does not know of does not disturb the text model."""
     config = small.config()
     vision = {
         "siglip_vision_model.encoder_blocks.0.mlp.fc1.weight": torch.ones(2, 2),

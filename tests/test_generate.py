@@ -265,7 +265,7 @@ class Scripted:
     def new_cache(self, batch, max_len):
         return None
 
-    def hidden(self, tokens_bq, cache=None, lengths_b=None):
+    def hidden(self, tokens_bq, cache=None, lengths_b=None, images=None):
         self.passes += 1
         return to(self.backend, np.zeros((1, len(tokens_bq[0]), 4), np.float32))
 

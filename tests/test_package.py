@@ -16,7 +16,7 @@ import pytest
 import small
 
 import tpa_ref
-from tpa_ref.config import VARIANTS, GemmaConfig
+from tpa_ref.config import VARIANTS, GemmaConfig, VisionConfig
 from tpa_ref.trace import Trace, compare, no_trace, scoped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +211,16 @@ SPARSE_4B = {
         "sliding_window": 1024,
     },
     "torch_dtype": "bfloat16",
-    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 
 
@@ -219,7 +228,8 @@ def test_the_sparse_published_4b_config_is_read_with_the_defaults_of_transformer
     """What the file leaves out are the class defaults; only the vocabulary has 64 rows more than the tokenizer."""
     found = GemmaConfig.from_hf(SPARSE_4B)
     assert found.vocab_size == 262_208
-    assert dataclasses.replace(found, vocab_size=262_144) == GemmaConfig.gemma3_4b()
+    assert found.vision == VisionConfig()  # the published image tower is the default one
+    assert dataclasses.replace(found, vocab_size=262_144, vision=None) == GemmaConfig.gemma3_4b()
     assert found.variant == "4b"
 
 

@@ -45,6 +45,6 @@ def test_a_block_that_is_cut_too_short_is_seen(dense, monkeypatch):
     whole = dense(tokens).numpy()
     right = torch_model.query_blocks
     monkeypatch.setattr(torch_model, "QUERY_BLOCK", 7)
-    shorter = lambda q, k, window, all_: right(q, k, window and window - 1, all_)  # noqa: E731
+    shorter = lambda q, k, window, *rest: right(q, k, window and window - 1, *rest)  # noqa: E731
     monkeypatch.setattr(torch_model, "query_blocks", shorter)
     assert np.abs(dense(tokens).numpy() - whole).max() > 1e-6 * np.abs(whole).max()

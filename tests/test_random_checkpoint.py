@@ -366,6 +366,24 @@ def test_command(tmp_path):
     assert tpa_ref.load(tmp_path / "model").config == GemmaConfig.tiny()
 
 
+@pytest.mark.parametrize("layout", ["hf-multimodal-old", "hf-multimodal"])
+def test_command_with_an_image_tower(monkeypatch, capsys, tmp_path, layout):
+    """The tiny model with a small tower: it loads with it, by `transformers` too, and reads an image."""
+    transformers = pytest.importorskip("transformers")
+    options = ["--variant", "tiny", "--format", layout, "--vision", "--dtype", "float32", "--out", tmp_path / "model"]
+    code, _, error = call(monkeypatch, capsys, *options)
+    assert code == 0, error
+    model = tpa_ref.load(tmp_path / "model")
+    assert replace(model.config, vision=None) == GemmaConfig.tiny() and model.config.vision == rc.TINY_VISION
+    ids = model.tokenizer.encode("<start_of_image>What is this?", vision=rc.TINY_VISION)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 224, 224)).astype(np.float32)
+    hf = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        theirs = hf(tokens, pixel_values=torch.tensor(pixels), token_type_ids=(tokens == 4096).int()).logits
+    assert relative(model([ids], images=pixels), theirs) < 1e-4
+
+
 WRONG = {
     "taken": (["--out", "taken"], "taken exists"),
     "no folder": (["--out", "nowhere/model"], "nowhere"),
@@ -373,6 +391,7 @@ WRONG = {
     "shard size": (["--out", "model", "--shard-gb", "0"], "--shard-gb must be > 0, got 0.0"),
     "format": (["--out", "model", "--format", "gguf"], "gguf"),
     "nameless": ([], "--out"),
+    "vision in a text format": (["--out", "model", "--vision"], "tiny as hf is not a model that reads images"),
     "name too long": (["--out", "x" * 300], "File name too long"),
 }
 

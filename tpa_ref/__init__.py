@@ -11,6 +11,7 @@ use the same:
     d  head dimension           e  value head dimension     l  layer
     m  model width              f  MLP width                w  window
     v  vocabulary               c x y  image channels, rows, columns        i  images
+    p  patch of an image        t  soft token of an image                   z  width of the image tower
 
 A capital R in a docstring stands for any of r, s, u.
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from . import formats
-from .config import KV_DTYPES, MODES, VARIANTS, GemmaConfig, TPAConfig, exact_rank, width_counts, widths_of
+from .config import (
+    KV_DTYPES,
+    MODES,
+    VARIANTS,
+    GemmaConfig,
+    TPAConfig,
+    VisionConfig,
+    exact_rank,
+    width_counts,
+    widths_of,
+)
 from .errors import TPAError
 from .factorize import Factorization
 from .formats import FORMAT, VERSION, Entry
 from .model import Model
 from .tokenizer import Tokenizer
-from .weights import LayersOnDisk, Weights, from_named, hf_names, to_named_layer
+from .weights import (
+    VISION_BLOCKS,
+    LayersOnDisk,
+    Weights,
+    from_named,
+    hf_names,
+    is_vision,
+    stored_name,
+    to_named_layer,
+    to_named_vision,
+    vision_weights,
+)
 
 DTYPES = ("float32", "float64")
 CONSTANTS = ("basis", "encoder", "mean")  # of a Factorization
@@ -56,7 +77,7 @@ def load(
     from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
     published. tokenizer: path of a tokenizer.model. dtype: what is computed in; bf16 files are widened. progress: wraps
     the tensors being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that
-    no more than one is in memory.
+    no more than one is in memory. A multimodal checkpoint comes with its image tower where config and tensors have one.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -109,9 +130,10 @@ def inspect(
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     container = formats.open_checkpoint(path)
-    entries = formats.text_entries(container.entries)
-    stored_dtype = _stored_dtype(path, {e.dtype for name, e in entries.items() if not name.startswith("tpa.")})
+    entries = formats.named_entries(container.entries)
     found_config = formats.with_rows(_choose_config(path, container.content, variant, config, entries), entries)
+    found_config, entries = formats.with_vision(found_config, entries)
+    stored_dtype = _stored_dtype(path, {e.dtype for name, e in entries.items() if not name.startswith("tpa.")})
     saved_tpa = container.content.get("tpa") if container.content else None
     if saved_tpa is not None and not isinstance(saved_tpa, dict):
         raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
@@ -159,8 +181,8 @@ def _choose_config(
         chosen = GemmaConfig.from_hf(content)
     else:
         sizes = {(made.num_layers, made.hidden_size): made for made in (make() for make in VARIANTS.values())}
-        if (layers, width) in sizes:
-            chosen = sizes[layers, width]
+        if (layers, width) in sizes:  # published sizes have the published image tower, or none
+            chosen = replace(sizes[layers, width], vision=VisionConfig() if any(map(is_vision, entries)) else None)
         elif variant is not None:  # its size is contradicted below
             chosen = GemmaConfig.of_variant(variant)
         else:
@@ -220,7 +242,7 @@ def assemble(
 ) -> Any:
     """Tensors and config -> a model of either backend, with its TPA factors if it was saved with some."""
     config = found.config
-    blocks = "model.layers." if on_disk else "none"
+    blocks = ("model.layers.", VISION_BLOCKS) if on_disk else "none"
     tensors = {name: read(name) for name in progress([name for name in found.entries if not name.startswith(blocks)])}
     tpa, factors, queries = None, None, None
     if found.tpa is not None:
@@ -239,7 +261,9 @@ def assemble(
             raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
     if on_disk:
         outer = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
-        weights = Weights(outer[0], LayersOnDisk(read, config), outer[1])
+        reread = lambda name: tensors[name] if name in tensors else read(name)  # noqa: E731
+        vision = vision_weights(reread, config, on_disk) if config.vision else None
+        weights = Weights(outer[0], LayersOnDisk(read, config), outer[1], vision)
     else:
         weights = from_named(tensors, config)
     return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype)
@@ -345,24 +369,34 @@ def cast(value: np.ndarray, dtype: str | None) -> np.ndarray:
 
 
 def parts(model: Any, cast: Callable[[Any, str | None], Any]) -> Iterator[dict[str, Any]]:
-    """Everything of a model that is an array, by name: what stands outside the layers, then layer by layer."""
+    """Everything of a model that is an array, by name: what stands outside the layers, then layer by layer, then the
+    image tower.
+    """
     yield outer_part(model, cast)
     for layer in range(model.config.num_layers):
         yield layer_part(model, layer, cast)
+    if model.config.vision:
+        yield vision_part(model, cast)
 
 
 def outer_part(model: Any, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
     """What stands outside the layers."""
-    return {
-        "model.embed_tokens.weight": cast(model.weights.embed_vm, model.stored_dtype),
-        "model.norm.weight": cast(model.weights.final_norm_m, model.stored_dtype),
+    tensors = {
+        "model.embed_tokens.weight": model.weights.embed_vm,
+        "model.norm.weight": model.weights.final_norm_m,
     }
+    return {stored_name(name, model.config): cast(value, model.stored_dtype) for name, value in tensors.items()}
+
+
+def vision_part(model: Any, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+    """The image tower and its projector."""
+    return {name: cast(value, model.stored_dtype) for name, value in to_named_vision(model.weights.vision)}
 
 
 def layer_part(model: Any, layer: int, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
     """One layer's weights in the dtype they were stored in, and its constant factors as they are."""
     block = to_named_layer(model.weights.layers[layer], layer, model.config)
-    tensors = {name: cast(value, model.stored_dtype) for name, value in block.items()}
+    tensors = {stored_name(name, model.config): cast(value, model.stored_dtype) for name, value in block.items()}
     for side, how in zip("kv", model.factors[layer], strict=True):
         for name, value in how.constants().items():
             if value is not None:
@@ -407,12 +441,16 @@ def stored_bytes(model: Any) -> int:
 
 
 def shard_name(number: int, config: GemmaConfig) -> str:
-    """Shard 0 is what stands outside the layers, shard i + 1 is layer i.
+    """Shard 0 is what stands outside the layers, shard i + 1 is layer i, and one more is the image tower.
 
     >>> shard_name(0, GemmaConfig.gemma3_1b())
     'model-00001-of-00027.safetensors'
     """
-    return f"model-{number + 1:05d}-of-{config.num_layers + 1:05d}.safetensors"
+    return f"model-{number + 1:05d}-of-{shard_count(config):05d}.safetensors"
+
+
+def shard_count(config: GemmaConfig) -> int:
+    return config.num_layers + 1 + (config.vision is not None)
 
 
 def write_index(folder: Path) -> None:

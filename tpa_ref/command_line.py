@@ -191,10 +191,14 @@ def parameter_count(config: GemmaConfig) -> int:
 
 
 def describe_config(config: GemmaConfig) -> str:
+    vision = config.vision
+    images = (
+        f", images of {vision.image_size} x {vision.image_size} as {vision.tokens_per_image} tokens" if vision else ""
+    )
     return (
         f"Gemma 3 {config.variant}: {config.num_layers} layers ({config.num_global} global), "
         f"width {config.hidden_size}, {config.num_heads} query and {config.num_kv_heads} KV heads of "
-        f"{config.head_dim}, window {config.sliding_window}, {parameter_count(config) / 1e6:,.1f} M parameters"
+        f"{config.head_dim}, window {config.sliding_window}, {parameter_count(config) / 1e6:,.1f} M parameters{images}"
     )
 
 

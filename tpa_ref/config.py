@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,60 @@ def layer_pattern(num_layers: int, period: int = LAYERS_PER_GLOBAL) -> tuple[boo
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The shape of the image tower (SigLIP), by default the published one, and the tokens that stand for an image.
+
+    >>> vision = VisionConfig()
+    >>> vision.patches_per_side, vision.tokens_per_side, vision.pool
+    (64, 16, 4)
+    """
+
+    image_size: int = 896  # pixels of a side
+    patch_size: int = 14
+    channels: int = 3  # c
+    hidden_size: int = 1152  # z
+    num_layers: int = 27
+    num_heads: int = 16
+    intermediate_size: int = 4304
+    norm_eps: float = 1e-6
+    tokens_per_image: int = 256  # t
+    image_token: int = 262_144  # the placeholder whose embedding is replaced by a soft token
+    start_token: int = 255_999
+    end_token: int = 256_000
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "vision config")
+        for name, whole, part in (
+            ("hidden_size", self.hidden_size, self.num_heads),
+            ("image_size", self.image_size, self.patch_size),
+            ("patches of a side", self.patches_per_side, self.tokens_per_side),
+        ):
+            if whole % part:
+                raise TPAError(f"vision config: {name} must be a multiple of {part}, got {whole}")
+        if self.tokens_per_side**2 != self.tokens_per_image:
+            raise TPAError(f"vision config: tokens_per_image must be a square number, got {self.tokens_per_image}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        return math.isqrt(self.tokens_per_image)
+
+    @property
+    def pool(self) -> int:
+        """So many patches in each direction are averaged into one soft token."""
+        return self.patches_per_side // self.tokens_per_side
+
+
+@dataclass(frozen=True)
 class GemmaConfig:
-    """The shape of one Gemma 3 text model. The letter of each axis stands behind its field."""
+    """The shape of one Gemma 3 model. The letter of each axis stands behind its field."""
 
     vocab_size: int  # v
     hidden_size: int  # m
@@ -47,18 +100,10 @@ class GemmaConfig:
     rope_scale_global: float = 1.0  # linear scaling: global layers of 4B and up divide their frequencies by 8
     rms_eps: float = 1e-6
     variant: str = "custom"
+    vision: VisionConfig | None = None  # None: a model that reads text only
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type not in ("int", "float"):
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 < value < 2**53):
-                raise TPAError(f"config: {field.name} must be a number in (0, 2^53), got {value!r:.60}")
-            if field.type == "int" and int(value) != value:
-                raise TPAError(f"config: {field.name} must be a whole number, got {value!r}")
-            object.__setattr__(self, field.name, (int if field.type == "int" else float)(value))
+        _check_numbers(self, "config")
         if self.num_heads % self.num_kv_heads:
             raise TPAError(
                 f"config: query heads must be a multiple of KV heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -211,15 +256,16 @@ class GemmaConfig:
                 rope_base_global=base_global,
                 rope_scale_global=scale,
                 rms_eps=read("rms_norm_eps", 1e-6),
+                vision=_read_vision(config, where),
             )
         except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
             raise TPAError(f"{where}: a value has the wrong type or size: {problem}") from None
         return dataclasses.replace(found, variant=_name_variant(found))
 
     def to_hf(self) -> dict[str, Any]:
-        """The same model as a Hugging Face config.json (text-only), readable by every `transformers` >= 4.50."""
+        """The same model as a Hugging Face config.json, readable by every `transformers` >= 4.50."""
         scaled = self.rope_scale_global != 1.0
-        return {
+        text = {
             "architectures": ["Gemma3ForCausalLM"],
             "model_type": "gemma3_text",
             "vocab_size": self.vocab_size,
@@ -246,8 +292,79 @@ class GemmaConfig:
             "pad_token_id": 0,
             "eos_token_id": 1,
             "bos_token_id": 2,
-            "torch_dtype": "bfloat16",
         }
+        return (_with_vision(text, self.vision) if self.vision else text) | {"torch_dtype": "bfloat16"}
+
+
+def _check_numbers(config: Any, where: str) -> None:
+    """Every int and float field of a config is a positive number of its type, and is brought to it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type not in ("int", "float"):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 < value < 2**53):
+            raise TPAError(f"{where}: {field.name} must be a number in (0, 2^53), got {value!r:.60}")
+        if field.type == "int" and int(value) != value:
+            raise TPAError(f"{where}: {field.name} must be a whole number, got {value!r}")
+        object.__setattr__(config, field.name, (int if field.type == "int" else float)(value))
+
+
+def _read_vision(config: dict[str, Any], where: str) -> VisionConfig | None:
+    """The image tower of a multimodal config.json; what it leaves out takes the class defaults of `transformers`."""
+    tower = config.get("vision_config")
+    if "text_config" not in config or tower is None:
+        return None
+    if not isinstance(tower, dict):
+        raise TPAError(f"{where}: vision_config must be an object, got {type(tower).__name__}")
+    if tower.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise TPAError(f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {tower['hidden_act']!r}")
+
+    def token(name: str, default: int) -> int:
+        value = config.get(f"{name}_index", config.get(f"{name}_id"))
+        return default if value is None else value
+
+    return VisionConfig(
+        image_size=tower.get("image_size", 224),
+        patch_size=tower.get("patch_size", 16),
+        channels=tower.get("num_channels", 3),
+        hidden_size=tower.get("hidden_size", 768),
+        num_layers=tower.get("num_hidden_layers", 12),
+        num_heads=tower.get("num_attention_heads", 12),
+        intermediate_size=tower.get("intermediate_size", 3072),
+        norm_eps=tower.get("layer_norm_eps", 1e-6),
+        tokens_per_image=config.get("mm_tokens_per_image", 256),
+        image_token=token("image_token", 262_144),
+        start_token=token("boi_token", 255_999),
+        end_token=token("eoi_token", 256_000),
+    )
+
+
+def _with_vision(text: dict[str, Any], vision: VisionConfig) -> dict[str, Any]:
+    """A text config.json inside a multimodal one."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_channels": vision.channels,
+            "hidden_size": vision.hidden_size,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "intermediate_size": vision.intermediate_size,
+            "layer_norm_eps": vision.norm_eps,
+            "hidden_act": "gelu_pytorch_tanh",
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": vision.tokens_per_image,
+        "image_token_index": vision.image_token,
+        "boi_token_index": vision.start_token,
+        "eoi_token_index": vision.end_token,
+        "tie_word_embeddings": True,
+    }
 
 
 def _whole(value: float) -> int | float:

@@ -26,20 +26,30 @@ from safetensors import SafetensorError, safe_open
 
 from .config import GemmaConfig
 from .errors import TPAError
-from .weights import hf_names
+from .weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision
 
 FORMAT, VERSION = "tpa-gemma3", 2  # of models saved by this program
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-VISION = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-    "siglip_vision_model.",
-    "mm_soft_embedding_norm.",
-    "mm_input_projection.",
-)
+VISION_PREFIXES = {  # the longer one first
+    "model.vision_tower.vision_model.": TOWER,
+    "model.vision_tower.": TOWER,
+    "vision_tower.vision_model.": TOWER,
+    "vision_tower.": TOWER,
+    "siglip_vision_model.": TOWER,
+    "model.multi_modal_projector.": PROJECTOR,
+    "multi_modal_projector.": PROJECTOR,
+    "mm_soft_embedding_norm.": f"{PROJECTOR}mm_soft_emb_norm.",
+    "mm_input_projection.": f"{PROJECTOR}mm_input_projection.",
+}
+GEMMA_PYTORCH_TOWER = {
+    "patch_embedding.": "embeddings.patch_embedding.",
+    "position_embedding.": "embeddings.position_embedding.",
+    "encoder_blocks.": "encoder.layers.",
+    "self_attn.o_proj.": "self_attn.out_proj.",
+    "final_norm.": "post_layernorm.",
+}
+UNTRANSPOSED = f"{PROJECTOR}mm_input_projection.weight"  # gemma_pytorch's projector is [m, z], Hugging Face's [z, m]
 GEMMA_PYTORCH_NAMES = {  # the other names are the same as Hugging Face's
     "embedder.": "model.embed_tokens.",
     "text_token_embedder.": "model.embed_tokens.",
@@ -258,9 +268,9 @@ def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
 # ---- names ----
 
 
-def text_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The text model's tensors under the names of `weights.hf_names` (Q, K, V still fused where they are), the
-    buffers and vision tensors left out, int8 weights multiplied with their scales.
+def named_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The tensors under the names of `weights.hf_names` (Q, K, V still fused where they are), buffers left out, int8
+    weights multiplied with their scales, gemma_pytorch's projector transposed.
     """
     renamed: dict[str, Entry] = {}
     for key, entry in entries.items():
@@ -270,19 +280,28 @@ def text_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
         if name in renamed:
             raise TPAError(f"load: {name} is held twice, under two names, one of them {key}")
         renamed[name] = entry
-    return _dequantized(renamed)
+    made = _dequantized(renamed)
+    if UNTRANSPOSED in made:
+        entry = made.pop(UNTRANSPOSED)
+        made[VISION_NAMES["W_project_zm"][0]] = Entry(entry.shape[::-1], entry.dtype, _transposed(entry))
+    return made
 
 
 def our_name(key: str) -> str | None:
-    """The name used here of a tensor of any format; None for what the text model does not use.
+    """The name used here of a tensor of any format; None for what the model does not use.
 
     >>> our_name("language_model.model.norm.weight"), our_name("model.language_model.norm.weight")
     ('model.norm.weight', 'model.norm.weight')
     >>> our_name("text_token_embedder.weight"), our_name("model.layers.0.self_attn.key_norm.weight")
     ('model.embed_tokens.weight', 'model.layers.0.self_attn.k_norm.weight')
+    >>> our_name("siglip_vision_model.final_norm.bias"), our_name("model.vision_tower.post_layernorm.bias")
+    ('vision_tower.vision_model.post_layernorm.bias', 'vision_tower.vision_model.post_layernorm.bias')
     """
-    if key.endswith("freqs_cis") or key.startswith(VISION):
+    if key.endswith("freqs_cis"):
         return None
+    for prefix, ours in VISION_PREFIXES.items():
+        if key.startswith(prefix):
+            return _vision_name(ours, key.removeprefix(prefix), prefix == "siglip_vision_model.")
     if key in ("lm_head.weight", "language_model.lm_head.weight"):  # the output projection is the embedding
         return None
     for prefix in ("language_model.model.", "model.language_model."):
@@ -292,6 +311,23 @@ def our_name(key: str) -> str | None:
         if key.startswith(theirs) or (theirs.startswith(".") and theirs in key):
             return key.replace(theirs, ours, 1)
     return key
+
+
+def _vision_name(prefix: str, name: str, gemma_pytorch: bool) -> str | None:
+    """A name inside the image tower; Gemma uses neither SigLIP's pooling head nor the numbers of its positions."""
+    if name.startswith("head.") or name.endswith("position_ids"):
+        return None
+    for theirs, ours in GEMMA_PYTORCH_TOWER.items() if gemma_pytorch else ():
+        name = name.replace(theirs, ours, 1)
+    return prefix + name
+
+
+def _transposed(entry: Entry) -> Callable[[str], Any]:
+    def read(framework: str) -> Any:
+        made = entry.read(framework).T
+        return np.ascontiguousarray(made) if framework == "numpy" else made.contiguous()
+
+    return read
 
 
 def _dequantized(entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -358,6 +394,15 @@ def shown_size(entries: dict[str, Entry]) -> tuple[int, int]:
     embedding = entries.get("model.embed_tokens.weight")
     width = embedding.shape[1] if embedding and len(embedding.shape) == 2 else 0
     return max(numbers, default=-1) + 1, width
+
+
+def with_vision(config: GemmaConfig, entries: dict[str, Entry]) -> tuple[GemmaConfig, dict[str, Entry]]:
+    """Config and tensors, both with an image tower or both without: one that only the config or only the file knows
+    of is left out.
+    """
+    if config.vision is None:
+        return config, {name: entry for name, entry in entries.items() if not is_vision(name)}
+    return (config if any(map(is_vision, entries)) else replace(config, vision=None)), entries
 
 
 def with_rows(config: GemmaConfig, entries: dict[str, Entry]) -> GemmaConfig:

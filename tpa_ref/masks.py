@@ -7,19 +7,25 @@ import numpy as np
 MASKED = -2.3819763e38  # finite, so that a row that sees nothing (padding) gives no NaN
 
 
-def visible(positions_bq: np.ndarray, positions_bk: np.ndarray, window: int | None) -> np.ndarray:
+def visible(
+    positions_bq: np.ndarray, positions_bk: np.ndarray, window: int | None, last_bq: np.ndarray | None = None
+) -> np.ndarray:
     """True where the query may look: 0 <= i - j < window (itself and window - 1 keys before), causal when None.
 
-    An empty slot or a padding token has position -1 and is never seen. Keys may stand in any order, as in a ring.
+    last_bq: the last position that each query sees, where that is not its own: the tokens of an image see all of their
+    image (`vision.last_seen`). An empty slot or a padding token has position -1 and is never seen. Keys may stand in
+    any order, as in a ring.
 
     Shapes: [b,q], [b,k] -> bool [b,q,k].
 
     >>> visible(np.array([[2]]), np.array([[3, 1, 2, -1]]), window=2)[0, 0].tolist()
     [False, True, True, False]
+    >>> visible(np.array([[2]]), np.array([[3, 1, 2, -1]]), window=2, last_bq=np.array([[3]]))[0, 0].tolist()
+    [True, True, True, False]
     """
-    distance_bqk = positions_bq[:, :, None] - positions_bk[:, None, :]
-    seen_bqk = (distance_bqk >= 0) & (positions_bk >= 0)[:, None, :]
-    return seen_bqk if window is None else seen_bqk & (distance_bqk < window)
+    last_bq = positions_bq if last_bq is None else last_bq
+    seen_bqk = (positions_bk[:, None, :] <= last_bq[:, :, None]) & (positions_bk >= 0)[:, None, :]
+    return seen_bqk if window is None else seen_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < window)
 
 
 def of_segment(
@@ -37,7 +43,8 @@ def of_segment(
     [False, True, False, False]
     """
     sink_bqk = (positions_bk < sinks)[:, None, :]
-    recent_bqk = ~sink_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < recent)
+    distance_bqk = positions_bq[:, :, None] - positions_bk[:, None, :]  # negative inside an image
+    recent_bqk = ~sink_bqk & (distance_bqk < recent) & (recent > 0)
     return seen_bqk & {"sinks": sink_bqk, "recent": recent_bqk, "coded": ~sink_bqk & ~recent_bqk}[kind]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import attention, factorize, masks, rope, spectral
+from . import attention, factorize, masks, rope, spectral, vision
 from . import cache as kv
 from .calibrate import LayerMoments, Moments, SideMoments, calibrate
 from .config import DEFAULT_CONTEXT, DEFAULT_RATE, GemmaConfig, LayerConfig, TPAConfig, chosen_layers
@@ -31,7 +31,7 @@ QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
 
 
 class Model:
-    """A Gemma 3 text model. `tpa` is None for the dense model; `convert` makes one with a TPA cache.
+    """A Gemma 3 model. `tpa` is None for the dense model; `convert` makes one with a TPA cache.
 
     `factors[layer]` says how that layer caches K and V; a dense model's layers all say "dense".
     """
@@ -58,28 +58,39 @@ class Model:
         tokens_bq: np.ndarray,
         cache: kv.Cache | None = None,
         lengths_b: np.ndarray | None = None,
+        images: np.ndarray | None = None,
         trace: Tracer = no_trace,
     ) -> np.ndarray:
         """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q].
 
         With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
-        first so many tokens of each row count, the rest is padding on the right.
+        first so many tokens of each row count, the rest is padding on the right. `images` [i,c,x,y]: pixels in -1 ... 1
+        (`images.read_images`), in the order of their placeholders in the tokens, row by row; all placeholders of an
+        image come in one call.
         """
-        return self.logits(self.hidden(tokens_bq, cache, lengths_b, trace), trace)
+        return self.logits(self.hidden(tokens_bq, cache, lengths_b, images, trace), trace)
 
     def hidden(
         self,
         tokens_bq: np.ndarray,
         cache: kv.Cache | None = None,
         lengths_b: np.ndarray | None = None,
+        images: np.ndarray | None = None,
         trace: Tracer = no_trace,
     ) -> np.ndarray:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
         positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
-        x_bqm = trace("embed.x_bqm", self.embed(tokens_bq))
+        images = vision.as_pixels(images)
+        is_image_bq = vision.check_images(images, tokens_bq, positions_bq, self.config)
+        last_bq = vision.last_seen(is_image_bq, positions_bq)
+        x_bqm = self.embed(vision.without_placeholders(tokens_bq, self.config))
+        if images is not None and len(images):
+            E_itm = self.embed_images(images, trace)
+            x_bqm[is_image_bq] = E_itm.reshape(-1, E_itm.shape[-1])
+        x_bqm = trace("embed.x_bqm", x_bqm)
         for layer, block in enumerate(self.weights.layers):
-            x_bqm = self.block(x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"))
+            x_bqm = self.block(x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"), last_bq)
         if cache is not None:
             cache.advance(positions_bq)
         return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
@@ -88,6 +99,13 @@ class Model:
         """Rows of the embedding table times sqrt(m): [b,q] -> [b,q,m]."""
         embed_vm = self.weights.embed_vm
         return embed_vm[tokens_bq] * embed_vm.dtype.type(self.config.hidden_size**0.5)
+
+    def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
+        """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
+        assert self.weights.vision is not None and self.config.vision is not None
+        return vision.embed_images(
+            images.astype(self.dtype, copy=False), self.weights.vision, self.config.vision, trace
+        )
 
     def logits(self, x_bqm: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
         """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
@@ -101,11 +119,12 @@ class Model:
         positions_bq: np.ndarray,
         cache: kv.Cache | None,
         trace: Tracer,
+        last_bq: np.ndarray | None = None,
     ) -> np.ndarray:
         """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
         eps = self.config.rms_eps
         a_bqm = trace("attn.norm_bqm", rms_norm(x_bqm, w.attn_norm_m, eps))
-        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace)
+        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace, last_bq)
         x_bqm = trace("attn.residual_bqm", x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps))
         a_bqm = rms_norm(x_bqm, w.mlp_norm_m, eps)
         return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
@@ -118,6 +137,7 @@ class Model:
         positions_bq: np.ndarray,
         cache: kv.Cache | None,
         trace: Tracer,
+        last_bq: np.ndarray | None = None,
     ) -> np.ndarray:
         """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
         config = self.config
@@ -159,7 +179,7 @@ class Model:
             )
             tables_k = rope.rope_tables(segment.positions_bk, d, base, scale)
             L_bhqk = attention.scores(Q_bqhd, parts_k, segment.how[0], g, tables_k, config.query_scale)
-            seen_bqk = masks.visible(positions_bq, segment.positions_bk, config.window(layer))
+            seen_bqk = masks.visible(positions_bq, segment.positions_bk, config.window(layer), last_bq)
             seen_bqk = masks.of_segment(
                 segment.kind, seen_bqk, positions_bq, segment.positions_bk, exact.sinks, exact.recent
             )
@@ -208,8 +228,9 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
         raise TPAError(
             f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}"
         )
-    if tokens_bq.min(initial=0) < 0 or tokens_bq.max(initial=0) >= config.vocab_size:
-        wrong = tokens_bq[(tokens_bq < 0) | (tokens_bq >= config.vocab_size)][0]
+    words_bq = vision.without_placeholders(tokens_bq, config)
+    if words_bq.min(initial=0) < 0 or words_bq.max(initial=0) >= config.vocab_size:
+        wrong = words_bq[(words_bq < 0) | (words_bq >= config.vocab_size)][0]
         raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong}")
     if lengths_b is None:
         return tokens_bq, None

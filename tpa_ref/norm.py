@@ -1,4 +1,4 @@
-"""RMSNorm, and how Gemma 3's QK-norm folds into TPA factors."""
+"""RMSNorm and GELU, and how Gemma 3's QK-norm folds into TPA factors."""
 
 from __future__ import annotations
 

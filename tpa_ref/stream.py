@@ -48,7 +48,9 @@ from .checkpoint import (
     load,
     outer_part,
     replacing,
+    shard_count,
     shard_name,
+    vision_part,
     write_beside,
     write_index,
     writing,
@@ -57,6 +59,7 @@ from .config import GemmaConfig, TPAConfig, chosen_layers
 from .errors import TPAError
 from .model import begin_conversion, convert_layer, layer_spectra, spend_bits, wants_bits
 from .spectral import Spectrum
+from .weights import is_vision, stored_name
 
 RECIPE = "conversion.json"  # what a partial folder was begun with
 
@@ -143,6 +146,9 @@ def convert_on_disk(
                 found = moments_of(layer)
                 steps.convert_layer(converted, layer, Moments({layer: found}) if found else None)
             write_part(folder, layer + 1, converted, layer_part(converted, layer, steps.cast), steps.save_file)
+        if dense.config.vision:
+            tower = vision_part(dense, steps.cast)
+            write_shard(folder, dense.config.num_layers + 1, dense.config, tower, steps.save_file)
         finish_folder(folder, target, converted)
     return target
 
@@ -294,7 +300,12 @@ def write_part(folder: Path, number: int, converted: Any, part: dict[str, Any], 
         _factors_file(folder, number - 1).write_text(json.dumps([describe(how) for how in pair]), encoding="utf-8")
         converted.factors[number - 1] = tuple(replace(how, **dict.fromkeys(how.constants())) for how in pair)
         converted.query_factors[number - 1] = None
-    file = folder / shard_name(number, converted.config)
+    write_shard(folder, number, converted.config, part, save_file)
+
+
+def write_shard(folder: Path, number: int, config: GemmaConfig, part: dict[str, Any], save_file: Callable) -> None:
+    """One file, under its name only when it is complete."""
+    file = folder / shard_name(number, config)
     save_file(part, file.with_suffix(".tmp"), {"format": "pt"})
     os.replace(file.with_suffix(".tmp"), file)
 
@@ -305,7 +316,7 @@ def _factors_file(folder: Path, layer: int) -> Path:
 
 def finish_folder(folder: Path, target: Path, converted: Any) -> None:
     """Index, config and tokenizer beside the finished files, nothing else; then the folder takes the target's name."""
-    kept = {shard_name(number, converted.config) for number in range(converted.config.num_layers + 1)}
+    kept = {shard_name(number, converted.config) for number in range(shard_count(converted.config))}
     for file in folder.iterdir():  # what only the work needed, and what a killed library left half-written
         if file.name not in kept:
             file.unlink()
@@ -323,6 +334,17 @@ def load_states(file: Path, model: Any) -> list[np.ndarray]:
 # ---- back to a dense model ----
 
 
+def shard_of(name: str, config: GemmaConfig) -> int:
+    """The shard that a tensor belongs to.
+
+    >>> [shard_of(f"model.{name}.weight", GemmaConfig.gemma3_1b()) for name in ("norm", "layers.3.mlp.up_proj")]
+    [0, 4]
+    """
+    if is_vision(name):
+        return config.num_layers + 1
+    return int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
+
+
 def export(path: str | Path, target: str | Path, progress: Callable = iter) -> Path:
     """A saved TPA model, or a checkpoint of any format, as a dense Hugging Face folder: one file a layer, and an index.
 
@@ -332,10 +354,12 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
     names = [name for name in found.entries if not name.startswith("tpa.")]
     with replacing(target) as temporary:
         temporary.mkdir()
-        for number in progress(range(found.config.num_layers + 1)):
-            prefix = f"model.layers.{number - 1}."
-            chosen = [name for name in names if (name.startswith(prefix) if number else ".layers." not in name)]
-            part = {name: cast(found.entries[name].read("numpy"), found.stored_dtype) for name in chosen}
+        for number in progress(range(shard_count(found.config))):
+            chosen = [name for name in names if shard_of(name, found.config) == number]
+            part = {
+                stored_name(name, found.config): cast(found.entries[name].read("numpy"), found.stored_dtype)
+                for name in chosen
+            }
             save_file(part, temporary / shard_name(number, found.config), {"format": "pt"})
         write_index(temporary)
         content = found.config.to_hf() | {"torch_dtype": found.stored_dtype}

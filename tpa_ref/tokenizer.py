@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .config import VisionConfig
 from .errors import TPAError
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
 STOP = frozenset({EOS, END_OF_TURN})
+START_OF_IMAGE = "<start_of_image>"  # where an image goes in a text
 
 
 class Tokenizer:
@@ -32,17 +34,51 @@ class Tokenizer:
         except OSError as problem:
             raise TPAError(f"tokenizer: cannot read {path}: {problem.strerror or problem}") from None
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of plain text, BOS first: without it Gemma's predictions are meaningless."""
-        ids = self._pieces.encode(text)
-        return [BOS, *ids] if bos else ids
+    def encode(self, text: str, bos: bool = True, vision: VisionConfig | None = None) -> list[int]:
+        """Token ids of plain text, BOS first: without it Gemma's predictions are meaningless.
+
+        vision: each <start_of_image> becomes an image's tokens, with an empty line before and after them.
+        """
+        ids = [BOS] if bos else []
+        parts = text.split(START_OF_IMAGE) if vision else [text]
+        for number, part in enumerate(parts):
+            if vision and number > 0:
+                ids += image_tokens(vision)
+            before, after = "\n\n" * (number > 0), "\n\n" * (number < len(parts) - 1)
+            ids += self._pieces.encode(before + part + after)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(token) for token in ids])
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, turns: Sequence[tuple[str, str]], vision: VisionConfig | None = None) -> list[int]:
         """Ids of a conversation that the model continues: [("user", text), ("model", text), ...], BOS exactly once."""
-        return self.encode(chat_text(turns))
+        return self.encode(chat_text(turns), vision=vision)
+
+
+def image_tokens(vision: VisionConfig) -> list[int]:
+    """What stands for one image: a start, the placeholders of its soft tokens, an end.
+
+    >>> image_tokens(VisionConfig(tokens_per_image=4))
+    [255999, 262144, 262144, 262144, 262144, 256000]
+    """
+    return [vision.start_token, *[vision.image_token] * vision.tokens_per_image, vision.end_token]
+
+
+def place_images(prompt: str, count: int) -> str:
+    """The prompt with a <start_of_image> for each of `count` images: where it has them, else in front of it.
+
+    >>> place_images("What is this?", 1)
+    '<start_of_image>What is this?'
+    """
+    found = prompt.count(START_OF_IMAGE)
+    if found == 0:
+        return START_OF_IMAGE * count + prompt
+    if found != count:
+        raise TPAError(
+            f"images: the prompt must have one {START_OF_IMAGE} for each image, got {found} for {count} images"
+        )
+    return prompt
 
 
 def chat_text(turns: Sequence[tuple[str, str]]) -> str:

@@ -26,8 +26,10 @@ from tpa_ref.checkpoint import (
     parts,
     replacing,
     save_pt,
+    shard_count,
     shard_name,
     stored_bytes,
+    vision_part,
     write_beside,
     write_index,
     write_safetensors,
@@ -52,8 +54,10 @@ __all__ = [
     "layer_part",
     "outer_part",
     "parts",
+    "shard_count",
     "shard_name",
     "stored_bytes",
+    "vision_part",
     "write_beside",
     "write_index",
     "writing",
@@ -78,7 +82,7 @@ def load(
     from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
     published. tokenizer: path of a tokenizer.model. dtype: float32, bfloat16 or float64. progress: wraps the tensors
     being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that no more than
-    one is in memory.
+    one is in memory. A multimodal checkpoint comes with its image tower where config and tensors have one.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

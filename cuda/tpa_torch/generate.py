@@ -13,6 +13,7 @@ from tpa_ref.generate import (
     PREFILL_CHUNK,
     TextStream,
     check_sampling,
+    chunks,
     padded,
     prompt_tokens,
     require_tokenizer,
@@ -20,9 +21,10 @@ from tpa_ref.generate import (
 )
 from tpa_ref.tokenizer import STOP
 
+from . import vision
 from .model import Model
 
-__all__ = ["TextStream", "check_sampling", "padded", "prompt_tokens", "require_tokenizer", "text_of_rows"]
+__all__ = ["TextStream", "check_sampling", "chunks", "padded", "prompt_tokens", "require_tokenizer", "text_of_rows"]
 
 
 def generate(
@@ -35,13 +37,15 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     cache: Any = None,
+    images: Any = None,
 ) -> Iterator[str]:
     """Stream the continuation of `prompt` as pieces of text. temperature 0 is greedy. Stops on <eos> and <end_of_turn>.
 
-    chat: put the prompt into Gemma's chat template as the user's turn.
+    chat: put the prompt into Gemma's chat template as the user's turn. images: pixels [i,c,x,y] (`images.read_images`);
+    each goes where the prompt has a <start_of_image>, or all of them before it.
     """
-    prompts = [prompt]
-    for _, piece in generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, chat, cache):
+    batch = generate_batch(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, chat, cache, images=images)
+    for _, piece in batch:
         yield piece
 
 
@@ -56,14 +60,18 @@ def generate_batch(
     chat: bool = False,
     cache: Any = None,
     progress: Callable = iter,
+    images: Any = None,
 ) -> Iterator[tuple[int, str]]:
     """Several prompts at once: (number of the prompt, piece of its text). Each gets what it would get alone.
 
-    progress: wraps the chunks of the prefill, for instance `tqdm.tqdm`.
+    progress: wraps the chunks of the prefill, for instance `tqdm.tqdm`. images: every prompt gets all of them.
     """
     tokenizer = require_tokenizer(model)
-    rows = [prompt_tokens(tokenizer, prompt, chat) for prompt in prompts]
-    steps = generate_rows(model, rows, max_new_tokens, temperature, top_k, top_p, seed, cache, progress)
+    images = vision.as_pixels(images)
+    seen = model.config.vision if images is None else vision.require_vision(model.config)
+    rows = [prompt_tokens(tokenizer, prompt, chat, seen, 0 if images is None else len(images)) for prompt in prompts]
+    images = None if images is None else np.concatenate([images] * len(rows))
+    steps = generate_rows(model, rows, max_new_tokens, temperature, top_k, top_p, seed, cache, progress, images)
     yield from text_of_rows(tokenizer, len(rows), steps)
 
 
@@ -76,9 +84,11 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int = 0,
     cache: Any = None,
+    images: Any = None,
 ) -> Iterator[int]:
     """The same on token ids, one row: prefill, then one step a token; the cache ends up without the last token."""
-    for (token,) in generate_rows(model, [ids], max_new_tokens, temperature, top_k, top_p, seed, cache):
+    rows = generate_rows(model, [ids], max_new_tokens, temperature, top_k, top_p, seed, cache, images=images)
+    for (token,) in rows:
         assert token is not None
         yield token
 
@@ -93,19 +103,20 @@ def generate_rows(
     seed: int = 0,
     cache: Any = None,
     progress: Callable = iter,
+    images: Any = None,
 ) -> Iterator[list[int | None]]:
     """Step by step the next token of every row of ids, None for a row that has stopped. Rows are padded on the right;
-    every row has its own random numbers, the same as if it were alone.
+    every row has its own random numbers, the same as if it were alone. images: of all rows, one row after another.
     """
     for ids in rows:
         check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
     rngs = [torch.Generator().manual_seed(seed) for _ in rows]
     if cache is None:
         cache = model.new_cache(len(rows), max(map(len, rows)) + max_new_tokens)
-    x_bqm = prefill(model, rows, cache, progress)
+    x_bqm = prefill(model, rows, cache, progress, images)
     running = [True] * len(rows)
     for step in range(max_new_tokens):
-        L_bv = model.logits(x_bqm)[:, 0]
+        L_bv = next_logits(model, x_bqm)
         tokens = [
             sample(L_v, rng, temperature, top_k, top_p) if runs else None
             for L_v, rng, runs in zip(L_bv, rngs, running, strict=True)
@@ -118,19 +129,37 @@ def generate_rows(
         x_bqm = model.hidden(np.array([[token or 0] for token in tokens]), cache, lengths_b)
 
 
-def prefill(model: Model, rows: Sequence[Sequence[int]], cache: Any, progress: Callable = iter) -> Tensor:
+def prefill(
+    model: Model, rows: Sequence[Sequence[int]], cache: Any, progress: Callable = iter, images: Any = None
+) -> Tensor:
     """Run prompts through the cache in chunks, so that memory does not grow with their square; the final hidden state
     of each row's last token, [b,1,m].
     """
     tokens_bq, lengths_b = padded(rows)
+    images = vision.as_pixels(images)
+    is_image_bq = vision.check_images(images, tokens_bq, np.zeros_like(tokens_bq), model.config)
     last_bm: list[Any] = [None] * len(rows)
-    for start in progress(range(0, tokens_bq.shape[1], PREFILL_CHUNK)):
-        chunk_bq = tokens_bq[:, start : start + PREFILL_CHUNK]
-        here_b = np.clip(lengths_b - start, 0, chunk_bq.shape[1])
-        x_bqm = model.hidden(chunk_bq, cache, None if (here_b == chunk_bq.shape[1]).all() else here_b)
+    for start, end in progress(chunks(is_image_bq, PREFILL_CHUNK)):
+        here_b = np.clip(lengths_b - start, 0, end - start)
+        x_bqm = model.hidden(
+            tokens_bq[:, start:end],
+            cache,
+            None if (here_b == end - start).all() else here_b,
+            vision.images_between(images, is_image_bq, start, end),
+        )
         for row in np.flatnonzero(here_b):
             last_bm[row] = x_bqm[row, here_b[row] - 1]
     return torch.stack(last_bm)[:, None]
+
+
+@torch.inference_mode()
+def next_logits(model: Model, x_bqm: Tensor) -> Tensor:
+    """Logits [b,v] of the next token. The placeholder of an image is no word: it is never said."""
+    L_bv = model.logits(x_bqm)[:, 0]
+    if model.config.vision is not None:
+        placeholder = model.config.vision.image_token
+        L_bv[:, placeholder : placeholder + 1] = -torch.inf
+    return L_bv
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped, wants_whole_arrays
 from tpa_ref.weights import LayerWeights, Weights
 
-from . import attention, factorize, masks, rope, spectral
+from . import attention, factorize, masks, rope, spectral, vision
 from . import cache as kv
 from .calibrate import calibrate
 from .mlp import mlp
@@ -51,7 +51,7 @@ QUERY_BLOCK = 128
 
 
 class Model:
-    """A Gemma 3 text model on one device. `tpa` is None for the dense model; `convert` makes one with a TPA cache."""
+    """A Gemma 3 model on one device. `tpa` is None for the dense model; `convert` makes one with a TPA cache."""
 
     def __init__(
         self,
@@ -78,14 +78,17 @@ class Model:
         tokens_bq: Any,
         cache: kv.Cache | None = None,
         lengths_b: Any = None,
+        images: Any = None,
         trace: Tracer = no_trace,
     ) -> Tensor:
         """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q], as a tensor on the model's device.
 
         With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
-        first so many tokens of each row count, the rest is padding on the right.
+        first so many tokens of each row count, the rest is padding on the right. `images` [i,c,x,y]: pixels in -1 ... 1
+        (`images.read_images`), in the order of their placeholders in the tokens, row by row; all placeholders of an
+        image come in one call.
         """
-        return self.logits(self.hidden(tokens_bq, cache, lengths_b, trace), trace)
+        return self.logits(self.hidden(tokens_bq, cache, lengths_b, images, trace), trace)
 
     @torch.inference_mode()
     def hidden(
@@ -93,22 +96,29 @@ class Model:
         tokens_bq: Any,
         cache: kv.Cache | None = None,
         lengths_b: Any = None,
+        images: Any = None,
         trace: Tracer = no_trace,
     ) -> Tensor:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(_to_numpy(tokens_bq), _to_numpy(lengths_b), self.config)
         positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
-        x_bqm = trace("embed.x_bqm", self.embed(tokens_bq))
-        views = self.views(positions_bq)
+        images = vision.as_pixels(images)
+        is_image_bq = vision.check_images(images, tokens_bq, positions_bq, self.config)
+        last_bq = vision.last_seen(is_image_bq, positions_bq)
+        x_bqm = self.embed(vision.without_placeholders(tokens_bq, self.config))
+        if images is not None and len(images):
+            x_bqm[torch.from_numpy(is_image_bq).to(self.device)] = self.embed_images(images, trace).flatten(0, 1)
+        x_bqm = trace("embed.x_bqm", x_bqm)
+        views = self.views(positions_bq, last_bq)
         for layer, block in enumerate(self.weights.layers):
             x_bqm = self.block(x_bqm, layer, block, views, cache, scoped(trace, f"layers.{layer}"))
         if cache is not None:
             cache.advance(positions_bq)
         return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
 
-    def views(self, positions_bq: np.ndarray) -> Views:
-        """What `block` needs to know of the positions [b,q], shared by all layers."""
-        return Views(self, positions_bq)
+    def views(self, positions_bq: np.ndarray, last_bq: np.ndarray | None = None) -> Views:
+        """What `block` needs to know of the positions [b,q] (and of the last ones seen), shared by all layers."""
+        return Views(self, positions_bq, last_bq)
 
     def embed(self, tokens_bq: np.ndarray) -> Tensor:
         """Rows of the embedding table times sqrt(m), which is rounded to its dtype: [b,q] -> [b,q,m]."""
@@ -116,6 +126,12 @@ class Model:
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
         tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
         return F.embedding(tokens, embed_vm) * scale
+
+    def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> Tensor:
+        """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
+        assert self.weights.vision is not None and self.config.vision is not None
+        pixels_icxy = torch.from_numpy(images).to(self.device, self.weights.embed_vm.dtype)
+        return vision.embed_images(pixels_icxy, self.weights.vision, self.config.vision, trace)
 
     @torch.inference_mode()
     def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
@@ -176,7 +192,10 @@ class Model:
         ]
         seen = [views.of_keys(layer, segment, exact) for segment in segments]
         whole = wants_whole_arrays(trace)
-        blocks = [query_blocks(views.positions_bq, s.positions_bk, config.window(layer), whole) for s in segments]
+        blocks = [
+            query_blocks(views.positions_bq, s.positions_bk, config.window(layer), whole, views.last_bq)
+            for s in segments
+        ]
         outputs = []
         for block in zip(*blocks, strict=True):
             logits, values = [], []
@@ -230,7 +249,11 @@ class Model:
 
 
 def query_blocks(
-    positions_bq: np.ndarray, positions_bk: np.ndarray, window: int | None, whole: bool
+    positions_bq: np.ndarray,
+    positions_bk: np.ndarray,
+    window: int | None,
+    whole: bool,
+    last_bq: np.ndarray | None = None,
 ) -> list[tuple[slice, slice]]:
     """(queries, keys) of each block of queries: the stretch of keys outside of which none of them sees anything.
 
@@ -243,9 +266,9 @@ def query_blocks(
     blocks = []
     for start in range(0, q, QUERY_BLOCK):
         queries = slice(start, min(q, start + QUERY_BLOCK))
-        asked = positions_bq[:, queries]
+        asked, last = (x[:, queries] for x in (positions_bq, positions_bq if last_bq is None else last_bq))
         oldest = 0 if window is None else max(0, int(asked.min()) - window + 1)
-        seen = np.nonzero(((positions_bk >= oldest) & (positions_bk <= asked.max())).any(0))[0]
+        seen = np.nonzero(((positions_bk >= oldest) & (positions_bk <= last.max())).any(0))[0]
         blocks.append((queries, slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)))
     return blocks
 
@@ -253,8 +276,9 @@ def query_blocks(
 class Views:
     """Positions, rotation tables and masks of one forward pass, made once for each kind of layer."""
 
-    def __init__(self, model: Model, positions_bq: np.ndarray):
+    def __init__(self, model: Model, positions_bq: np.ndarray, last_bq: np.ndarray | None = None):
         self.model, self.positions_bq = model, positions_bq
+        self.last_bq = positions_bq if last_bq is None else last_bq
         self._queries: dict[bool, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple, tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
@@ -268,8 +292,11 @@ class Views:
         """(rotation tables of the keys of a segment, mask [b,q,k])."""
         kind = self.model.config.is_global[layer], segment.kind, exact
         if kind not in self._keys:
-            q, k = (torch.from_numpy(x).to(self.model.device) for x in (self.positions_bq, segment.positions_bk))
-            seen_bqk = masks.visible(q, k, self.model.config.window(layer))
+            q, k, last = (
+                torch.from_numpy(x).to(self.model.device)
+                for x in (self.positions_bq, segment.positions_bk, self.last_bq)
+            )
+            seen_bqk = masks.visible(q, k, self.model.config.window(layer), last)
             if exact:
                 seen_bqk = masks.of_segment(segment.kind, seen_bqk, q, k, exact.sinks, exact.recent)
             self._keys[kind] = self._tables(layer, segment.positions_bk), seen_bqk

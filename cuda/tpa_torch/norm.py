@@ -1,4 +1,4 @@
-"""RMSNorm, and how Gemma 3's QK-norm folds into TPA factors. Twin of `tpa_ref.norm`."""
+"""RMSNorm and GELU, and how Gemma 3's QK-norm folds into TPA factors. Twin of `tpa_ref.norm`."""
 
 from __future__ import annotations
 

@@ -24,14 +24,27 @@ from tpa_ref.stream import (
     measure,
     recipe,
     resume_folder,
+    shard_of,
     write_part,
+    write_shard,
 )
 
 from .calibrate import THROUGH
 from .checkpoint import cast, load
 from .model import convert_layer, layer_spectra
 
-__all__ = ["Work", "export", "finish_folder", "finished_layers", "measure", "recipe", "resume_folder", "write_part"]
+__all__ = [
+    "Work",
+    "export",
+    "finish_folder",
+    "finished_layers",
+    "measure",
+    "recipe",
+    "resume_folder",
+    "shard_of",
+    "write_part",
+    "write_shard",
+]
 
 
 def convert_checkpoint(
