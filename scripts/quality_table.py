@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""The table of the tiny model: mode x rank x dtype -> ratio to both baselines, KL, top-1, perplexity, recall.
+"""What every kind of cache costs and saves on the tiny model, measured; the tables and pictures of the README.
 
-    python scripts/quality_table.py                 # writes results/tiny_quality.json and .md (about five minutes)
+    python scripts/quality_table.py        # results/tiny_quality.*, claims.md, pareto.png, bits.png; 10 minutes
 
 Nothing is healed, every layer is compressed, and everything that a cache holds is counted. Constant factors come from
-calibration text that the evaluation text shares no document with.
+calibration text that the evaluation text shares no document with; plans are made on a third text. Settings that were
+measured before are kept in --work and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,13 +20,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
+
 from tpa_ref import command_line as cli  # noqa: E402
+from tpa_ref import plots  # noqa: E402
 from tpa_ref.calibrate import read_text  # noqa: E402
 from tpa_ref.config import TPAConfig  # noqa: E402
 from tpa_ref.memory import full_bytes, windowed_bytes  # noqa: E402
 
+CONTEXT = 1024  # where ratios of the table are taken: what the text windows fill
 # (mode, K and V rank, dtype); g = 4, d = 32, so the exact ranks are 4, 4, 32 and 128.
-SETTINGS = [
+FIXED = [
     ("fixed-a", 4, "bfloat16"),  # the dense cache, written as TPA
     ("fixed-a", 4, "int8"),
     ("fixed-a", 4, "int4"),
@@ -40,7 +46,6 @@ SETTINGS = [
     ("fixed-b", 8, "bfloat16"),
     ("latent", 128, "int8"),
     ("latent", 128, "int4"),
-    ("latent", 96, "int8"),
     ("latent", 96, "int4"),
     ("latent", 64, "bfloat16"),
     ("latent", 64, "int8"),
@@ -53,75 +58,267 @@ NAMES = {
     ("fixed-a", 4, "int8"): "dense cache, int8",
     ("fixed-a", 4, "int4"): "dense cache, int4",
 }
+BUDGETS = (2, 4, 8, 12, 16, 24, 32, 48)  # spectral, planned to be so many times smaller than windowed at CONTEXT
+# (label, context, kv budget, KL that is asked for)
+CLAIMS = [
+    ("all layers full (128 tokens)", 128, 8, 0.012),
+    ("all layers full (128 tokens)", 128, 16, 0.07),
+    ("4B's share of window layers at 32k (3,600 tokens)", 3_600, 16, 0.03),
+    ("32,768 tokens", 32_768, 20, 0.02),
+    ("32,768 tokens", 32_768, 32, None),
+]
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_model_options(parser)
-    parser.add_argument("--out", default=str(ROOT / "results" / "tiny_quality"), help="without suffix: .json and .md")
-    parser.add_argument("--context", type=int, default=1024, help="where ratios are taken: what the text windows fill")
+    parser.add_argument("--out", default=str(ROOT / "results"), help="a folder")
+    parser.add_argument("--work", default=str(ROOT / "runs" / "quality"), help="what was measured already")
     parser.add_argument("--eval-tokens", type=int, default=8_192)
     parser.add_argument("--recall-prompts", type=int, default=4, help="questions for each distance")
     args = parser.parse_args()
-    backend = cli.backend_module(args.backend)
-    dense = cli.load_model(backend, args)
-    text = read_text(cli.TINY / "evaluation.txt")
-    moments = backend.calibrate(dense, read_text(cli.TINY / "calibration.txt"), max_tokens=32_768)
-    rows = []
+    out, work = Path(args.out), Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args, work)
     print(HEADER)
-    for mode, rank, dtype in cli.progress_bar("settings")(SETTINGS):
-        start = time.perf_counter()
-        tpa = backend.convert(
-            dense, TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype), calibration=moments
+    fixed = [bench.fixed(*setting) for setting in FIXED]
+    spectral = [bench.planned(CONTEXT, budget) for budget in BUDGETS]
+    claims = [bench.planned(context, budget) | {"label": label, "asked": kl} for label, context, budget, kl in CLAIMS]
+    bounded = bench.bounded(2048, 0.02)
+    environment = cli.environment(args.backend, str(getattr(bench.dense, "device", "cpu")))
+    content = {
+        "context": CONTEXT,
+        "rows": fixed + spectral,
+        "claims": claims,
+        "bounded": bounded,
+        "bound": bench.bound(BUDGETS),
+        "transformers": transformers_cache(),
+        "environment": environment,
+    }
+    cli.write_json(str(out / "tiny_quality.json"), content)
+    (out / "tiny_quality.md").write_text(markdown(content), encoding="utf-8")
+    (out / "claims.md").write_text(claims_markdown(content), encoding="utf-8")
+    draw_pareto(content, str(out / "pareto.png"))
+    draw_bits(claims, bench.dense.config, str(out / "bits.png"))
+    print(f"\nwritten: tiny_quality.json, tiny_quality.md, claims.md, pareto.png and bits.png in {out}")
+
+
+class Bench:
+    """The tiny model, its moments and texts; every setting is measured once and kept in a file."""
+
+    def __init__(self, args: argparse.Namespace, work: Path):
+        self.backend, self.args, self.work = cli.backend_module(args.backend), args, work
+        self.dense = cli.load_model(self.backend, args)
+        self.text = read_text(cli.TINY / "evaluation.txt")
+        self.holdout = read_text(cli.TINY / "holdout.txt")
+        self.moments = self.backend.calibrate(
+            self.dense, read_text(cli.TINY / "calibration.txt"), max_tokens=32_768, cache_dir=work
         )
-        quality = backend.evaluate(dense, tpa, text, args.eval_tokens, recall_prompts=args.recall_prompts)
-        held = tpa.new_cache(1, args.context).nbytes
-        rows.append(
-            {
-                "mode": mode,
-                "rank": rank,
-                "dtype": dtype,
+        self.planner = cli.importlib.import_module(f"{self.backend.__name__}.plan")
+
+    def fixed(self, mode: str, rank: int, dtype: str) -> dict[str, Any]:
+        name = NAMES.get((mode, rank, dtype), mode)
+        config = TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype)
+        return self._measured(config, CONTEXT, {"name": name, "mode": mode, "rank": rank, "dtype": dtype})
+
+    def planned(self, context: int, budget: float) -> dict[str, Any]:
+        plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=context)
+        about = {"name": "spectral latent", "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
+        about |= {"predicted": plan.chosen.predicted, "bound": plan.bound_damage, "rate": plan.chosen.rate}
+        return self._measured(plan.config, context, about)
+
+    def bounded(self, context: int, max_kl: float) -> dict[str, Any]:
+        """A plan for a bound on KL, and what it gives on text that the planner has not seen."""
+        file = self.work / f"bounded-{context}-{max_kl}.json"
+        if not file.exists():
+            plan = self.planner.make_plan(
+                self.dense, self.moments, max_kl=max_kl, context=context, holdout=self.holdout
+            )
+            row = self._measured(plan.config, context, {"name": f"--max-kl {max_kl}"})
+            cli.write_json(str(file), row | {"plan": plan.to_dict()})
+        return json.loads(file.read_text())
+
+    def bound(self, budgets: tuple[float, ...]) -> list[list[float]]:
+        """(ratio, predicted damage, least damage of any Gaussian code with as many bits) along the rates."""
+        trials = []
+        for budget in budgets:
+            plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=CONTEXT)
+            trials.append([plan.chosen.ratio_vs_windowed, plan.chosen.predicted, plan.bound_damage])
+        return trials
+
+    def _measured(self, config: TPAConfig, context: int, about: dict[str, Any]) -> dict[str, Any]:
+        key = json.dumps([config.to_dict(), context, self.args.eval_tokens, self.args.recall_prompts])
+        file = self.work / f"{abs(hash_of(key)):x}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            tpa = self.backend.convert(self.dense, config, calibration=self.moments)
+            quality = self.backend.evaluate(
+                self.dense, tpa, self.text, self.args.eval_tokens, recall_prompts=self.args.recall_prompts
+            )
+            held = tpa.new_cache(1, context).nbytes
+            model = self.dense.config
+            row = {
+                "context": context,
                 "bytes": held,
-                "ratio_vs_full": full_bytes(dense.config, args.context) / held,
-                "ratio_vs_windowed": windowed_bytes(dense.config, args.context) / held,
+                "ratio_vs_full": full_bytes(model, context) / held,
+                "ratio_vs_windowed": windowed_bytes(model, context) / held,
+                "bits": [[sum(how.widths) for how in pair] for pair in tpa.factors],
                 **quality,
                 "seconds": time.perf_counter() - start,
             }
-        )
-        print(line(rows[-1]), flush=True)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    environment = cli.environment(args.backend, str(getattr(dense, "device", "cpu")))
-    content = {"context": args.context, "rows": rows, "environment": environment}
-    cli.write_json(f"{out}.json", content)
-    out.with_suffix(".md").write_text(markdown(content), encoding="utf-8")
-    print(f"\nwritten: {out}.json and {out}.md")
+            cli.write_json(str(file), row)
+        row = about | json.loads(file.read_text())
+        print(line(row), flush=True)
+        return row
+
+
+def hash_of(text: str) -> int:
+    """A hash that is the same in every run."""
+    import hashlib
+
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def transformers_cache() -> dict[str, Any]:
+    """Bytes of the bf16 cache of `transformers` after CONTEXT tokens, and what its quantized cache says to Gemma 3."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return {}
+    model = transformers.Gemma3ForCausalLM.from_pretrained(cli.TINY, dtype=torch.bfloat16)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.full((1, CONTEXT), 5), past_key_values=cache)
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    try:
+        transformers.QuantizedCache("quanto", model.config)
+        refusal = ""
+    except Exception as problem:
+        refusal = f"{type(problem).__name__}: {problem}"
+    return {"version": transformers.__version__, "bytes": held, "quantized": refusal}
 
 
 HEADER = (
-    "| cache | rank | dtype | full / TPA | windowed / TPA | KL (nats) | top-1 | perplexity | recall |\n"
+    "| cache | rank | stored as | full / TPA | windowed / TPA | KL (nats) | top-1 | perplexity | recall |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    name = NAMES.get((row["mode"], row["rank"], row["dtype"]), row["mode"])
     return (
-        f"| {name} | {row['rank']} | {row['dtype']} | {row['ratio_vs_full']:.2f}x | {row['ratio_vs_windowed']:.2f}x "
-        f"| {row['kl']:.5f} | {100 * row['top1']:.1f} % | {row['ppl_tpa']:.2f} | {100 * row['recall_tpa']:.0f} % |"
+        f"| {row['name']} | {row.get('rank') or ''} | {row.get('dtype', '')} | {row['ratio_vs_full']:.2f}x "
+        f"| {row['ratio_vs_windowed']:.2f}x | {row['kl']:.5f} | {100 * row['top1']:.1f} % | {row['ppl_tpa']:.2f} "
+        f"| {100 * row['recall_tpa']:.0f} % |"
+    )
+
+
+def machine(environment: dict[str, Any]) -> str:
+    return (
+        f"Python {environment['python']}, torch {environment['torch']}, {environment['processor']}, "
+        f"{environment['threads']} threads, float32."
     )
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The table as it stands in the README."""
     first = content["rows"][0]
-    environment = content["environment"]
     note = (
         f"At {content['context']:,} tokens, {first['tokens']:,} tokens of unseen documents, dense perplexity "
-        f"{first['ppl_dense']:.2f}, dense recall {100 * first['recall_dense']:.0f} %. Python {environment['python']}, "
-        f"torch {environment['torch']}, {environment['processor']}, {environment['threads']} threads, float32."
+        f"{first['ppl_dense']:.2f}, dense recall {100 * first['recall_dense']:.0f} %. {machine(content['environment'])}"
     )
+    theirs = content["transformers"]
+    if theirs:
+        dense = first["ratio_vs_windowed"] * first["bytes"]
+        times = dense / theirs["bytes"]
+        note += (
+            f" The bf16 cache of transformers {theirs['version']} (`DynamicCache(config=...)`) holds "
+            f"{theirs['bytes']:,} bytes there, {times:.2f}x by the same measure; its `QuantizedCache` refuses Gemma 3: "
+            f'"{theirs["quantized"].split(". We")[0]}".'
+        )
     return "\n".join([HEADER, *(line(row) for row in content["rows"]), "", note, ""])
+
+
+def claims_markdown(content: dict[str, Any]) -> str:
+    """What was asked for, and what is measured."""
+    lines = [
+        "| planned for | asked | windowed / TPA | full / TPA | KL (nats) | 99 % | top-1 | recall (dense) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in content["claims"]:
+        asked = f">= {round(row['ratio_vs_windowed'])}x" + (f", KL <= {row['asked']}" if row["asked"] else "")
+        lines.append(
+            f"| {row['label']} | {asked} | {row['ratio_vs_windowed']:.2f}x | {row['ratio_vs_full']:.1f}x "
+            f"| {row['kl']:.4f} | {row['kl_p99']:.3f} | {100 * row['top1']:.1f} % "
+            f"| {100 * row['recall_tpa']:.0f} % ({100 * row['recall_dense']:.0f} %) |"
+        )
+    bounded = content["bounded"]
+    measured = bounded["plan"]["chosen"]["kl"]
+    note = (
+        f"No newest-token window; nothing healed. `--max-kl 0.02` at {bounded['context']:,} tokens: "
+        f"{bounded['ratio_vs_windowed']:.1f}x, KL {measured:.4f} on the planner's text and {bounded['kl']:.4f} "
+        f"on text it has not seen. {machine(content['environment'])}"
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+# ---- pictures ----
+
+
+def draw_pareto(content: dict[str, Any], path: str) -> None:
+    """KL against ratio for every cache, with the prediction and the rate-distortion bound of the spectral one."""
+    figure, axis = plots.new_figure(1, width=6.8, height=4.6)
+    groups = {
+        "dense cache": ("s", "#000000"),
+        "contextual": ("^", "#5b6a78"),
+        "fixed-a": ("v", "#8a97a3"),
+        "fixed-b": ("D", "#2f6f9f"),
+        "latent": ("o", "#7a5195"),
+        "spectral latent": ("*", plots.INK["tpa"]),
+    }
+    for name, (marker, colour) in groups.items():
+        rows = [row for row in content["rows"] if row["name"].split(",")[0] == name and row["kl"] > 1e-6]
+        points = np.array([[row["ratio_vs_windowed"], row["kl"]] for row in rows])
+        size = 11 if marker == "*" else 5
+        joined = "-" if marker == "*" else ""
+        axis.plot(*points.T, marker + joined, color=colour, label=name, ms=size, lw=1.2)
+    ratio, predicted, bound = np.array(content["bound"]).T
+    axis.plot(ratio, predicted, "--", color=plots.INK["tpa"], lw=1, label="spectral, predicted damage")
+    axis.plot(ratio, bound, ":", color="#000000", lw=1.2, label="Gaussian rate-distortion bound")
+    axis.set(xscale="log", yscale="log", xlabel="times smaller than the windowed bf16 cache", ylabel="KL (nats)")
+    axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axis.set_ylim(1e-5, 3)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(f"Tiny model, {content['context']:,} tokens, unseen documents")
+    plots.write(figure, path)
+
+
+def draw_bits(claims: list[dict[str, Any]], config: Any, path: str) -> None:
+    """Bits per number of K and V, layer by layer, of each plan."""
+    figure, axes = plots.new_figure(2, width=4.8, height=2.9)
+    numbers = config.num_kv_heads * config.head_dim
+    labels = [f"{round(row['ratio_vs_windowed'])}x at {row['context']:,}" for row in claims]
+    most = max(max(side) for row in claims for side in row["bits"]) / numbers
+    for axis, side, title in zip(axes, range(2), ("K", "V"), strict=True):
+        bits = np.array([[pair[side] / numbers for pair in row["bits"]] for row in claims])
+        image = axis.imshow(bits, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+        for (row, layer), value in np.ndenumerate(bits):
+            axis.text(
+                layer,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if value < most / 2 else "black",
+            )
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_xticks(
+            range(config.num_layers), [f"{i}{'*' if config.is_global[i] else ''}" for i in range(config.num_layers)]
+        )
+        axis.set(title=f"bits per number of {title}", xlabel="layer (* global)")
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    plots.write(figure, path)
 
 
 if __name__ == "__main__":

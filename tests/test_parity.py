@@ -253,6 +253,7 @@ ONE_SIDED = {
     "stream.to_numpy": "NumPy's own are arrays already",
     "sensitivity.gelu_tanh_backward": "autograd knows it",
     "sensitivity.mlp_backward": "the same",
+    "sensitivity.over_queries": "the same",
     "sensitivity.rms_norm_backward": "the same",
     "sensitivity.softmax_backward": "the same",
     "quantize.torch_dtype": "NumPy has one kind of dtype",
@@ -330,8 +331,8 @@ def test_every_module_has_its_twin():
 
 
 def test_the_same_public_names():
-    """`import tpa_ref` and `import tpa_torch` offer the same names with the same arguments."""
-    assert sorted(tpa_torch.__all__) == sorted(tpa_ref.__all__)
+    """`import tpa_ref` and `import tpa_torch` offer the same names with the same arguments; only torch trains."""
+    assert sorted(tpa_torch.__all__) == sorted([*tpa_ref.__all__, "heal"])
     for name in tpa_ref.__all__:
         ours, theirs = getattr(tpa_torch, name), getattr(tpa_ref, name)
         assert ours is theirs or same_arguments(theirs, ours), name

@@ -64,6 +64,14 @@ def mlp_backward(dz_bqm: np.ndarray, a_bqm: np.ndarray, w: LayerWeights) -> np.n
     return einsum("bqf,fm->bqm", dgate_bqf, w.W_gate_fm) + einsum("bqf,fm->bqm", dup_bqf, w.W_up_fm)
 
 
+def over_queries(P_bhqk: np.ndarray, X_bqhd: np.ndarray, g: int) -> np.ndarray:
+    """Sum of p x over the queries and the n query heads of each KV head: [b,h,q,k], [b,q,h,d] -> [b,k,g,d]."""
+    b, h, q, k = P_bhqk.shape
+    P_bgnkq = P_bhqk.reshape(b, g, h // g, q, k).swapaxes(-1, -2)
+    X_bgnqd = attention.split_heads(X_bqhd, g).transpose(0, 2, 3, 1, 4)
+    return (P_bgnkq @ X_bgnqd).sum(2).transpose(0, 2, 1, 3)
+
+
 def block_backward(
     model: Any, dy_bqm: np.ndarray, x_bqm: np.ndarray, layer: int, w: LayerWeights, positions_bq: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,7 +81,6 @@ def block_backward(
     """
     config = model.config
     eps, g, scale = config.rms_eps, config.num_kv_heads, config.query_scale
-    b, q = positions_bq.shape
     tables = rope.rope_tables(positions_bq, config.head_dim, *config.rope(layer))
 
     # forwards again, keeping what the way back needs
@@ -94,13 +101,12 @@ def block_backward(
 
     # backwards: attention
     do_bqm = rms_norm_backward(dy_bqm, o_bqm, w.post_attn_norm_m, eps)
-    dO_bqgne = attention.split_heads(einsum("bqm,mhe->bqhe", do_bqm, w.WO_mhe), g)
-    P_bgnqk = P_bhqk.reshape(b, g, -1, q, q)
-    dV_bkge = einsum("bgnqk,bqgne->bkge", P_bgnqk, dO_bqgne)
-    dP_bhqk = einsum("bqgne,bkge->bgnqk", dO_bqgne, V_bkge).reshape(P_bhqk.shape)
-    dL_bgnqk = (softmax_backward(dP_bhqk, P_bhqk) * scale).reshape(P_bgnqk.shape)
-    dQ_bqhd = einsum("bgnqk,bkgd->bqgnd", dL_bgnqk, K_bkgd).reshape(Q_bqhd.shape)
-    dK_bkgd = einsum("bgnqk,bqgnd->bkgd", dL_bgnqk, attention.split_heads(Q_bqhd, g))
+    dO_bqhe = einsum("bqm,mhe->bqhe", do_bqm, w.WO_mhe)
+    dV_bkge = over_queries(P_bhqk, dO_bqhe, g)
+    dP_bhqk = attention.scores_dense(dO_bqhe, V_bkge, 1.0)  # dO . v, as logits are q . k
+    dL_bhqk = softmax_backward(dP_bhqk, P_bhqk) * scale
+    dQ_bqhd = attention.values_dense(dL_bhqk, K_bkgd)  # sum over k, as values are
+    dK_bkgd = over_queries(dL_bhqk, Q_bqhd, g)
     cos, sin = tables
     dQ_bqhd, dK_bkgd = rope.rotate(dQ_bqhd, cos, -sin), rope.rotate(dK_bkgd, cos, -sin)  # R^T: turned back
 

@@ -14,6 +14,7 @@ from .calibrate import Moments, calibrate
 from .checkpoint import load, save
 from .evaluate import evaluate
 from .generate import generate, generate_batch
+from .heal import heal
 from .model import Model, convert
 from .plan import plan
 from .stream import convert_checkpoint, export
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "generate",
     "generate_batch",
+    "heal",
     "load",
     "plan",
     "save",

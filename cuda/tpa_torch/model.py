@@ -70,6 +70,7 @@ class Model:
         self.factors = list(factors or [dense_layer(self.dtype)] * config.num_layers)
         self.query_factors = list(query_factors or [None] * config.num_layers)
         self.notes: list[str] = []  # what the conversion had to clamp, one line each
+        self.healing: Any = None  # the history of `heal.heal`, where it made this model
         self._tables: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode()
@@ -241,10 +242,10 @@ class Model:
         kind = self.config.rope(layer)
         if kind not in self._tables or len(self._tables[kind][0]) < length:
             size = max(256, 1 << (length - 1).bit_length())
-            positions = torch.arange(size)[None]
             work = torch.float64 if self.dtype == "float64" else torch.float32
-            cos, sin = rope.rope_tables(positions, self.config.head_dim, *kind)
-            self._tables[kind] = cos[0].to(self.device, work), sin[0].to(self.device, work)
+            with torch.inference_mode(False):  # they outlive this pass, and a later one may go backwards
+                cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *kind)
+                self._tables[kind] = cos[0].to(self.device, work), sin[0].to(self.device, work)
         return self._tables[kind]
 
 
@@ -374,7 +375,7 @@ def on_device(moments: SideMoments, device: torch.device) -> SideMoments:
     return SideMoments(*(None if x is None else torch.as_tensor(x, device=device) for x in found))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spectra:
     """The spectral transforms of K and V of one layer. moments None: from the weights alone."""
     pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
@@ -382,7 +383,7 @@ def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spe
     return k, v
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def layer_factors(
     model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectra: Spectra | None = None
 ) -> kv.LayerFactors:
@@ -436,7 +437,7 @@ def side_factors(
     return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:
     """W_Q of one layer at a head-mixing rank, in the model's dtype."""
     WQ_hdm = model.weights.layers[layer].WQ_hdm

@@ -1,0 +1,332 @@
+"""Healing: a short distillation that teaches a converted model to live with its smaller cache.
+
+The dense model is the teacher. Trained are only the maps between a token and its cache, and W_O behind it:
+
+    spectral, latent, fixed-b   encoder, basis and mean of K and of V
+    fixed-a                     the constant A, and W_K, W_V
+    contextual                  W_K and W_V, whose product with x is factorized per token (the factors' maps)
+
+everything else stays as it was. The loss is KL(dense || TPA) of the predictions plus the relative error of the states
+behind every attention. Codes are rounded on the way forward and passed through on the way back (straight-through).
+
+No cache is needed: pre-RoPE K and V of a whole text are replaced by what the cache would give back, which is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tpa_ref.calibrate import text_windows
+from tpa_ref.checkpoint import replacing
+from tpa_ref.errors import TPAError
+from tpa_ref.factorize import Factorization
+from tpa_ref.trace import Watch
+from tpa_ref.weights import LayerWeights, Weights
+
+from . import cache as kv
+from . import factorize
+from .model import Model
+from .norm import rms_norm
+
+WINDOW = 512
+ROWS = 256  # positions whose logits are held at once
+STATES = 0.1  # weight of the error of the states beside the KL
+
+
+@dataclass
+class Healing:
+    """How a healing went: the loss of every step (KL in nats, state error), and what it was run with."""
+
+    steps: int = 0
+    kl: list[float] = field(default_factory=list)
+    states: list[float] = field(default_factory=list)
+
+
+def heal(
+    tpa: Model,
+    dense: Model,
+    text_or_path: str | Path,
+    steps: int = 200,
+    batch: int = 4,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+    max_tokens: int = 4_000_000,
+    state: str | Path | None = None,
+    progress: Callable = iter,
+) -> Model:
+    """A healed copy of a converted model. What was trained is described above; the history is `healed.healing`.
+
+    text_or_path: text that neither planning nor evaluation uses. steps of `batch` windows each. learning_rate: relative
+    change of a weight per step, at most, falling to zero. state: a file to go on from after an interruption. progress:
+    wraps the steps, for instance `tqdm.tqdm`.
+    """
+    check_pair(tpa, dense, steps, batch, learning_rate)
+    windows = [window for window in text_windows(dense, text_or_path, max_tokens, WINDOW) if len(window) > 1]
+    student = Student(tpa)
+    optimizer = torch.optim.AdamW(student.trained(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    history = Healing(steps)
+    first = load_state(state, student, optimizer, history, tpa) if state else 0
+    draws = batches(windows, batch, seed)
+    for step in progress(range(steps)):
+        chosen = next(draws)
+        if step < first:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        kl, states = 0.0, 0.0
+        for window in chosen:
+            kl_part, states_part = losses(student, dense, window)
+            ((kl_part + STATES * states_part) / len(chosen)).backward()
+            kl, states = kl + kl_part.item() / len(chosen), states + states_part.item() / len(chosen)
+        torch.nn.utils.clip_grad_norm_(student.trained(), 1.0)
+        optimizer.step()
+        history.kl.append(kl)
+        history.states.append(states)
+        if state and ((step + 1) % 20 == 0 or step + 1 == steps):
+            save_state(state, student, optimizer, history, tpa)
+    healed = student.model()
+    healed.healing = history
+    return healed
+
+
+def check_pair(tpa: Model, dense: Model, steps: int, batch: int, learning_rate: float) -> None:
+    """Every rule on the arguments of `heal`."""
+    if tpa.tpa is None or dense.tpa is not None:
+        raise TPAError("heal: a converted model and its dense original are needed, in this order")
+    if tpa.config != dense.config:
+        raise TPAError("heal: the two models must be of one config, got different ones")
+    if steps < 1 or batch < 1:
+        raise TPAError(f"heal: steps and batch must be >= 1, got {steps} and {batch}")
+    if not 0 < learning_rate < 1:
+        raise TPAError(f"heal: learning_rate must lie in (0, 1), got {learning_rate}")
+
+
+def batches(windows: list[list[int]], batch: int, seed: int) -> Iterator[list[list[int]]]:
+    """Windows in random order, again and again."""
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < batch:
+            order += rng.permutation(len(windows)).tolist()
+        yield [windows[order.pop(0)] for _ in range(batch)]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm up over the first twentieth, then a half cosine to zero.
+
+    >>> [round(schedule(step, 100), 2) for step in (0, 4, 52, 99)]
+    [0.2, 1.0, 0.5, 0.0]
+    """
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm - 1)))
+
+
+# ---- what is trained ----
+
+
+class Student:
+    """A converted model whose maps are W0 + scale theta; scale is the size of a row of W0, so steps are relative."""
+
+    def __init__(self, tpa: Model):
+        self.tpa = tpa
+        self.start: dict[str, Tensor] = {}
+        self.theta: dict[str, Tensor] = {}
+        for layer, (how_k, how_v) in enumerate(tpa.factors):
+            if how_k.mode == "dense" and how_v.mode == "dense":
+                continue
+            block = tpa.weights.layers[layer]
+            self._train(f"{layer}.WO", block.WO_mhe)
+            for side, how, W in (("k", how_k, block.WK_gdm), ("v", how_v, block.WV_gem)):
+                if how.mode in ("contextual", "fixed-a"):
+                    self._train(f"{layer}.{side}.W", W)
+                for name, value in how.constants().items():
+                    if value is not None and value.numel():
+                        self._train(f"{layer}.{side}.{name}", value)
+
+    def _train(self, name: str, value: Tensor) -> None:
+        self.start[name] = value.detach().clone().float()
+        self.theta[name] = torch.zeros_like(self.start[name]).requires_grad_()
+
+    def trained(self) -> list[Tensor]:
+        return list(self.theta.values())
+
+    def now(self, name: str, otherwise: Tensor | None) -> Any:
+        """The present value of a weight; `otherwise` where it is not trained."""
+        if name not in self.theta:
+            return otherwise
+        W0 = self.start[name]
+        scale = W0.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6 * float(W0.abs().max()) + 1e-12)
+        return W0 + scale * self.theta[name]
+
+    def block(self, layer: int) -> LayerWeights:
+        """The weights of a layer as they are now."""
+        w = self.tpa.weights.layers[layer]
+        dtype = w.WO_mhe.dtype
+        return replace(
+            w,
+            WO_mhe=self.now(f"{layer}.WO", w.WO_mhe).to(dtype),
+            WK_gdm=self.now(f"{layer}.k.W", w.WK_gdm).to(dtype),
+            WV_gem=self.now(f"{layer}.v.W", w.WV_gem).to(dtype),
+        )
+
+    def factors(self, layer: int) -> kv.LayerFactors:
+        """How a layer caches K and V, with the constants as they are now."""
+        k, v = (
+            replace(how, **{name: self.now(f"{layer}.{side}.{name}", x) for name, x in how.constants().items()})
+            for side, how in zip("kv", self.tpa.factors[layer], strict=True)
+        )
+        return k, v
+
+    @torch.no_grad()
+    def model(self) -> Model:
+        """A model with these weights."""
+        tpa, layers = self.tpa, range(self.tpa.config.num_layers)
+        weights = Weights(tpa.weights.embed_vm, [self.block(layer) for layer in layers], tpa.weights.final_norm_m)
+        if getattr(tpa.weights, "vision", None) is not None:
+            weights.vision = tpa.weights.vision
+        factors = [self.factors(layer) for layer in layers]
+        return type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, factors, tpa.query_factors, tpa.stored_dtype)
+
+
+def cached(X_bkgd: Tensor, how: Factorization, sinks: int) -> Tensor:
+    """What a cache gives back of K (before RoPE) or V, differentiable: [b,k,g,d] -> [b,k,g,d]."""
+    if how.mode == "dense":
+        return X_bkgd
+    X32 = X_bkgd.float()
+    if how.mode == "contextual":  # the leading singular vectors of the token are constants of the step
+        with torch.no_grad():
+            A_bksg, _ = factorize.contextual_factors(X32, how.rank)
+        U_bksg = A_bksg / how.rank
+        made = U_bksg.mT @ (U_bksg @ X32)
+    else:
+        parts = factorize.encode(X32, how)
+        made = factorize.decode({part: rounded(x, how) for part, x in parts.items()}, how, X_bkgd.shape[2])
+    if sinks:
+        made = torch.cat([X32[:, :sinks], made[:, sinks:]], 1)
+    return made.to(X_bkgd.dtype)
+
+
+def rounded(x: Tensor, how: Factorization) -> Tensor:
+    """What is stored of coefficients, with the gradient of no rounding at all (straight-through)."""
+    with torch.no_grad():
+        stored = kv.store({"C" if how.mode == "latent" else "B": x}, how)
+        part = next(iter(stored))
+        if how.dtype == "spectral":
+            back = kv.load(stored, how, 0, 0)[part]
+        else:
+            back = kv.quantize.dequantize(stored[part], kv.part_dtype(part, x.ndim, how.dtype), x.shape[-1])
+    return x + (back.to(x.dtype) - x).detach()
+
+
+# ---- the loss ----
+
+
+def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, Tensor]:
+    """(mean KL(dense || student) in nats, mean relative error of the states behind attention) of one window."""
+    tokens_bq = np.array([window])
+    views = dense.views(np.arange(len(window))[None])
+    with torch.no_grad():
+        targets: list[Tensor] = []
+        watch = Watch({"attn.residual_bqm": lambda _, x: targets.append(x)})
+        teacher_bqm = dense.embed(tokens_bq)
+        for layer, w in enumerate(dense.weights.layers):
+            teacher_bqm = dense.block(teacher_bqm, layer, w, views, None, watch)
+        teacher_bqm = rms_norm(teacher_bqm, dense.weights.final_norm_m, dense.config.rms_eps)
+    x_bqm, errors = dense.embed(tokens_bq), []
+    for layer in range(dense.config.num_layers):
+        x_bqm, error = checkpoint(
+            student_block, student, dense, layer, x_bqm, views, targets[layer], use_reentrant=False
+        )
+        errors.append(error)
+    x_bqm = rms_norm(x_bqm, dense.weights.final_norm_m, dense.config.rms_eps)
+    total = x_bqm.new_zeros((), dtype=torch.float32)
+    for part_bqm, part_teacher_bqm in zip(x_bqm.split(ROWS, 1), teacher_bqm.split(ROWS, 1), strict=True):
+        total = total + checkpoint(divergence, dense, part_bqm, part_teacher_bqm, use_reentrant=False)
+    return total / len(window), torch.stack(errors).mean()
+
+
+def student_block(
+    student: Student, dense: Model, layer: int, x_bqm: Tensor, views: Any, target_bqm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(state behind a layer whose K and V went through the cache, relative error of that behind its attention)."""
+    how_k, how_v = student.factors(layer)
+    sinks = student.tpa.exact(layer).sinks
+    found: list[Tensor] = []
+
+    def through_cache(name: str, array: Tensor) -> Tensor:
+        if name == "attn.K_bkgd":
+            return cached(array, how_k, sinks)
+        if name == "attn.V_bkge":
+            return cached(array, how_v, sinks)
+        if name == "attn.residual_bqm":
+            found.append(array)
+        return array
+
+    y_bqm = dense.block(x_bqm, layer, student.block(layer), views, None, Replace(through_cache))
+    error = (found[0].float() - target_bqm.float()).square().sum() / target_bqm.float().square().sum()
+    return y_bqm, error
+
+
+class Replace(Watch):
+    """A tracer that may give another array back, and does not ask for arrays in one piece."""
+
+    def __init__(self, change: Callable[[str, Any], Any]):
+        super().__init__({})
+        self.change = change
+
+    def __call__(self, name: str, array: Any) -> Any:
+        return self.change(name, array)
+
+
+def divergence(dense: Model, x_bqm: Tensor, teacher_bqm: Tensor) -> Tensor:
+    """Sum of KL(teacher || student) over positions, from final hidden states."""
+    embed_vm = dense.weights.embed_vm
+    Q_bqv = F.linear(x_bqm, embed_vm).float().log_softmax(-1)
+    P_bqv = F.linear(teacher_bqm, embed_vm).float().log_softmax(-1)
+    return (P_bqv.exp() * (P_bqv - Q_bqv)).sum()
+
+
+# ---- going on after an interruption ----
+
+
+def save_state(path: str | Path, student: Student, optimizer: Any, history: Healing, tpa: Model) -> None:
+    content = {
+        "theta": {name: value.detach() for name, value in student.theta.items()},
+        "optimizer": optimizer.state_dict(),
+        "history": vars(history),
+        "tpa": repr(tpa.tpa),
+    }
+    with replacing(Path(path)) as temporary:
+        torch.save(content, temporary)
+
+
+def load_state(path: str | Path, student: Student, optimizer: Any, history: Healing, tpa: Model) -> int:
+    """The step to go on with: 0 where there is no state; another conversion's or another length's is refused."""
+    if not Path(path).is_file():
+        return 0
+    try:
+        content = torch.load(path, weights_only=True)
+        same = content["tpa"] == repr(tpa.tpa) and content["history"]["steps"] == history.steps
+        if not same:
+            raise TPAError(f"heal: {path} is the state of another healing; remove it or name another file")
+        with torch.no_grad():
+            for name, value in student.theta.items():
+                value.copy_(content["theta"][name])
+        optimizer.load_state_dict(content["optimizer"])
+        history.kl, history.states = content["history"]["kl"], content["history"]["states"]
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as problem:
+        raise TPAError(f"heal: {path} holds no state of a healing: {str(problem).splitlines()[0]}") from None
+    return len(history.kl)
