@@ -101,10 +101,10 @@ def test_both_packages_import_side_by_side(nvidia):
 
 
 def test_both_packages_offer_the_same_names():
-    """The twin has the names of the reference, and its version."""
+    """The twin has the names of the reference, and its version; only torch trains (`heal`)."""
     pytest.importorskip("torch")
     ours, theirs = ({name for name in package.__all__ if name[0] != "_"} for package in small.backends())
-    assert ours == theirs and len(ours) >= 12
+    assert theirs - ours == {"heal"} and ours <= theirs and len(ours) >= 12
     assert all(hasattr(package, name) for package in small.backends() for name in [*ours, "__version__"])
 
 

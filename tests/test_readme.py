@@ -58,13 +58,13 @@ def test_flags_exist():
 
 
 def test_files_and_links_exist():
-    """Every relative link leads to a file, and every file of the stage table is in both backends or shared."""
+    """Every relative link leads to a file, and every file of the stage table is there; only torch heals."""
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
     table = README[README.index("## How it works") : README.index("## Performance")]
     for name in set(re.findall(r"`(\w+\.py)`", table)):
-        assert (ROOT / "tpa_ref" / name).exists(), name
+        assert (ROOT / "tpa_ref" / name).exists() or (ROOT / "cuda" / "tpa_torch" / name).exists(), name
 
 
 @pytest.mark.parametrize("backend", ["tpa_torch", "tpa_ref"])
