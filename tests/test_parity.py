@@ -190,6 +190,15 @@ def test_calibrate(twins):
     assert relative(converted[0](tokens_bq), uncalibrated(tokens_bq)) > 1e-3  # the text has an effect
 
 
+def test_calibrate_after_a_forward_pass(twins):
+    """Rotation tables that a text has left behind can be used backwards, too."""
+    _, torch, tokens_bq = twins(g=4, n=2)
+    torch.tokenizer = Bytes()
+    torch(tokens_bq)
+    again = BACKENDS[1].calibrate(torch, TEXT, max_tokens=tokens_bq.shape[1] - 1)
+    assert again.of_layer(0)[0].F_gdgd is not None
+
+
 def test_evaluate(twins):
     """KL, top-1 agreement and perplexities of the default conversion are the same figures."""
     numpy, torch, _ = twins(g=4, n=2)

@@ -237,8 +237,12 @@ class Model:
         exact = kv.Exact(*self.tpa.exact_tokens) if self.tpa else None
         return kv.Cache(self.config, self.factors, batch, max_len, exact, self.device)
 
+    @torch.inference_mode(False)
     def rope_table(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them."""
+        """cos and sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them.
+
+        Never inference tensors, whoever asks first: calibration goes backwards through the same tables.
+        """
         kind = self.config.rope(layer)
         if kind not in self._tables or len(self._tables[kind][0]) < length:
             size = max(256, 1 << (length - 1).bit_length())
