@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tpa_ref.config import GemmaConfig
+from tpa_ref.trace import Tracer, wants_whole_arrays
 
 from .. import cache as kv
 from ..quantize import GROUP
@@ -48,6 +51,43 @@ def readable(config: GemmaConfig, how: Any) -> bool:
     d = config.head_dim
     flat = how.mode != "fixed-a" or how.dtype not in ("int8", "int4") or d >= GROUP  # its R rows are read as one
     return how.dtype in STORED and d >= 32 and d & (d - 1) == 0 and flat
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token a row: where it stands, and how long each row is with it. int32 [b] each, on the device.
+
+    A row that takes no part asks from position -1 and sees nothing.
+    """
+
+    query_b: Tensor
+    length_b: Tensor
+
+
+def serve(model: Any, layer: int, views: Any, cache: kv.Cache | None, trace: Tracer) -> bool:
+    """Do the kernels attend in this layer of a pass? To one new token a row, where nobody traces logits."""
+    return (
+        cache is not None
+        and views.positions_bq.shape[1] == 1
+        and usable(model.device, model.config, model.factors[layer], getattr(torch, model.dtype))
+        and not wants_whole_arrays(trace)
+        and bool((views.last_bq == views.positions_bq).all())
+    )
+
+
+def attend(Q_bqhd: Tensor, model: Any, layer: int, cache: kv.Cache, step: Step) -> Tensor:
+    """`decode` with what a model knows of one of its layers; the new token is already in the cache."""
+    config = model.config
+    tables = model.rope_table(layer, cache.max_len)
+    window, g = config.window(layer), config.num_kv_heads
+    return decode(Q_bqhd, cache.layers[layer], step, tables, window, model.exact(layer), g, config.query_scale)
+
+
+def step_of(positions_bq: np.ndarray, lengths_b: np.ndarray, device: torch.device) -> Step:
+    """From positions [b,1] of the new tokens and the lengths before them, which the host knows."""
+    query_b = positions_bq[:, 0]
+    found = np.stack([query_b, np.maximum(lengths_b, query_b + 1)]).astype(np.int32)
+    return Step(*torch.from_numpy(found).to(device))
 
 
 def decode(*args: Any, **more: Any) -> Tensor:

@@ -17,24 +17,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tpa_ref.cache import LayerCache
+
 from .. import cache as kv
 from .. import quantize
 from ..factorize import Factorization, multiply_pairs, part_shapes
+from . import Step
 from .triton_kernels import attend_split, merge_splits
 
+IN_A_THREAD = {"float": 128, "float32": 32, "int8": 64, "int4": 32, "spectral": 32}
 MANY = 2**30  # a window that never ends
 Pointers = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token a row: where it stands, and how long each row is with it. int32 [b] each, on the device.
-
-    A row that takes no part asks from position -1 and sees nothing.
-    """
-
-    query_b: Tensor
-    length_b: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Side:
 
 def decode(
     Q_bqhd: Tensor,
-    held: kv.LayerCache,
+    held: LayerCache,
     step: Step,
     tables: tuple[Tensor, Tensor],
     window: int | None,
@@ -108,7 +101,7 @@ def joined(found: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def segment(
     kind: str,
-    held: kv.LayerCache,
+    held: LayerCache,
     Q_bhd: Tensor,
     step: Step,
     tables: tuple[Tensor, Tensor],
@@ -119,13 +112,14 @@ def segment(
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor]:
     """One segment of keys: output [b,h,e] and log-sum-exp [b,h] (base 2), float32."""
-    b, h, d = Q_bhd.shape
+    d = Q_bhd.shape[-1]
     how_k, how_v = (as_rows(how, g) for how in held.how)
     k, v = (side(stored, how, g, d) for stored, how in zip(held.stored, (how_k, how_v), strict=True))
     k = replace(k, form="rebuilt") if how_k.mode in ("fixed-b", "latent") else k
     Q_bhd, scale = absorbed(Q_bhd, how_k, g, scale)
-    partial, lse = attend(kind, k, v, rebuild(how_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, held.slots, g, scale,
-                          splits, tile)
+    partial, lse = attend(
+        kind, k, v, rebuild(how_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, held.slots, g, scale, splits, tile
+    )
     O_bhe, lse_bh = merge(partial, lse)
     return finished(O_bhe, how_v, g), lse_bh
 
@@ -286,7 +280,7 @@ def attend(
     one_for_all = not (k.per_head or v.per_head or k.form == "rebuilt")
     heads = h if one_for_all else h // g  # of one program: all share what is read, or those of one KV head do
     block_h = max(16, triton.next_power_of_2(heads))
-    tile = tile or chosen_tile(k, v, block_h)
+    tile = tile or chosen_tile(k, v, block_h, Q_bhd.dtype)
     block_e = min(max(16, triton.next_power_of_2(v.width)), tile.values)
     blocks = h // heads * max(1, triton.cdiv(v.width, block_e))
     splits = splits or chosen_splits(b * blocks, triton.cdiv(slots, tile.tokens), Q_bhd.device)
@@ -325,14 +319,25 @@ def dot_dtype(x: Tensor) -> tl.dtype:
     return tl.bfloat16 if x.dtype == torch.bfloat16 and x.device.type == "cuda" else tl.float32
 
 
-def chosen_tile(k: Side, v: Side, block_h: int) -> Tile:
-    """Sums of at most 16k float32 numbers stay in registers, and so do tiles of as many numbers in shared memory."""
+def chosen_tile(k: Side, v: Side, block_h: int, dtype: torch.dtype) -> Tile:
+    """As many tokens at a time, up to 64, as shared memory and registers hold.
+
+    The sum over values takes at most 16k float32 numbers, all rows of a tile 64 kB, and each of 256 threads unpacks 32
+    numbers of a row at once (64 of int8; floats go to shared memory as they are, and only those of float32 come back).
+    """
     values = 16384 // block_h
-    row = min(values, triton.next_power_of_2(v.width or 1))
-    if k.form != "rebuilt":
-        row = max(row, min(256, triton.next_power_of_2(k.width)))
-    tokens = max(16, min(64, 16384 // row))
-    return Tile(tokens, values, warps=8 if k.form == "rebuilt" or row > 256 else 4)
+    row_v = min(values, max(16, triton.next_power_of_2(v.width)))
+    row_k = 0 if k.form == "rebuilt" else min(256, triton.next_power_of_2(k.width))
+    bytes_of_token = (k.rows * row_k + v.rows * row_v) * (4 if dtype == torch.float32 else 2)
+    in_a_thread = min(IN_A_THREAD["float32" if dtype == torch.float32 else side.store] for side in (k, v))
+    row = max(row_k, row_v)
+    tokens = max(16, min(64, power_of_two(65536 // bytes_of_token), power_of_two(256 * in_a_thread // row)))
+    return Tile(tokens, values, warps=8 if k.form == "rebuilt" or tokens * row > 4096 else 4)
+
+
+def power_of_two(most: int) -> int:
+    """The largest power of two that is not larger."""
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def chosen_splits(programs: int, tiles: int, device: torch.device) -> int:

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(64)  # numbers that share a scale, as in `quantize.GROUP`
-# Rows whose length is a multiple of 16 are read in wider loads, so `width` and its like may make a second variant; these
-# never do.
+# These never make a second variant; `width` and its like may, as rows of a multiple of 16 are read in wider loads.
 COUNTS = ["slots", "window", "sinks", "recent", "splits", "heads"]
 
 
@@ -31,8 +30,8 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr, PLANES: t
     n: numbers of a row; stride: entries of `stored[0]` from row to row.
     """
     if STORE == "float":
-        return tl.load(stored[0] + row * stride + column, mask, 0)
-    if STORE == "spectral":
+        x = tl.load(stored[0] + row * stride + column, mask, 0)
+    elif STORE == "spectral":
         inside = column < n
         code = tl.zeros(mask.shape, tl.int32)
         for plane in tl.static_range(PLANES):
@@ -46,14 +45,17 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr, PLANES: t
         scale = tl.load(stored[2] + column, inside, 0)
         kappa = tl.load(stored[2] + n + column, inside, 0)
         t = 2 * code.to(tl.float32) + tl.load(stored[2] + 2 * n + column, inside, 0)
-        return (t * t * kappa + 1) * t * scale
-    of_group = row * tl.cdiv(n, GROUP) + column // GROUP
-    scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
-    if STORE == "int8":
-        return tl.load(stored[0] + row * stride + column, mask, 0).to(tl.float32) * scale
-    word = tl.load(stored[0] + row * stride + column // 2, mask, 0).to(tl.int32)
-    code = (word >> (column % 2 * 4)) & 15
-    return code.to(tl.float32) * scale + tl.load(stored[2] + of_group, mask, 0).to(tl.float32)
+        x = (t * t * kappa + 1) * t * scale
+    else:
+        of_group = row * tl.cdiv(n, GROUP) + column // GROUP
+        scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
+        if STORE == "int8":
+            x = tl.load(stored[0] + row * stride + column, mask, 0).to(tl.float32) * scale
+        else:
+            word = tl.load(stored[0] + row * stride + column // 2, mask, 0).to(tl.int32)
+            code = (word >> (column % 2 * 4)) & 15
+            x = code.to(tl.float32) * scale + tl.load(stored[2] + of_group, mask, 0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -76,10 +78,12 @@ def visible(position, query, window, sinks, recent, SEGMENT: tl.constexpr):
     sink = position < sinks
     near = query - position < recent
     if SEGMENT == "sinks":
-        return seen & sink
-    if SEGMENT == "recent":
-        return seen & near & (position >= sinks)
-    return seen & (position >= sinks) & (query - position >= recent)
+        seen = seen & sink
+    elif SEGMENT == "recent":
+        seen = seen & near & (position >= sinks)
+    else:
+        seen = seen & (position >= sinks) & (query - position >= recent)
+    return seen
 
 
 @triton.jit
@@ -124,6 +128,8 @@ def attend_split(
     blocks_e = tl.maximum(tl.cdiv(width, BLOCK_E), 1)
     block, split, row_b = tl.program_id(0) // blocks_e, tl.program_id(1), tl.program_id(2).to(tl.int64)
     query, length = tl.load(query_b + row_b), tl.load(length_b + row_b)
+    if SEGMENT == "sinks":  # no ring: the first tokens stay
+        length = tl.minimum(length, slots)
     within_h = tl.arange(0, BLOCK_H)
     head_h = block * HEADS + within_h
     is_head_h = within_h < HEADS
@@ -140,7 +146,7 @@ def attend_split(
 
     most = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    O = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
+    O_he = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
     filled = tl.minimum(slots, length)
     share = tl.cdiv(tl.cdiv(filled, BLOCK_T), splits) * BLOCK_T
     for start in range(split * share, tl.minimum(split * share + share, filled), BLOCK_T):
@@ -186,7 +192,7 @@ def attend_split(
         P = tl.exp2(L - shift[:, None])
         fade = tl.exp2(most - shift)
         total = total * fade + tl.sum(P, 1)
-        O = O * fade[:, None]
+        O_he = O_he * fade[:, None]
         most = newest
 
         # 3) values
@@ -195,16 +201,16 @@ def attend_split(
             for u in tl.static_range(ROWS_V):
                 B = numbers(v, token[:, None] * ROWS_V + u, e[None, :], inside_e, width, bytes_v, STORE_V, 1)
                 a = weights(v_a, token[:, None], (u * G + group_h)[None, :], of_heads, ROWS_V * G, STORE_VA)
-                O = tl.dot((P * a).to(DOT), B.to(DOT), O, input_precision="ieee")
+                O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
         else:
             row = (token * G + group if PER_HEAD_V else token)[:, None]
             B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V, PLANES_V)
-            O = tl.dot(P.to(DOT), B.to(DOT), O, input_precision="ieee")
+            O_he = tl.dot(P.to(DOT), B.to(DOT), O_he, input_precision="ieee")
 
     nobody = total == 0
-    O = O / tl.where(nobody, 1.0, total)[:, None]
+    O_he = O_he / tl.where(nobody, 1.0, total)[:, None]
     place = (row_b * heads + head_h) * splits + split
-    tl.store(partial + place[:, None] * width + e[None, :], O, is_head_h[:, None] & (e < width)[None, :])
+    tl.store(partial + place[:, None] * width + e[None, :], O_he, is_head_h[:, None] & (e < width)[None, :])
     of_split = tl.where(nobody, float("-inf"), most + tl.log2(tl.where(nobody, 1.0, total)))
     tl.store(lse + place, of_split, is_head_h)
 
