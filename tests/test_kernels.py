@@ -5,7 +5,10 @@ them. Without a CUDA device they run under Triton's interpreter, on small shapes
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ import tpa_ref  # noqa: E402
 import tpa_torch  # noqa: E402
 from tpa_ref.config import TPAConfig  # noqa: E402
 from tpa_ref.factorize import Factorization  # noqa: E402
-from tpa_torch import attention, factorize, kernels, masks  # noqa: E402
+from tpa_torch import attention, factorize, graph, kernels, masks  # noqa: E402
 from tpa_torch import cache as kv  # noqa: E402
 from tpa_torch.kernels import launch  # noqa: E402
 
@@ -206,6 +209,26 @@ def test_a_row_that_takes_no_part():
     assert relative(O_bqhe[1:], expected(Q, held, (20, 30), None)[1:]) < TOLERANCE["float32"]
 
 
+# ---- factors of each token ----
+
+
+@pytest.mark.parametrize(
+    ("g", "rank", "kind"), [(4, 2, "random"), (16, 3, "random"), (4, 2, "rank one"), (4, 1, "zero")]
+)
+def test_factors_of_a_token(g, rank, kind, monkeypatch):
+    """The same K from factors made in one launch as from those of `graph`, also where there is less to find."""
+    X_bkgd = torch.randn((2, 3, g, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    X_bkgd = {"random": X_bkgd, "zero": X_bkgd * 0}.get(
+        kind, X_bkgd[:, :, :1] * torch.arange(1.0, 5)[:, None].to(DEVICE)
+    )
+    ours = graph.contextual_factors(X_bkgd, rank)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    theirs = graph.contextual_factors(X_bkgd, rank)
+    K_ours, K_theirs = (torch.einsum("bksg,bksd->bkgd", *of) / rank for of in (ours, theirs))
+    assert float((K_ours - K_theirs).abs().max()) <= 1e-4 * float(X_bkgd.abs().max())
+    assert all(torch.isfinite(x).all() for x in ours)
+
+
 # ---- a whole model ----
 
 
@@ -252,6 +275,20 @@ def test_where_kernels_do_not_run(config, monkeypatch):
     monkeypatch.undo()
     monkeypatch.delenv("TPA_TRITON", raising=False)
     assert not kernels.usable("cpu", config, factor, torch.float32)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """Without a GPU: every form and storage in some combination, within a GPU's shared memory."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(str(x) for x in (here.parent, here.parent / "cuda", here))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    command = [sys.executable, str(here / "compile_for_gpu.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 11
+    assert all(int(shared) <= 227 * 1024 for _, shared, _ in lines)
+    assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 4 + ["False"]
 
 
 # ---- seeded mistakes ----

@@ -71,6 +71,9 @@ def contextual_factors(X_bkgd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """`factorize.contextual_factors` without `eigh`."""
     if X_bkgd.shape[2] == 1:
         return factorize.contextual_factors(X_bkgd, rank)
+    d = X_bkgd.shape[-1]
+    if X_bkgd.dtype != torch.float64 and d >= 16 and d & (d - 1) == 0 and kernels.runs_on(X_bkgd.device):
+        return kernels.contextual_factors(X_bkgd, rank, SQUARINGS)  # all of what follows in one launch
     X32 = X_bkgd if X_bkgd.dtype == torch.float64 else X_bkgd.float()
     U_bksg = factorize.steady_signs(leading_vectors(X32 @ X32.mT, rank))
     return (rank * U_bksg).to(X_bkgd.dtype), (U_bksg @ X32).to(X_bkgd.dtype)

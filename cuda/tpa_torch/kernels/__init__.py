@@ -95,3 +95,10 @@ def decode(*args: Any, **more: Any) -> Tensor:
     from .launch import decode
 
     return decode(*args, **more)
+
+
+def contextual_factors(X_bkgd: Tensor, rank: int, squarings: int) -> tuple[Tensor, Tensor]:
+    """See `factors.contextual_factors`."""
+    from .factors import contextual_factors
+
+    return contextual_factors(X_bkgd, rank, squarings)
