@@ -278,7 +278,7 @@ def test_where_kernels_do_not_run(config, monkeypatch):
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """Without a GPU: every form and storage in some combination, within a GPU's shared memory."""
+    """Without a GPU: every form and storage in some combination, within the shared memory of any GPU served."""
     here = Path(__file__).parent
     path = os.pathsep.join(str(x) for x in (here.parent, here.parent / "cuda", here))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
@@ -287,7 +287,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 11
-    assert all(int(shared) <= 227 * 1024 for _, shared, _ in lines)
+    assert all(int(shared) <= 99 * 1024 for _, shared, _ in lines)
     assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 4 + ["False"]
 
 

@@ -318,7 +318,8 @@ class GraphDecoder:
 def serves(model: Model, cache: kv.Cache, max_new_tokens: int) -> bool:
     """Is decoding captured? On CUDA, where the kernels read every layer and the cache has room for all tokens."""
     return (
-        model.device.type == "cuda"
+        isinstance(model, Model)
+        and model.device.type == "cuda"
         and int(np.max(cache.lengths_b)) + max_new_tokens - 1 <= cache.max_len
         and all(kernels.usable(model.device, model.config, how, getattr(torch, model.dtype)) for how in model.factors)
     )

@@ -40,10 +40,21 @@ def usable(device: torch.device | str, config: GemmaConfig, factors: kv.LayerFac
 
 
 def runs_on(device: torch.device | str) -> bool:
-    """A CUDA device; a CPU where it was asked for."""
-    kind = torch.device(device).type
+    """The current CUDA device (Triton starts nothing on another), Ampere or newer; a CPU where it was asked for."""
+    device = torch.device(device)
+    if not has_triton():
+        return False
+    if device.type == "cuda":
+        current = torch.cuda.current_device()
+        return device.index in (None, current) and capability(current) >= (8, 0)
     asked = os.environ.get("TPA_TRITON") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
-    return has_triton() and (kind == "cuda" or (kind == "cpu" and asked))
+    return device.type == "cpu" and asked
+
+
+@lru_cache(maxsize=16)
+def capability(device: int) -> tuple[int, int]:
+    """What a CUDA device can do: (8, 0) is the first with bfloat16 products and 99 kB of shared memory."""
+    return torch.cuda.get_device_capability(device)
 
 
 def readable(config: GemmaConfig, how: Any) -> bool:
