@@ -85,6 +85,45 @@ def test_rows_that_stop(monkeypatch):
     assert (static_cache.lengths_b == cache.lengths_b).all()
 
 
+def writes_of_every_row(patch):
+    right = graph.NewTokens.__init__
+
+    def init(self, model, cache, position_b, runs_b):
+        right(self, model, cache, position_b, runs_b)
+        self.runs_b = torch.ones_like(runs_b)
+
+    patch(graph.NewTokens, "__init__", init)
+
+
+def keys_one_position_late(patch):
+    right = graph.slot_positions
+    patch(graph, "slot_positions", lambda length_b, slots: right(length_b + 1, slots))
+
+
+def rows_that_never_run(patch):
+    patch(
+        graph.GraphDecoder, "_next", lambda self, x_bqm: self.token_b.copy_(self.model.logits(x_bqm)[:, 0].argmax(-1))
+    )
+
+
+@pytest.mark.parametrize("mistake", [None, writes_of_every_row, keys_one_position_late, rows_that_never_run])
+def test_a_mistake_turns_it_red(mistake, monkeypatch):
+    """Tokens or cached numbers differ with each of them, and without one they do not: a row that stops is compared."""
+    model = model_of("dense")
+    never_stop(monkeypatch)
+    (tokens, _), _ = both(model, 8)
+    stop_at(monkeypatch, {tokens[1][0]})
+    if mistake:
+        mistake(monkeypatch.setattr)
+    (tokens, cache), (static_tokens, static_cache) = both(model, 12)
+    errors = [
+        relative(two, one)
+        for layer, other in zip(cache.layers, static_cache.layers, strict=True)
+        for two, one in held(layer, other)
+    ]
+    assert (static_tokens != tokens or max(errors) > 1e-3) == (mistake is not None)
+
+
 def test_a_consumer_that_leaves():
     """Whoever stops listening finds the cache as the ordinary way leaves it, and can go on with it."""
     model = model_of("dense")
