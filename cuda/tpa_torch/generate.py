@@ -21,7 +21,7 @@ from tpa_ref.generate import (
 )
 from tpa_ref.tokenizer import STOP
 
-from . import vision
+from . import graph, vision
 from .model import Model
 
 __all__ = ["TextStream", "check_sampling", "chunks", "padded", "prompt_tokens", "require_tokenizer", "text_of_rows"]
@@ -114,6 +114,9 @@ def generate_rows(
     if cache is None:
         cache = model.new_cache(len(rows), max(map(len, rows)) + max_new_tokens)
     x_bqm = prefill(model, rows, cache, progress, images)
+    if graph.serves(model, cache, max_new_tokens):
+        yield from graph.stream(model, cache, x_bqm, max_new_tokens, graph.Sampling(temperature, top_k, top_p, seed))
+        return
     running = [True] * len(rows)
     for step in range(max_new_tokens):
         L_bv = next_logits(model, x_bqm)

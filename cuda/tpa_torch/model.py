@@ -30,7 +30,7 @@ from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped, wants_whole_arrays
 from tpa_ref.weights import LayerWeights, Weights
 
-from . import attention, factorize, masks, rope, spectral, vision
+from . import attention, factorize, kernels, masks, rope, spectral, vision
 from . import cache as kv
 from .calibrate import calibrate
 from .mlp import mlp
@@ -184,6 +184,9 @@ class Model:
             segments = kv.whole_text((how_k, how_v), new, exact_tokens, views.positions_bq, exact)
         else:
             segments = cache.layers[layer].segments(new, exact_tokens, views.positions_bq, cache.lengths_b)
+            if kernels.serve(self, layer, views, cache, trace):
+                O_bqhe = trace("attn.O_bqhe", kernels.attend(Q_bqhd, self, layer, cache, views.step(cache)))
+                return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
         # 4) attention on the factors, one softmax over the keys of all segments: a block of queries at a time against
         # the keys that it can see at all
@@ -284,6 +287,7 @@ class Views:
     def __init__(self, model: Model, positions_bq: np.ndarray, last_bq: np.ndarray | None = None):
         self.model, self.positions_bq = model, positions_bq
         self.last_bq = positions_bq if last_bq is None else last_bq
+        self._step: kernels.Step | None = None
         self._queries: dict[bool, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple, tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
@@ -292,6 +296,12 @@ class Views:
         if kind not in self._queries:
             self._queries[kind] = self._tables(layer, self.positions_bq)
         return self._queries[kind]
+
+    def step(self, cache: kv.Cache) -> kernels.Step:
+        """Positions and lengths on the device, for the kernels."""
+        if self._step is None:
+            self._step = kernels.step_of(self.positions_bq, cache.lengths_b, self.model.device)
+        return self._step
 
     def of_keys(self, layer: int, segment: kv.Segment, exact: kv.Exact) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """(rotation tables of the keys of a segment, mask [b,q,k])."""

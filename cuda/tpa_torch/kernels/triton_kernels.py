@@ -1,0 +1,238 @@
+"""The Triton kernels: one split of the keys of one row, and the merge of the splits.
+
+Whatever the mode, K takes one of three forms here and V one of two (`launch` brings them to it):
+
+    K rows        logits are q . row, one row a token for each KV head (`dense`) or for all (`fixed-a`: R d numbers)
+    K contextual  R rows a token, each with its weights a: sum_s a_s[g] (q . b_s), Eq. (A.2)
+    K rebuilt     coefficients times a basis, rotated to the key's position, then as rows (`fixed-b`, `latent`)
+    V rows        sum of p row (`dense`, `fixed-a`, `fixed-b`, `latent`): constant factors come behind the merge
+    V contextual  sum of (p a_u[g]) b_u, Eq. (A.3)
+
+All logits are in base 2. Partial sums and their log-sum-exp are float32. Lengths are read from memory and loop bounds
+are run-time values, so a growing text never compiles anything anew. `stored` is always three pointers: (numbers, -, -),
+(codes, scales, -) of int8, (codes, scales, minima) of int4, (codes, planes, levels) of spectral.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(64)  # numbers that share a scale, as in `quantize.GROUP`
+# These never make a second variant; `width` and its like may, as rows of a multiple of 16 are read in wider loads.
+COUNTS = ["slots", "window", "sinks", "recent", "splits", "heads"]
+
+
+@triton.jit
+def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr, PLANES: tl.constexpr):
+    """Stored numbers at rows [T,1] and columns [1,C]: [T,C] in float32 (floats as they are).
+
+    n: numbers of a row; stride: entries of `stored[0]` from row to row.
+    """
+    if STORE == "float":
+        x = tl.load(stored[0] + row * stride + column, mask, 0)
+    elif STORE == "spectral":
+        inside = column < n
+        code = tl.zeros(mask.shape, tl.int32)
+        for plane in tl.static_range(PLANES):
+            of_plane = stored[1] + plane * 4 * n + column
+            byte = tl.load(of_plane, inside, 0)
+            shift = tl.load(of_plane + n, inside, 0)
+            keep = tl.load(of_plane + 2 * n, inside, 0)
+            left = tl.load(of_plane + 3 * n, inside, 0)
+            word = tl.load(stored[0] + row * stride + byte, mask, 0).to(tl.int32)
+            code = code | (((word >> shift) & keep) << left)
+        scale = tl.load(stored[2] + column, inside, 0)
+        kappa = tl.load(stored[2] + n + column, inside, 0)
+        t = 2 * code.to(tl.float32) + tl.load(stored[2] + 2 * n + column, inside, 0)
+        x = (t * t * kappa + 1) * t * scale
+    else:
+        of_group = row * tl.cdiv(n, GROUP) + column // GROUP
+        scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
+        if STORE == "int8":
+            x = tl.load(stored[0] + row * stride + column, mask, 0).to(tl.float32) * scale
+        else:
+            word = tl.load(stored[0] + row * stride + column // 2, mask, 0).to(tl.int32)
+            code = (word >> (column % 2 * 4)) & 15
+            x = code.to(tl.float32) * scale + tl.load(stored[2] + of_group, mask, 0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def weights(stored, token, group, mask, n, STORE: tl.constexpr):
+    """The a's of one rank of `contextual` for the KV head of each query head: columns [1,H] -> [H,T] float32."""
+    return tl.trans(numbers(stored, token, group, mask, n, n, STORE, 1).to(tl.float32))
+
+
+@triton.jit
+def positions(slot, length, slots):
+    """Position of the token in each slot: the newest p < length with p mod slots = slot (C's % keeps the sign)."""
+    back = (length - 1) % slots - slot
+    return length - 1 - tl.where(back < 0, back + slots, back)
+
+
+@triton.jit
+def visible(position, query, window, sinks, recent, SEGMENT: tl.constexpr):
+    """`masks.visible` and `masks.of_segment` of one query; a padding row asks from position -1 and sees nothing."""
+    seen = (position <= query) & (query - position < window)
+    sink = position < sinks
+    near = query - position < recent
+    if SEGMENT == "sinks":
+        seen = seen & sink
+    elif SEGMENT == "recent":
+        seen = seen & near & (position >= sinks)
+    else:
+        seen = seen & (position >= sinks) & (query - position >= recent)
+    return seen
+
+
+@triton.jit
+def rebuilt(
+    stored, row, inside, rank, stride, constant, group, basis_group, basis_row, DOT: tl.constexpr, STORE: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """The two halves of one head of K before RoPE, coefficients times basis plus mean: two [T,d/2] in float32."""
+    d = tl.arange(0, HALF)
+    first = tl.zeros((BLOCK_T, HALF), tl.float32)
+    second = tl.zeros((BLOCK_T, HALF), tl.float32)
+    if MEAN:
+        mean = constant[1] + group * 2 * HALF + d
+        first += tl.load(mean).to(tl.float32)[None, :]
+        second += tl.load(mean + HALF).to(tl.float32)[None, :]
+    for start in range(0, rank, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        kept = r < rank
+        C = numbers(stored, row, r[None, :], inside[:, None] & kept[None, :], rank, stride, STORE, PLANES).to(DOT)
+        at = constant[0] + group * basis_group + r[:, None] * basis_row + d[None, :]
+        first = tl.dot(C, tl.load(at, kept[:, None], 0).to(DOT), first, input_precision="ieee")
+        second = tl.dot(C, tl.load(at + HALF, kept[:, None], 0).to(DOT), second, input_precision="ieee")
+    return first, second
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attend_split(
+    q, k, k_a, v, v_a, constant, tables, query_b, length_b, partial, lse,
+    slots, window, sinks, recent, splits, heads, rank, width, bytes_k, bytes_v, basis_row, basis_group, scale,
+    K: tl.constexpr, V: tl.constexpr, STORE_K: tl.constexpr, STORE_V: tl.constexpr,
+    STORE_KA: tl.constexpr, STORE_VA: tl.constexpr, PLANES_K: tl.constexpr, PLANES_V: tl.constexpr,
+    ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, PER_HEAD_K: tl.constexpr, PER_HEAD_V: tl.constexpr,
+    MEAN: tl.constexpr, SEGMENT: tl.constexpr, G: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Attention of HEADS query heads of one row over one split of its keys: partial [b,h,split,E] and lse [b,h,split].
+
+    q [b,h,D], D numbers each (R d of them for `fixed-a`). Grid: (blocks of heads x blocks of E, splits, b). A split
+    without a visible key gives zeros and -inf.
+    """
+    blocks_e = tl.maximum(tl.cdiv(width, BLOCK_E), 1)
+    block, split, row_b = tl.program_id(0) // blocks_e, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query, length = tl.load(query_b + row_b), tl.load(length_b + row_b)
+    if SEGMENT == "sinks":  # no ring: the first tokens stay
+        length = tl.minimum(length, slots)
+    within_h = tl.arange(0, BLOCK_H)
+    head_h = block * HEADS + within_h
+    is_head_h = within_h < HEADS
+    group = block * HEADS // N  # the KV head of this program, where it has one
+    group_h = head_h // N
+    e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    d = tl.arange(0, BLOCK_D)
+    q_hd = q + (row_b * heads + head_h[:, None]) * D
+    if D <= BLOCK_D:
+        Q = tl.load(q_hd + d[None, :], is_head_h[:, None] & (d < D)[None, :], 0).to(DOT)
+    if K == "rebuilt":
+        Q1 = tl.load(q_hd + d[None, :], is_head_h[:, None], 0).to(DOT)
+        Q2 = tl.load(q_hd + BLOCK_D + d[None, :], is_head_h[:, None], 0).to(DOT)
+
+    most = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    O_he = tl.zeros((BLOCK_H, BLOCK_E), tl.float32)
+    filled = tl.minimum(slots, length)
+    share = tl.cdiv(tl.cdiv(filled, BLOCK_T), splits) * BLOCK_T
+    for start in range(split * share, tl.minimum(split * share + share, filled), BLOCK_T):
+        slot = start + tl.arange(0, BLOCK_T)
+        inside = slot < filled
+        token = row_b * slots + slot
+        position = positions(slot, length, slots)
+        seen = inside & visible(position, query, window, sinks, recent, SEGMENT)
+        of_heads = inside[:, None] & is_head_h[None, :]
+
+        # 1) logits
+        L = tl.zeros((BLOCK_H, BLOCK_T), tl.float32)
+        if K == "rebuilt":
+            row = (token * G + group if PER_HEAD_K else token)[:, None]
+            K1, K2 = rebuilt(  # the halves that RoPE mixes
+                k, row, inside, rank, bytes_k, constant, group, basis_group, basis_row, DOT, STORE_K, PLANES_K,
+                BLOCK_T, BLOCK_R, BLOCK_D, MEAN,
+            )  # fmt: skip
+            angle = position[:, None] * BLOCK_D + d[None, :]
+            cos = tl.load(tables[0] + angle, inside[:, None], 0)
+            sin = tl.load(tables[1] + angle, inside[:, None], 0)
+            L = tl.dot(Q1, tl.trans(K1 * cos - K2 * sin).to(DOT), L, input_precision="ieee")
+            L = tl.dot(Q2, tl.trans(K2 * cos + K1 * sin).to(DOT), L, input_precision="ieee")
+        elif K == "contextual":
+            for s in tl.static_range(ROWS_K):
+                row = token[:, None] * ROWS_K + s
+                B = numbers(k, row, d[None, :], inside[:, None] & (d < D)[None, :], D, bytes_k, STORE_K, 1)
+                a = weights(k_a, token[:, None], (s * G + group_h)[None, :], of_heads, ROWS_K * G, STORE_KA)
+                L += a * tl.dot(Q, tl.trans(B.to(DOT)), input_precision="ieee")
+        else:
+            row = (token * G + group if PER_HEAD_K else token)[:, None]
+            for first in tl.static_range(0, D, BLOCK_D):
+                c = first + d
+                if D > BLOCK_D:
+                    Q = tl.load(q_hd + c[None, :], is_head_h[:, None] & (c < D)[None, :], 0).to(DOT)
+                B = numbers(k, row, c[None, :], inside[:, None] & (c < D)[None, :], D, bytes_k, STORE_K, 1)
+                L = tl.dot(Q, tl.trans(B.to(DOT)), L, input_precision="ieee")
+        L = tl.where(seen[None, :], L * scale, float("-inf"))
+
+        # 2) softmax so far; a tile that nobody sees leaves it as it was
+        newest = tl.maximum(most, tl.max(L, 1))
+        shift = tl.where(newest == float("-inf"), 0.0, newest)
+        P = tl.exp2(L - shift[:, None])
+        fade = tl.exp2(most - shift)
+        total = total * fade + tl.sum(P, 1)
+        O_he = O_he * fade[:, None]
+        most = newest
+
+        # 3) values
+        inside_e = inside[:, None] & (e < width)[None, :]
+        if V == "contextual":
+            for u in tl.static_range(ROWS_V):
+                B = numbers(v, token[:, None] * ROWS_V + u, e[None, :], inside_e, width, bytes_v, STORE_V, 1)
+                a = weights(v_a, token[:, None], (u * G + group_h)[None, :], of_heads, ROWS_V * G, STORE_VA)
+                O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
+        else:
+            row = (token * G + group if PER_HEAD_V else token)[:, None]
+            B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V, PLANES_V)
+            O_he = tl.dot(P.to(DOT), B.to(DOT), O_he, input_precision="ieee")
+
+    nobody = total == 0
+    O_he = O_he / tl.where(nobody, 1.0, total)[:, None]
+    place = (row_b * heads + head_h) * splits + split
+    tl.store(partial + place[:, None] * width + e[None, :], O_he, is_head_h[:, None] & (e < width)[None, :])
+    of_split = tl.where(nobody, float("-inf"), most + tl.log2(tl.where(nobody, 1.0, total)))
+    tl.store(lse + place, of_split, is_head_h)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_splits(partial, lse, out, lse_out, splits, width, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Splits of one row and head weighted by exp(lse - max lse): [b,h,split,E], [b,h,split] -> [b,h,E], [b,h].
+
+    The maximum and no other shift: so no weight overflows, and empty splits (-inf) weigh nothing. Grid: (b h, E).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    lse_s = tl.load(lse + row * splits + s, s < splits, float("-inf"))
+    most = tl.max(lse_s, 0)
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    weight_s = tl.exp2(lse_s - shift)
+    total = tl.sum(weight_s, 0)
+    nobody = total == 0
+    inside = (s < splits)[:, None] & (e < width)[None, :]
+    O_se = tl.load(partial + (row * splits + s)[:, None] * width + e[None, :], inside, 0)
+    O_e = tl.sum(O_se * weight_s[:, None], 0) / tl.where(nobody, 1.0, total)
+    tl.store(out + row * width + e, O_e, e < width)
+    if tl.program_id(1) == 0:
+        tl.store(lse_out + row, tl.where(nobody, float("-inf"), shift + tl.log2(tl.where(nobody, 1.0, total))))

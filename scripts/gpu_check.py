@@ -1,0 +1,298 @@
+"""What a CUDA device makes of the decode kernels, in one command: are they right, and how near memory's speed are they?
+
+    python scripts/gpu_check.py                 # minutes; writes results/gpu.json
+    python scripts/gpu_check.py --tune          # also tries other tile sizes, and names the best
+
+1) every mode and storage against PyTorch in float32, at the head sizes of 27b and 4b, in a ring too; 2) decode of one
+global layer at 32k tokens x batch 16 beside the measured copy bandwidth (and matrix product rate); 3) tokens per second
+of a model of 1b's size with random weights, one graph a token, beside the time that reading its bytes takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "cuda")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import tpa_torch  # noqa: E402
+from tpa_ref import command_line as cli  # noqa: E402
+from tpa_ref.config import GemmaConfig, TPAConfig  # noqa: E402
+from tpa_ref.factorize import Factorization  # noqa: E402
+from tpa_ref.weights import Weights, from_named, hf_names  # noqa: E402
+from tpa_torch import cache as kv  # noqa: E402
+from tpa_torch import graph, kernels  # noqa: E402
+from tpa_torch.generate import prefill  # noqa: E402
+
+RANKS = {"dense": 0, "contextual": 2, "fixed-a": 2, "fixed-b": 64, "latent": 256}
+STORES = ("bfloat16", "int8", "int4")
+WIDTHS = tuple([8] * 8 + [6] * 16 + [5] * 32 + [4] * 64 + [3] * 64 + [2] * 96 + [1] * 40)  # about rate 1 at 4b
+CASES = [(mode, store) for mode in RANKS for store in STORES] + [("latent", "spectral")]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def two_layers(variant: str) -> GemmaConfig:
+    """A window layer and a global one of a published size."""
+    return replace(GemmaConfig.of_variant(variant), num_layers=2, is_global=(False, True), vision=None)
+
+
+def random_factors(mode: str, store: str, config: GemmaConfig, device: str) -> Factorization:
+    g, d, rank = config.num_kv_heads, config.head_dim, len(WIDTHS) if store == "spectral" else RANKS[mode]
+    shape = {"fixed-a": (rank, g, d), "fixed-b": (g, rank, d), "latent": (rank, g, d)}.get(mode)
+    basis = torch.randn(shape, device=device) / rank**0.5 if shape else None
+    how = Factorization(mode, rank, store, basis)
+    return replace(how, mean=torch.randn((g, d), device=device), widths=WIDTHS) if store == "spectral" else how
+
+
+def one_layer(variant: str, how: Factorization, device: str, dtype: torch.dtype, batch: int, length: int) -> Any:
+    """(model without weights, cache filled with random codes)."""
+    config = two_layers(variant)
+    embed_vm = torch.zeros((1, 1), dtype=dtype, device=device)
+    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), factors=[(how, how)] * 2)
+    cache = model.new_cache(batch, length)
+    for layer in cache.layers:
+        for array, _ in layer._pairs(layer.stored):
+            fill(array)
+    return model, cache
+
+
+def fill(array: torch.Tensor) -> None:
+    """Random numbers, codes and (float16) scales of a plausible size."""
+    if array.dtype == torch.float16:
+        array.uniform_(0.005, 0.02)
+    elif array.is_floating_point():
+        array.normal_()
+    else:
+        array.random_()
+
+
+def step_of(lengths: list[int], device: str) -> kernels.Step:
+    lengths_b = np.array(lengths)
+    return kernels.step_of(lengths_b[:, None] - 1, lengths_b - 1, torch.device(device))
+
+
+def queries(config: GemmaConfig, batch: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn((batch, 1, config.num_heads, config.head_dim), device=device).to(dtype)
+
+
+@torch.inference_mode()
+def wrong(variant: str, mode: str, store: str, device: str, dtype: torch.dtype, length: int = 1500) -> float:
+    """max |kernel - PyTorch in float32| / max |PyTorch|, of a ring and of a global layer, two rows."""
+    how = random_factors(mode, store, two_layers(variant), device)
+    model, cache = one_layer(variant, how, device, dtype, 2, length)
+    step, worst = step_of([length - 3, length // 3], device), 0.0
+    for layer in (0, 1):
+        Q_bqhd = queries(model.config, 2, device, dtype)
+        found = kernels.attend(Q_bqhd, model, layer, cache, step).float()
+        right = graph.attend_in_torch(Q_bqhd.float(), model, layer, cache, step).float()
+        worst = max(worst, float((found - right).abs().max() / right.abs().max()))
+    return worst if np.isfinite(worst) else float("inf")
+
+
+# ---- speed ----
+
+
+def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
+    """Median time of one replay of what `run` starts, captured as a graph."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        captured.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a copy of 1 GiB."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / seconds(lambda: y.copy_(x))
+
+
+def matmul_rate() -> float:
+    """FLOP per second of a bfloat16 product of 8192 x 8192."""
+    x = torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / seconds(lambda: x @ x)
+
+
+def rebuild_flops(mode: str, rank: int, config: GemmaConfig) -> int:
+    """FLOP per cached token that forming K again takes."""
+    return {"fixed-b": 2, "latent": 2}.get(mode, 0) * rank * config.num_kv_heads * config.head_dim
+
+
+@torch.inference_mode()
+def decode_speed(variant: str, mode: str, store: str, bandwidth: float, rate: float, tune: bool) -> dict:
+    """One global layer at 32k x 16: microseconds, and the share of its floor, bytes at copy bandwidth or products."""
+    batch, length, config = 16, 32768, two_layers(variant)
+    how = random_factors(mode, store, config, "cuda")
+    model, cache = one_layer(variant, how, "cuda", torch.bfloat16, batch, length)
+    step, Q_bqhd = step_of([length] * batch, "cuda"), queries(config, batch, "cuda", torch.bfloat16)
+    tables, held = model.rope_table(1, length), cache.layers[1]
+
+    def run(tile: Any = None) -> Callable[[], Any]:
+        more = (step, tables, None, kv.Exact(), config.num_kv_heads, config.query_scale, None, tile)
+        return lambda: kernels.decode(Q_bqhd, held, *more)
+
+    taken = seconds(run())
+    floors = held.nbytes / bandwidth, rebuild_flops(mode, how.rank, config) * batch * length / rate
+    found = {
+        "variant": variant, "mode": mode, "store": store, "bytes": held.nbytes, "microseconds": 1e6 * taken,
+        "floor_microseconds": 1e6 * max(floors), "bandwidth_fraction": floors[0] / taken,
+        "floor_fraction": max(floors) / taken,
+    }  # fmt: skip
+    return found | ({"tiles": tuned(run)} if tune else {})
+
+
+def tuned(run: Callable[[Any], Callable[[], Any]]) -> list[dict]:
+    """Microseconds of other tile sizes, the best first; those that do not fit are left out."""
+    from triton.runtime.errors import OutOfResources
+
+    from tpa_torch.kernels.launch import Tile
+
+    found = []
+    for tokens in (16, 32, 64, 128):
+        for warps, stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
+            try:
+                taken = seconds(run(Tile(tokens, 512, 32, warps, stages)), 10)
+            except OutOfResources:
+                continue
+            found.append({"tokens": tokens, "warps": warps, "stages": stages, "microseconds": 1e6 * taken})
+    return sorted(found, key=lambda each: each["microseconds"])
+
+
+@torch.inference_mode()
+def model_speed(
+    tpa: TPAConfig | None,
+    bandwidth: float,
+    config: GemmaConfig,
+    device: str = "cuda",
+    prompt: int = 512,
+    steps: int = 128,
+) -> dict:
+    """Tokens per second of random weights in bfloat16, batch 1: one graph a token, and the ordinary way."""
+    made = {
+        name: torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02 for name, shape in hf_names(config).items()
+    }
+    model = tpa_torch.Model(config, from_named(made, config), stored_dtype="bfloat16")
+    model = tpa_torch.convert(model, tpa) if tpa else model
+    weights = sum(x.nbytes for x in made.values())
+    ids = np.random.default_rng(0).integers(3, min(1000, config.vocab_size), prompt).tolist()
+    cache = model.new_cache(1, prompt + 2 * steps + 10)
+    x_bqm = prefill(model, [ids], cache)
+    decoder = graph.GraphDecoder(model, cache)
+    decoder.stop_s.fill_(-7)  # random weights may say anything
+    decoder.begin(x_bqm)
+    captured = per_step(decoder.step, steps, device)
+    decoder.settle()
+    token = np.array([[5]])
+    ordinary = per_step(lambda: model(token, cache=cache), steps // 4, device)
+    floor = (weights + cache.nbytes) / bandwidth
+    return {
+        "tpa": "dense" if tpa is None else f"latent, rate {tpa.rate}",
+        "weights_bytes": weights, "kv_bytes": cache.nbytes, "tokens_per_s": 1 / captured,
+        "ordinary_tokens_per_s": 1 / ordinary, "floor_tokens_per_s": 1 / floor, "floor_fraction": floor / captured,
+    }  # fmt: skip
+
+
+def per_step(step: Callable[[], Any], steps: int, device: str) -> float:
+    """Seconds of one of `steps` in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(3):
+        step()
+    wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - start) / steps
+
+
+# ---- the report ----
+
+
+def attempt(row: dict, run: Callable[[], dict]) -> dict:
+    """A row of the report; what fails says so and does not stop the others."""
+    try:
+        row = row | run()
+    except Exception as error:
+        row = row | {"error": f"{type(error).__name__}: {error}"}
+    print("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values() if not isinstance(x, list)))
+    return row
+
+
+def check(variant: str, mode: str, store: str, dtype: torch.dtype) -> dict:
+    """One row of the first part: how far apart, and is that right?"""
+    found = wrong(variant, mode, store, "cuda", dtype)
+    return {"error_of_output": found, "ok": found < TOLERANCE[dtype]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
+    parser.add_argument("--tune", action="store_true", help="also try other tile sizes")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("gpu_check: needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    if not kernels.has_triton():
+        print("gpu_check: needs Triton: pip install triton", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TF/s")
+    report: dict[str, Any] = {
+        "environment": cli.environment("tpa_torch", "cuda") | {"gpu": torch.cuda.get_device_name()},
+        "copy_bytes_per_s": bandwidth,
+        "matmul_flop_per_s": rate,
+        "correct": [
+            attempt(
+                {"variant": variant, "mode": mode, "store": store, "dtype": str(dtype)},
+                lambda variant=variant, mode=mode, store=store, dtype=dtype: check(variant, mode, store, dtype),
+            )
+            for variant in ("27b", "4b")
+            for dtype in TOLERANCE
+            for mode, store in CASES
+        ],
+        "decode": [
+            attempt(
+                {"variant": variant, "mode": mode, "store": store},
+                lambda v=variant, m=mode, s=store: decode_speed(v, m, s, bandwidth, rate, args.tune),
+            )
+            for variant in ("27b", "4b")
+            for mode, store in CASES
+        ],
+        "model_1b": [
+            attempt({}, lambda tpa=tpa: model_speed(tpa, bandwidth, GemmaConfig.gemma3_1b()))
+            for tpa in (None, TPAConfig(mode="latent", rate=2.0))
+        ],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    rows = [row for part in ("correct", "decode", "model_1b") for row in report[part]]
+    bad = sum("error" in row or row.get("ok") is False for row in rows)
+    print(f"{len(rows) - bad} of {len(rows)} right; written to {args.out}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Compiles the kernels for a GPU (compute capability 9.0) without having one: run by `test_kernels`, not a test itself.
+
+The interpreter takes Python that the compiler refuses, and knows no limits of shared memory. Prints a line for every
+compiled kernel: its name, the bytes of shared memory of a program, and whether tensor cores are used.
+"""
+
+from __future__ import annotations
+
+import small
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tpa_ref.factorize import Factorization
+from tpa_torch import cache as kv
+from tpa_torch import kernels
+from tpa_torch.kernels import factors, launch
+
+
+class NoDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+class Compiled:
+    """Stands for a kernel: a launch compiles it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.seen = kernel, []
+
+    def __getitem__(self, grid):
+        def compile(*args, **more):
+            made = self.kernel.warmup(*args, grid=grid, **more)
+            if any(made is other for other in self.seen):
+                return
+            self.seen.append(made)
+            cores = "mma" in made.asm["ptx"]
+            print(self.kernel.fn.__name__, made.metadata.shared, cores, flush=True)
+
+        return compile
+
+
+def factors_of(mode, dtype, rank, g, d):
+    widths = tuple(8 - 7 * i // rank for i in range(rank)) if dtype == "spectral" else ()
+    shapes = {"fixed-a": (rank, g, d), "fixed-b": (g, rank, d), "latent": (rank, g, d)}
+    basis = torch.zeros(shapes[mode]) if mode in shapes else None
+    return Factorization(mode, rank, dtype, basis, mean=torch.zeros(g, d) if widths else None, widths=widths)
+
+
+def compile_decode(k, v, g, h, d, dtype, slots=2048):
+    """One layer of a global kind, with everything that `launch.decode` would start."""
+    how = factors_of(*k, g, d), factors_of(*v, g, d)
+    config = small.config(head_dim=d, num_heads=h, num_kv_heads=g, max_positions=4096)
+    held = kv.Cache(config, [how] * 7, 1, slots).layers[5]
+    one, table = torch.zeros(1, dtype=torch.int32), torch.zeros(2048, d // 2)
+    Q_bqhd = torch.zeros(1, 1, h, d, dtype=dtype)
+    launch.decode(Q_bqhd, held, kernels.Step(one, one), (table, table), None, kv.Exact(), g, 0.1, splits=32)
+
+
+def main():
+    driver.set_active(NoDevice())
+    launch.attend_split, launch.merge_splits = Compiled(launch.attend_split), Compiled(launch.merge_splits)
+    factors.factor_token = Compiled(factors.factor_token)
+    launch.dot_dtype = lambda x: tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
+    bf16, big, wide = torch.bfloat16, (16, 32, 128), (4, 8, 256)
+    compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16)
+    compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16, slots=1931)  # nothing new
+    compile_decode(("fixed-a", "int8", 2), ("latent", "spectral", 300), *big, bf16)
+    compile_decode(("latent", "spectral", 300), ("latent", "spectral", 300), *wide, bf16)
+    compile_decode(("fixed-b", "int4", 64), ("fixed-b", "int4", 64), *wide, bf16)
+    compile_decode(("contextual", "float32", 2), ("dense", "float32", 0), *wide, torch.float32)
+    factors.contextual_factors(torch.zeros(1, 1, 16, 128, dtype=bf16), 2, 12)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Decoding on static buffers, run as it is written, against the ordinary way token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import small  # noqa: E402
+from conftest import relative, submodule  # noqa: E402
+
+import tpa_torch  # noqa: E402
+from tpa_ref.config import TPAConfig  # noqa: E402
+from tpa_torch import factorize, graph  # noqa: E402
+
+generate = submodule(tpa_torch, "generate")
+CHOICES = {
+    "dense": None,
+    "contextual": TPAConfig(mode="contextual", k_rank=2, v_rank=1, kv_dtype="float32"),
+    "fixed-a int4": TPAConfig(mode="fixed-a", k_rank=1, v_rank=2, kv_dtype="int4"),
+    "fixed-b int8": TPAConfig(mode="fixed-b", k_rank=10, v_rank=7, kv_dtype="int8"),
+    "spectral with sinks": TPAConfig(mode="latent", rate=3.0),
+    "newest exact": TPAConfig(mode="latent", k_rank=20, v_rank=20, kv_dtype="bfloat16", sinks=2, recent=3),
+}
+ROWS = [small.tokens(9)[0].tolist(), small.tokens(3, seed=1)[0].tolist(), small.tokens(6, seed=2)[0].tolist()]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def model_of(name):
+    model = small.model(tpa_torch, small.config(num_kv_heads=4, sliding_window=7))
+    return tpa_torch.convert(model, CHOICES[name]) if CHOICES[name] else model
+
+
+def stop_at(monkeypatch, stop):
+    for module in (graph, generate):
+        monkeypatch.setattr(module, "STOP", stop)
+
+
+def never_stop(monkeypatch):
+    stop_at(monkeypatch, {-7})
+
+
+def both(model, count, sampling=None, rows=ROWS, max_len=40):
+    """[(tokens of every step, cache)]: the ordinary way, then on static buffers."""
+    caches = [model.new_cache(len(rows), max_len) for _ in range(2)]
+    ordinary = generate.generate_rows(model, rows, count, cache=caches[0])
+    static = graph.stream(model, caches[1], generate.prefill(model, rows, caches[1]), count, graph.Sampling())
+    return [(list(steps), cache) for steps, cache in zip((ordinary, static), caches, strict=True)]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_same_tokens_and_the_same_cache(name, monkeypatch):
+    """Three rows of different length, past the window and around the ring: tokens, lengths, what the cache holds."""
+    never_stop(monkeypatch)
+    (tokens, cache), (static_tokens, static_cache) = both(model_of(name), 16)
+    assert static_tokens == tokens and len(tokens) == 16
+    assert (static_cache.lengths_b == cache.lengths_b).all()
+    for layer, static_layer in zip(cache.layers, static_cache.layers, strict=True):
+        for array, static_array in held(layer, static_layer):
+            if array.is_floating_point():
+                assert relative(static_array, array) < 1e-2  # rounded to half or bfloat16
+            else:
+                assert (array.int() - static_array.int()).abs().float().mean() < 0.01
+
+
+def held(layer, other):
+    for one, two in ((layer, other), (layer.sinks, other.sinks), (layer.recent, other.recent)):
+        if one is not None:
+            yield from two._pairs(one.stored)
+
+
+def test_rows_that_stop(monkeypatch):
+    """A row that says a stop token says nothing more, and its cache stays as it is."""
+    model = model_of("contextual")
+    never_stop(monkeypatch)
+    (tokens, _), _ = both(model, 8)
+    stop_at(monkeypatch, {tokens[2][0], tokens[4][1]})
+    (tokens, cache), (static_tokens, static_cache) = both(model, 12)
+    assert tokens[-1].count(None) >= 1 and static_tokens == tokens
+    assert (static_cache.lengths_b == cache.lengths_b).all()
+
+
+def writes_of_every_row(patch):
+    right = graph.NewTokens.__init__
+
+    def init(self, model, cache, position_b, runs_b):
+        right(self, model, cache, position_b, runs_b)
+        self.runs_b = torch.ones_like(runs_b)
+
+    patch(graph.NewTokens, "__init__", init)
+
+
+def keys_one_position_late(patch):
+    right = graph.slot_positions
+    patch(graph, "slot_positions", lambda length_b, slots: right(length_b + 1, slots))
+
+
+def rows_that_never_run(patch):
+    patch(
+        graph.GraphDecoder, "_next", lambda self, x_bqm: self.token_b.copy_(self.model.logits(x_bqm)[:, 0].argmax(-1))
+    )
+
+
+@pytest.mark.parametrize("mistake", [None, writes_of_every_row, keys_one_position_late, rows_that_never_run])
+def test_a_mistake_turns_it_red(mistake, monkeypatch):
+    """Tokens or cached numbers differ with each of them, and without one they do not: a row that stops is compared."""
+    model = model_of("dense")
+    never_stop(monkeypatch)
+    (tokens, _), _ = both(model, 8)
+    stop_at(monkeypatch, {tokens[1][0]})
+    if mistake:
+        mistake(monkeypatch.setattr)
+    (tokens, cache), (static_tokens, static_cache) = both(model, 12)
+    errors = [
+        relative(two, one)
+        for layer, other in zip(cache.layers, static_cache.layers, strict=True)
+        for two, one in held(layer, other)
+    ]
+    assert (static_tokens != tokens or max(errors) > 1e-3) == (mistake is not None)
+
+
+def test_a_consumer_that_leaves():
+    """Whoever stops listening finds the cache as the ordinary way leaves it, and can go on with it."""
+    model = model_of("dense")
+    caches, nexts = [], []
+    for static in (False, True):
+        cache = model.new_cache(1, 40)
+        x_bqm = generate.prefill(model, ROWS[:1], cache)
+        steps = graph.stream(model, cache, x_bqm, 20, graph.Sampling())
+        if not static:
+            cache.reset()
+            steps = generate.generate_rows(model, ROWS[:1], 20, cache=cache)
+        for _ in range(11):
+            token = next(steps)
+        steps.close()
+        caches.append(cache)
+        nexts.append(model(np.array([token]), cache=cache))
+    assert caches[0].lengths_b == caches[1].lengths_b
+    assert relative(nexts[1], nexts[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("g", "rank"), [(2, 1), (4, 2), (8, 3), (16, 2), (16, 4)])
+def test_factors_without_eigh(g, rank):
+    """The same factors as `eigh` gives, in float32."""
+    X_bkgd = torch.randn((3, 50, g, 32), generator=torch.Generator().manual_seed(g))
+    ours, theirs = (sum_of(of.contextual_factors(X_bkgd, rank), rank) for of in (graph, factorize))
+    lost, least = ((X_bkgd - x).square().sum((-2, -1)) for x in (ours, theirs))
+    assert float((lost / least).max()) < 1 + 1e-4  # every token by itself
+    assert float(relative(ours, theirs)) < 0.1 and float((ours - theirs).square().mean()) < 1e-6
+
+
+def sum_of(factors, rank):
+    A_bksg, B_bksd = factors
+    return torch.einsum("bksg,bksd->bkgd", A_bksg, B_bksd) / rank
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one", "equal", "tiny", "huge"])
+def test_factors_of_matrices_made_to_break_them(kind):
+    """Nothing to find, less to find than asked, no leading direction, and magnitudes at the end of float32."""
+    X_bkgd = torch.randn((1, 7, 4, 32), generator=torch.Generator().manual_seed(0))
+    if kind == "rank one":
+        X_bkgd = X_bkgd[:, :, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None]
+    if kind == "equal":
+        X_bkgd = torch.eye(32)[:4].expand(1, 7, 4, 32).contiguous()
+    X_bkgd = X_bkgd * {"zero": 0.0, "tiny": 1e-12, "huge": 1e12}.get(kind, 1.0)
+    A_bksg, B_bksd = graph.contextual_factors(X_bkgd, 2)
+    assert A_bksg.isfinite().all() and B_bksd.isfinite().all()
+    lost, least = (
+        float((X_bkgd.double() - sum_of(of.contextual_factors(X_bkgd.double(), 2), 2)).square().sum())
+        for of in (graph, factorize)
+    )
+    assert lost <= least * (1 + 1e-6) + 1e-10 * float(X_bkgd.double().square().sum())
+    ours = float((X_bkgd - sum_of((A_bksg, B_bksd), 2)).double().square().sum())
+    assert ours <= least * (1 + 1e-3) + 1e-10 * float(X_bkgd.double().square().sum())
+
+
+def test_sampling_on_the_device():
+    """Tokens come as often as their probability says; both cuts leave what `generate.sample` leaves."""
+    L_bv = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 0.0, 0.0, 0.0]])
+    u = (torch.arange(1000) + 0.5) / 1000
+    count = sum(torch.nn.functional.one_hot(graph.Sampling(1.0).choose(L_bv, x[None]), 4) for x in u) / 1000
+    assert float((count - torch.softmax(L_bv, -1)).abs().max()) < 2e-3
+    for cut in ({"top_k": 2}, {"top_p": 0.7}):
+        found = {int(graph.Sampling(1.0, **cut).choose(L_bv, x[None])[0]) for x in u}
+        rngs = [torch.Generator().manual_seed(seed) for seed in range(60)]
+        assert found == {generate.sample(L_bv[0], rng, 1.0, **cut) for rng in rngs}
+    assert graph.Sampling().choose(L_bv, u[:1]).tolist() == [1, 0]
+    assert graph.Sampling(0.5, top_p=1e-9).choose(L_bv, u[:1]).tolist() == [1, 0]
+
+
+def test_sampled_tokens_are_repeatable():
+    model = model_of("dense")
+    made = []
+    for seed in (0, 0, 1):
+        cache = model.new_cache(2, 40)
+        x_bqm = generate.prefill(model, [ROWS[0], ROWS[0]], cache)
+        made.append(list(graph.stream(model, cache, x_bqm, 12, graph.Sampling(1.0, top_k=50, seed=seed))))
+    assert made[0] == made[1] != made[2]
+    assert all(one == two for one, two in made[0])  # rows have the same random numbers, as if each were alone
+
+
+def test_with_kernels(monkeypatch):
+    """Static buffers and Triton's kernels together, under its interpreter."""
+    pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
+    config = small.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5, num_kv_heads=4)
+    model = tpa_torch.convert(small.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0))
+    (tokens, _), _ = both(model, 4, rows=ROWS[:2])
+    monkeypatch.setenv("TPA_TRITON", "1")
+    _, (static_tokens, _) = both(model, 4, rows=ROWS[:2])
+    assert static_tokens == tokens
+
+
+def test_the_ordinary_way_where_no_graph_can_be():
+    model = model_of("dense")
+    assert not graph.serves(model, model.new_cache(1, 40), 10)

@@ -1,0 +1,329 @@
+"""The Triton decode kernels against the PyTorch twin: every mode and storage, rings, batches, and inputs made to break
+them. Without a CUDA device they run under Triton's interpreter, on small shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TOLERANCE, relative, to_numpy
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():  # read when Triton is imported, which nothing does before
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+import small  # noqa: E402
+
+import tpa_ref  # noqa: E402
+import tpa_torch  # noqa: E402
+from tpa_ref.config import TPAConfig  # noqa: E402
+from tpa_ref.factorize import Factorization  # noqa: E402
+from tpa_torch import attention, factorize, graph, kernels, masks  # noqa: E402
+from tpa_torch import cache as kv  # noqa: E402
+from tpa_torch.kernels import launch  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+G, H, D, SCALE = 4, 8, 64, 0.125
+STORAGES = ("float32", "bfloat16", "int8", "int4")
+TILE = launch.Tile(tokens=16, values=64, coefficients=16)
+WIDTHS = (8, 7, 6, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1)  # every width, and planes that fill no byte
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    """Kernels on the CPU are for tests only."""
+    monkeypatch.setenv("TPA_TRITON", "1")
+    torch.set_num_threads(1)
+
+
+def factors(mode, dtype, rank=None, seed=0):
+    """A factorization with random constants; ranks are no powers of two, and no multiples of a tile."""
+    rng = torch.Generator().manual_seed(seed)
+    rank = {"contextual": 3, "fixed-a": 3, "fixed-b": 20, "latent": 37}.get(mode, 0) if rank is None else rank
+    shapes = {"fixed-a": (rank, G, D), "fixed-b": (G, rank, D), "latent": (rank, G, D)}
+    if mode not in shapes:
+        return Factorization(mode, rank, dtype)
+    basis = torch.randn(shapes[mode], generator=rng).div(max(rank, 1) ** 0.5).to(DEVICE)
+    mean = torch.randn((G, D), generator=rng).to(DEVICE) if dtype in ("spectral", "int4") else None
+    return Factorization(mode, rank, dtype, basis, mean=None if mode == "fixed-a" else mean)
+
+
+def spectral(widths=WIDTHS, seed=0):
+    """A `latent` with bits of its own for each coefficient."""
+    return replace(factors("latent", "spectral", len(widths), seed), widths=tuple(widths))
+
+
+def filled(how, lengths, slots, windowed, size=1.0, seed=0):
+    """A layer's cache that holds random K and V of texts of some lengths."""
+    config = small.config(head_dim=D, num_heads=H, num_kv_heads=G, sliding_window=slots, max_positions=4096)
+    cache = kv.Cache(config, [how] * 7, len(lengths), slots if not windowed else 4096, device=DEVICE)
+    held = cache.layers[0 if windowed else 5]
+    assert held.slots == slots and held.windowed == windowed
+    rng = torch.Generator().manual_seed(seed)
+    K, V = (torch.randn((len(lengths), max(lengths), G, D), generator=rng).to(DEVICE) for _ in "KV")
+    K = K * size
+    t = np.arange(max(lengths))
+    new = [kv.store(factorize.encode(X, one), one) for X, one in zip((K, V), how, strict=True)]
+    held.write(tuple(new), np.where(t < np.array(lengths)[:, None], t, -1))
+    return held
+
+
+def tables(n=4096):
+    """cos and sin of some rotation, [n,d/2]."""
+    angle = torch.arange(n)[:, None] * torch.logspace(0, -3, D // 2)
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def expected(Q, held, lengths, window, asking=None):
+    """What the PyTorch twin makes of the same cache, in float64."""
+    lengths = np.array(lengths)
+    position = torch.from_numpy(kv.slot_positions(held._filled(lengths), lengths, held.slots)).to(DEVICE)
+    query = torch.from_numpy((lengths - 1 if asking is None else np.array(asking))[:, None]).to(DEVICE)
+    parts = [
+        {name: x.double() for name, x in kv.load(side, how, G, D).items()}
+        for side, how in zip(held.read(lengths), held.how, strict=True)
+    ]
+    cos, sin = (x.double()[position.clamp(min=0)] for x in tables())
+    L = attention.scores(Q.double(), parts[0], held.how[0], G, (cos, sin), SCALE)
+    P = attention.softmax(masks.apply_mask(L, masks.visible(query, position, window)))
+    return attention.values(P, parts[1], held.how[1], G)
+
+
+def decoded(Q, held, lengths, window, asking=None, splits=2, tile=TILE):
+    """The same by the kernels."""
+    lengths = np.array(lengths)
+    query = lengths - 1 if asking is None else np.array(asking)
+    step = kernels.Step(*(torch.from_numpy(x.astype(np.int32)).to(DEVICE) for x in (query, lengths)))
+    return kernels.decode(Q, held, step, tables(), window, kv.Exact(), G, SCALE, splits, tile)
+
+
+def queries(batch, seed=1):
+    return torch.randn((batch, 1, H, D), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def error(how, lengths, slots=48, windowed=False, size=1.0, **more):
+    """How far kernels and twin are apart."""
+    held, Q, window = filled(how, lengths, slots, windowed, size), queries(len(lengths)), slots if windowed else None
+    return relative(decoded(Q, held, lengths, window, **more), expected(Q, held, lengths, window))
+
+
+CASES = [(mode, dtype) for mode in ("dense", *small.MODES) for dtype in STORAGES] + [("latent", "spectral")]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), CASES)
+def test_a_global_layer(mode, dtype):
+    """Rows of different length, none a multiple of the tile, in two splits."""
+    k, v = (spectral(seed=x) if dtype == "spectral" else factors(mode, dtype, seed=x) for x in (0, 1))
+    assert error((k, v), (37, 9)) < TOLERANCE["float32"]
+
+
+PAIRS = [("contextual", "latent"), ("fixed-a", "contextual"), ("dense", "latent"), ("latent", "fixed-a")]
+
+
+@pytest.mark.parametrize(("mode_k", "mode_v"), PAIRS)
+def test_k_and_v_of_different_modes(mode_k, mode_v):
+    """K and V choose their mode by themselves, also where one is shared by all heads and the other is not."""
+    how = factors(mode_k, "int8"), spectral() if mode_v == "latent" else factors(mode_v, "float32")
+    assert error(how, (21,)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("mode", ["dense", "contextual", "latent"])
+@pytest.mark.parametrize("lengths", [(19, 20), (21, 45), (40, 3)])
+def test_a_ring(mode, lengths):
+    """Lengths at the edge of a window of 20, beyond it, and around the ring more than once."""
+    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
+    assert error(how, lengths, slots=20, windowed=True) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("window", [4, 5, 6])
+def test_the_edge_of_a_window(window):
+    """A window that is shorter than what the ring holds."""
+    how = factors("dense", "float32"), factors("dense", "float32")
+    held, Q = filled(how, (23,), 20, windowed=True), queries(1)
+    right = expected(Q, held, (23,), window)
+    assert relative(decoded(Q, held, (23,), window), right) < TOLERANCE["float32"]
+    assert relative(decoded(Q, held, (23,), window + 1), right) > 100 * TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("mode", ["dense", "contextual", "latent"])
+def test_one_token(mode):
+    """A text of one token: all other splits see nothing."""
+    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
+    assert error(how, (1, 1), splits=3) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("mode", ["dense", "contextual", "fixed-a", "fixed-b"])
+def test_gaps_of_more_than_a_hundred(mode):
+    """Logits hundreds apart, within a tile, between tiles and between splits."""
+    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
+    held, Q = filled(how, (45, 30), 48, False, size=400.0), queries(2)
+    logits = attention.scores(
+        Q, kv.load(held.stored[0], how[0], G, D), how[0], G, tuple(x[None, :48] for x in tables()), SCALE
+    )
+    assert float(logits.amax() - logits.amin()) > 500
+    assert relative(decoded(Q, held, (45, 30), None, splits=3), expected(Q, held, (45, 30), None)) < 1e-4
+
+
+@pytest.mark.parametrize("splits", [1, 3, 5])
+def test_any_number_of_splits(splits):
+    """More splits than tiles leave some without a key."""
+    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
+    assert error(how, (33, 2), splits=splits) < TOLERANCE["float32"]
+
+
+def test_rows_of_more_than_one_tile():
+    """R d = 320 numbers, for K in two pieces, for V in five blocks."""
+    how = factors("fixed-a", "int8", rank=5), factors("fixed-a", "float32", rank=5, seed=1)
+    assert error(how, (33, 2)) < TOLERANCE["float32"]
+
+
+def test_sizes_chosen_by_itself():
+    """Without a tile and a number of splits."""
+    how = factors("contextual", "int4"), spectral()
+    assert error(how, (33, 2), splits=None, tile=None) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("sides", ["kv", "k", "v"])
+def test_no_coefficient_at_all(sides):
+    """A spectral side that no bit was given holds nothing but its mean."""
+    none, some = spectral(()), spectral(seed=2)
+    assert error((none if "k" in sides else some, none if "v" in sides else some), (17, 5)) < TOLERANCE["float32"]
+
+
+def test_full_rank_fixed_a_is_read_as_heads():
+    """A = g I needs no mixing, and is found out once."""
+    how = Factorization("fixed-a", G, "int8", (G * torch.eye(G)).to(DEVICE))
+    assert launch.as_rows(how, G).mode == "dense" and error((how, how), (17, 5)) < TOLERANCE["float32"]
+    assert launch.as_rows(replace(how, basis=how.basis.flip(0)), G).mode == "fixed-a"
+    real = Factorization("fixed-a", 1, "float32", torch.ones((1, G)).to(DEVICE))
+    assert error((real, real), (17, 5)) < TOLERANCE["float32"]
+
+
+def test_a_row_that_takes_no_part():
+    """A row that asks from position -1 sees nothing and gives zeros; the others do not notice."""
+    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
+    held, Q = filled(how, (20, 30), 48, False), queries(2)
+    O_bqhe = decoded(Q, held, (20, 30), None, asking=(-1, 29))
+    assert not O_bqhe[0].any()
+    assert relative(O_bqhe[1:], expected(Q, held, (20, 30), None)[1:]) < TOLERANCE["float32"]
+
+
+# ---- factors of each token ----
+
+
+@pytest.mark.parametrize(
+    ("g", "rank", "kind"), [(4, 2, "random"), (16, 3, "random"), (4, 2, "rank one"), (4, 1, "zero")]
+)
+def test_factors_of_a_token(g, rank, kind, monkeypatch):
+    """The same K from factors made in one launch as from those of `graph`, also where there is less to find."""
+    X_bkgd = torch.randn((2, 3, g, 32), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    X_bkgd = {"random": X_bkgd, "zero": X_bkgd * 0}.get(
+        kind, X_bkgd[:, :, :1] * torch.arange(1.0, 5)[:, None].to(DEVICE)
+    )
+    ours = graph.contextual_factors(X_bkgd, rank)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    theirs = graph.contextual_factors(X_bkgd, rank)
+    K_ours, K_theirs = (torch.einsum("bksg,bksd->bkgd", *of) / rank for of in (ours, theirs))
+    assert float((K_ours - K_theirs).abs().max()) <= 1e-4 * float(X_bkgd.abs().max())
+    assert all(torch.isfinite(x).all() for x in ours)
+
+
+# ---- a whole model ----
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Two layers, a window of five and a global one."""
+    return small.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
+
+
+CHOICES = {
+    "dense": None,
+    "contextual": TPAConfig(mode="contextual", k_rank=1, v_rank=2, kv_dtype="float32"),
+    "fixed-b": TPAConfig(mode="fixed-b", k_rank=20, v_rank=16, kv_dtype="int8"),
+    "spectral": TPAConfig(mode="latent", rate=3.0),  # with four sinks
+    "newest exact": TPAConfig(mode="latent", k_rank=24, v_rank=24, kv_dtype="int4", sinks=2, recent=3),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_model_decodes_as_the_reference(config, name, monkeypatch):
+    """Prefill of two rows of different length, then token by token, past the window: the logits of NumPy."""
+    found, calls = [], []
+    right = kernels.decode
+    monkeypatch.setattr(kernels, "decode", lambda *args: calls.append(1) or right(*args))
+    for backend in (tpa_ref, tpa_torch):
+        model = small.model(backend, config)
+        if CHOICES[name]:
+            model = backend.convert(model, CHOICES[name])
+        cache, ids = model.new_cache(2, 20), small.tokens(11, batch=2)
+        model(ids[:, :7], cache=cache, lengths_b=np.array([7, 4]))
+        found.append(np.concatenate([to_numpy(model(ids[:, t : t + 1], cache=cache)) for t in range(7, 11)], 1))
+    assert len(calls) == 4 * config.num_layers
+    assert relative(found[1], found[0]) < TOLERANCE["transformers"]
+
+
+def test_where_kernels_do_not_run(config, monkeypatch):
+    """Without the switch, in float64, and in heads of a size that no kernel has: the PyTorch path, silently."""
+    factor = small.model(tpa_torch, config).factors[0]
+    assert kernels.usable(DEVICE, config, factor, torch.float32)
+    assert not kernels.usable(DEVICE, config, factor, torch.float64)
+    assert not kernels.usable(DEVICE, small.config(head_dim=48), factor, torch.float32)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    assert not kernels.usable(DEVICE, config, factor, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.delenv("TPA_TRITON", raising=False)
+    assert not kernels.usable("cpu", config, factor, torch.float32)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """Without a GPU: every form and storage in some combination, within the shared memory of any GPU served; a cache of
+    another size compiles nothing anew.
+    """
+    here = Path(__file__).parent
+    path = os.pathsep.join(str(x) for x in (here.parent, here.parent / "cuda", here))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    command = [sys.executable, str(here / "compile_for_gpu.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in lines].count("attend_split") == 5 and lines[-1][0] == "factor_token"
+    assert all(int(shared) <= 99 * 1024 for _, shared, _ in lines)
+    assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 4 + ["False"]
+
+
+# ---- seeded mistakes ----
+
+
+def dropped_one_over_r(patch):
+    patch(launch, "finished", lambda O_bhe, how, g: O_bhe)
+
+
+def splits_of_equal_weight(patch):
+    right = launch.merge
+    patch(launch, "merge", lambda partial, lse: right(partial, torch.zeros_like(lse)))
+
+
+def smallest_log_sum_exp(patch):
+    right = launch.merge
+    patch(launch, "merge", lambda partial, lse: right(partial, 2 * lse.amin(-1, keepdim=True) - lse))
+
+
+def a_token_too_few(patch):
+    right = launch.attend
+    patch(launch, "attend", lambda *a: right(*a[:5], kernels.Step(a[5].query_b, a[5].length_b - 1), *a[6:]))
+
+
+@pytest.mark.parametrize("mistake", [dropped_one_over_r, splits_of_equal_weight, smallest_log_sum_exp, a_token_too_few])
+def test_a_mistake_turns_it_red(mistake, monkeypatch):
+    """The comparison above sees each of them."""
+    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
+    mistake(monkeypatch.setattr)
+    assert error(how, (37, 9)) > 100 * TOLERANCE["float32"]
