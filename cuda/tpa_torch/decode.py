@@ -14,7 +14,7 @@ what comes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .cache import Stored, part_dtype
 from .factorize import Factorization, part_shapes
 from .masks import MASKED
 
-TILE_NUMBERS = 1 << 20  # numbers of K or V made at a time: 4 MB of float32
+TILE_NUMBERS = 1 << 21  # numbers of K or V made at a time: 8 MB of float32
 MOST_KEYS = 4096  # of a tile: bounds the logits
 FEW_QUERIES = 8  # from here on K and V are better formed whole
 FEW_ROWS = 8
@@ -82,7 +82,8 @@ def attend(Q_bqhd: Tensor, segments: Sequence[Keys], g: int, scale: float, scrat
 
 def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Scratch) -> Partial:
     b, g, _, d = Q_bgxd.shape
-    K, V = (_side(held, how, g, d, dtype, scratch) for held, how in zip(keys.held, keys.how, strict=True))
+    work = torch.bfloat16 if dtype == torch.bfloat16 and _in_bfloat16(keys) else torch.float32
+    K, V = (_side(held, how, g, d, work, scratch) for held, how in _sides(keys))
     asked = K.ask(Q_bgxd)
     partials = []
     for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_key)):
@@ -97,7 +98,18 @@ def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Sc
     return largest_bgx1, total_bgx1, V.output(Y_bgxu, total_bgx1)
 
 
+def _in_bfloat16(keys: Keys) -> bool:
+    """Is it a dense bfloat16 cache? Only that is multiplied faster as it is than after widening it tile by tile."""
+    return all(how.mode == "dense" and held["X"]["x"].dtype == torch.bfloat16 for held, how in _sides(keys))
+
+
+def _sides(keys: Keys) -> Iterator[tuple[Stored, Factorization]]:
+    return zip(keys.held, keys.how, strict=True)
+
+
 def _tiles(keys: int, numbers_per_key: int) -> Iterator[slice]:
+    if numbers_per_key == 0:  # nothing is made
+        return iter([slice(0, keys)])
     size = min(MOST_KEYS, max(64, TILE_NUMBERS // numbers_per_key))
     return (slice(start, min(keys, start + size)) for start in range(0, keys, size))
 
@@ -117,7 +129,7 @@ def _merged(partials: list[Partial]) -> Partial:
 
 def _dot(Q_bxd: Tensor, K_bkd: Tensor) -> Tensor:
     """[b,x,d] . [b,k,d] -> [b,x,k]."""
-    if Q_bxd.shape[1] > FEW_ROWS or K_bkd.dtype != torch.float32:
+    if Q_bxd.shape[1] > FEW_ROWS:
         return torch.bmm(Q_bxd, K_bkd.mT)
     return torch.bmm(K_bkd, Q_bxd.mT).mT.contiguous()
 
@@ -133,17 +145,17 @@ def _weigh(P_bxk: Tensor, V_bke: Tensor) -> Tensor:
 # ---- what one cached side does, mode by mode ----
 
 
-def _side(held: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype, scratch: Scratch) -> _Side:
+def _side(held: Stored, how: Factorization, g: int, d: int, work: torch.dtype, scratch: Scratch) -> _Side:
     if how.mode == "dense":
-        return _Heads(held, how, g, d, dtype, scratch, "X")
+        return _Heads(held, how, g, d, work, scratch, "X")
     if how.mode == "contextual":
-        return _Contextual(held, how, g, d, dtype, scratch, "B")
+        return _Contextual(held, how, g, d, work, scratch, "B")
     if how.mode == "fixed-a":
         exact = (
             how.rank == g and how.basis.ndim == 2 and scratch.constant("exact", how.basis, lambda: _picks_heads(how))
         )
-        return (_Heads if exact else _FixedA)(held, how, g, d, dtype, scratch, "B")
-    return _Basis(held, how, g, d, dtype, scratch, "A" if how.mode == "fixed-b" else "C")
+        return (_Heads if exact else _FixedA)(held, how, g, d, work, scratch, "B")
+    return _Basis(held, how, g, d, work, scratch, "A" if how.mode == "fixed-b" else "C")
 
 
 def _picks_heads(how: Factorization) -> bool:
@@ -159,16 +171,9 @@ class _Side:
     how: Factorization
     g: int
     d: int
-    dtype: torch.dtype  # of the model
+    work: torch.dtype  # of the products: float32, but of a dense bfloat16 cache
     scratch: Scratch
     part: str
-    work: torch.dtype = field(init=False)
-
-    def __post_init__(self) -> None:
-        """bfloat16 is multiplied as it is in a bfloat16 model; everything else as float32."""
-        stored = self.held[self.part].get("x")
-        native = stored is not None and stored.dtype == self.dtype == torch.bfloat16
-        self.work = torch.bfloat16 if native else torch.float32
 
     @property
     def numbers_per_key(self) -> int:
@@ -238,7 +243,7 @@ class _Heads(_Side):
 
     @property
     def numbers_per_key(self) -> int:
-        return self.g * self.d
+        return 0 if self.work == torch.bfloat16 else self.g * self.d
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         K_bgkd = self.numbers(self.part, tile)
@@ -259,7 +264,7 @@ class _Contextual(_Side):
         return zip(A_bsg1k.unbind(1), B_bskd.unbind(1), strict=True)
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:
-        return (Q_bgxd / self.how.rank).to(self.work)
+        return Q_bgxd / self.how.rank
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         L_bgxk = None
@@ -273,7 +278,7 @@ class _Contextual(_Side):
         Y_byd = None
         for A_bg1k, B_bke in self.factors(tile):
             W_bgxk = torch.mul(P_bgxk, A_bg1k, out=self.scratch("W", P_bgxk, P_bgxk.shape))
-            W_byk = W_bgxk.flatten(1, 2).to(self.work)
+            W_byk = W_bgxk.flatten(1, 2)
             Y_byd = _weigh(W_byk, B_bke).float() if Y_byd is None else Y_byd.add_(_weigh(W_byk, B_bke))
         assert Y_byd is not None
         return Y_byd.unflatten(1, (self.g, -1))
@@ -291,7 +296,7 @@ class _FixedA(_Side):
     def ask(self, Q_bgxd: Tensor) -> Tensor:
         """[b,s,g x,d]."""
         Q_bgxsd = absorb(Q_bgxd.transpose(1, 2)[:, :, :, None], self._basis())[:, :, :, 0].transpose(1, 2)
-        return Q_bgxsd.flatten(1, 2).transpose(1, 2).to(self.work)
+        return Q_bgxsd.flatten(1, 2).transpose(1, 2)
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         L_byk = None
@@ -302,7 +307,7 @@ class _FixedA(_Side):
         return L_byk.unflatten(1, (self.g, -1))
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        P_byk, B_buke = P_bgxk.flatten(1, 2).to(self.work), self.numbers("B", tile)
+        P_byk, B_buke = P_bgxk.flatten(1, 2), self.numbers("B", tile)
         return torch.cat([_weigh(P_byk, B_bke) for B_bke in B_buke.unbind(1)], -1).unflatten(1, (self.g, -1)).float()
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
@@ -356,10 +361,8 @@ class _Basis(_Side):
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
         C_bgku = self.coefficients(tile)
         if self.how.mode == "fixed-b":
-            return (
-                _weigh(P_bgxk.flatten(0, 1).to(self.work), C_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2]).float()
-            )
-        P_byk = P_bgxk.flatten(1, 2).to(self.work)
+            return _weigh(P_bgxk.flatten(0, 1), C_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2]).float()
+        P_byk = P_bgxk.flatten(1, 2)
         return _weigh(P_byk, C_bgku[:, 0]).unflatten(1, (self.g, -1)).float()
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
