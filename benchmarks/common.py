@@ -127,3 +127,18 @@ def publish(name: str, content: dict[str, Any], text: str, draw: Callable[[Any],
 def suffixed(name: str, device: str) -> str:
     """Results of a GPU lie beside those of a CPU."""
     return name if device == "cpu" else f"{name}_gpu"
+
+
+def fill(cache: Any, length: int) -> None:
+    """Make a cache of ours as if it had read `length` tokens: random numbers in every array."""
+    for layer in cache.layers:
+        for part in (layer, layer.sinks, layer.recent):
+            for stored in part.stored if part else ():
+                for fields in stored.values():
+                    for name, array in fields.items():
+                        if array.dtype in (torch.int8, torch.uint8):
+                            array.random_(0, 127)
+                        else:
+                            array.uniform_(0.001, 0.01) if name == "scale" else array.normal_()
+    cache.lengths_b[:] = length
+    cache._highest_b[:] = length

@@ -58,6 +58,7 @@ def side(mode: str, rank: Any, dtype: str, config: GemmaConfig, device: str) -> 
     if mode == "spectral":
         variance = np.exp(-np.linspace(0, np.log(1000), g * d))
         (widths,) = spectral.allocate([variance], [1], rank * g * d)
+        widths = tuple(width for width in widths if width)
         basis = torch.randn(len(widths), g, d, device=device)
         return Factorization("latent", len(widths), "spectral", basis, 0.0, basis, basis[0], widths)
     rank = g if rank == "g" else rank
