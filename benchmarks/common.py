@@ -26,6 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     found = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cpu")
+    found.add_argument("--out", metavar="FOLDER", default=str(RESULTS), help="where .json, .md and .png go")
     found.add_argument("--threads", type=int, help="threads of torch (default: as many as it chooses)")
     found.add_argument("--repeats", type=int, default=5, help="runs of everything, of which the median is taken")
     found.add_argument(
@@ -113,20 +114,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def publish(name: str, content: dict[str, Any], text: str, draw: Callable[[Any], None] | None = None) -> None:
-    """Print, and write results/NAME.json, .md and .png."""
+def publish(name: str, args: Any, content: dict[str, Any], text: str, draw: Callable[[Any], None]) -> None:
+    """Print, and write NAME.json, .md and .png; results of a GPU lie beside those of a CPU."""
+    target = Path(args.out) / (name if args.device == "cpu" else f"{name}_gpu")
     print(text)
-    cli.write_json(str(RESULTS / f"{name}.json"), content)
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    if draw:
-        figure, axes = plots.new_figure(width=6.4)
-        draw(axes)
-        plots.write(figure, RESULTS / f"{name}.png")
-
-
-def suffixed(name: str, device: str) -> str:
-    """Results of a GPU lie beside those of a CPU."""
-    return name if device == "cpu" else f"{name}_gpu"
+    cli.write_json(f"{target}.json", content)
+    Path(f"{target}.md").write_text(text, encoding="utf-8")
+    figure, axes = plots.new_figure(width=6.4)
+    draw(axes)
+    plots.write(figure, f"{target}.png")
+    print(f"written: {target}.json, .md, .png")
 
 
 def fill(cache: Any, length: int) -> None:

@@ -20,7 +20,7 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Clock, describe, publish, suffixed, table
+from common import Clock, describe, publish, table
 from torch import Tensor
 
 from tpa_ref import plots, spectral
@@ -251,8 +251,7 @@ def main() -> None:
             rows += measure(variant, context, settings, args.dtypes, clock, machine, 1e9 * args.memory_gb)
             print(f"measured {variant} at {context:,} tokens", flush=True)
     content = {"machine": machine, "rows": rows}
-    publish(suffixed("decode_attention", args.device), content, text(rows, machine), partial(draw, rows))
-    print(f"written: {RESULTS / suffixed('decode_attention', args.device)}.json, .md, .png")
+    publish("decode_attention", args, content, text(rows, machine), partial(draw, rows))
 
 
 if __name__ == "__main__":

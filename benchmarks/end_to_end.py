@@ -24,7 +24,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import ROOT, Clock, cli, describe, fill, publish, suffixed, table
+from common import ROOT, Clock, cli, describe, fill, publish, table
 
 import tpa_torch
 from tpa_ref import plots
@@ -283,7 +283,7 @@ def main() -> None:
     content: dict[str, Any] = {"machine": common.machine(clock)}
     content["long_prefill"] = long_prefill(args.long, clock) if args.long else None
     content["models"] = [measure(name, args, clock) for name in args.models]
-    publish(suffixed("end_to_end", args.device), content, text(content), partial(draw, content["models"]))
+    publish("end_to_end", args, content, text(content), partial(draw, content["models"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import Clock, cli, describe, fill, publish, suffixed, table
+from common import Clock, cli, describe, fill, publish, table
 from end_to_end import STEPS
 
 import tpa_torch
@@ -122,7 +122,7 @@ def main() -> None:
     }
     for context in args.contexts:
         content["rows"] += measure(models, context, args, clock)
-    publish(suffixed("serving", args.device), content, text(content), partial(draw, content["rows"]))
+    publish("serving", args, content, text(content), partial(draw, content["rows"]))
 
 
 if __name__ == "__main__":
