@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 
-.PHONY: demo test lint notebooks table results sizes real golden tiny clean
+.PHONY: demo test lint notebooks table results sizes benchmarks real golden tiny clean
 
 demo: .venv/.demo
 	@mkdir -p $(OUT)
@@ -38,6 +38,16 @@ WORK ?= /tmp/full-size
 sizes: .venv/.demo
 	$(BIN)/python scripts/full_size.py --work $(WORK)
 	$(BIN)/python scripts/update_readme.py
+
+# Speed beside dense attention and `transformers`, with the machine's floors: half an hour, 4 GB of memory, 2 GB of disk
+# in WORK. On a machine that is not idle: make benchmarks TIMING="--threads 1 --clock cpu"
+TIMING ?=
+benchmarks: .venv/.test
+	@mkdir -p $(WORK)
+	$(BIN)/python benchmarks/decode_attention.py $(TIMING)
+	$(BIN)/python benchmarks/end_to_end.py --models tiny 1b --work $(WORK) $(TIMING)
+	$(BIN)/python benchmarks/serving.py $(TIMING)
+	$(BIN)/python benchmarks/summary.py
 
 # Your own weights on your own text: make real CKPT=/models/gemma-3-1b-pt TEXT=held-out.txt CALIBRATION=other.txt
 real: .venv/.demo

@@ -246,12 +246,14 @@ SHARED = sorted(
 
 # "module.name" -> why only one backend has it
 ONE_SIDED = {
+    "attention.absorb": "the fast path needs this step by itself",
+    "attention.mix": "the same",
     "checkpoint.choose_device": "NumPy has one device",
     "factorize.as_pairs": "complex numbers of every dtype; torch has none of bfloat16",
     "factorize.from_pairs": "the same",
     "factorize.multiply_pairs": "the same",
     "factorize.contextual_factors": "`truncate_contextual` without the error, which would make a GPU wait",
-    "model.Model.rope_table": "tables are kept on the device",
+    "model.Model.rope_turns": "tables are kept on the device",
     "model.Model.views": "the reference makes tables and masks anew in every layer",
     "model.Views": "the same",
     "model.eigen_device": "NumPy has one device",
@@ -259,6 +261,8 @@ ONE_SIDED = {
     "model.placed": "the same",
     "model.query_blocks": "the reference makes all logits at once",
     "quantize.Packing": "what packing needs of the widths is kept on the device",
+    "quantize.Piece": "what unpacking needs of the widths is kept",
+    "quantize.unpacking": "the same",
     "stream.to_numpy": "NumPy's own are arrays already",
     "sensitivity.gelu_tanh_backward": "autograd knows it",
     "sensitivity.mlp_backward": "the same",

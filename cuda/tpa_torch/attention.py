@@ -68,24 +68,31 @@ def values_contextual(P_bhqk: Tensor, A_bkug: Tensor, B_bkue: Tensor) -> Tensor:
 def scores_fixed_a(Q_bqhd: Tensor, A_sg: Tensor, B_bksd: Tensor, scale: float) -> Tensor:
     """The query absorbs A; what remains is multi-query attention with one key of length R d."""
     s, g = A_sg.shape[:2]
-    Q_bqgnd = split_heads(Q_bqhd, g)
-    if A_sg.ndim == 2:
-        Q_bqgnsd = torch.einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
-    else:  # one complex number per RoPE pair; the query takes its conjugate
-        real, imaginary = A_sg.movedim(0, 1)[:, None].chunk(2, -1)  # [g,1,s,d/2], against [b,q,g,n,1,d/2]
-        Q_bqgnsd = multiply_pairs(real, -imaginary, Q_bqgnd[..., None, :])
+    Q_bqgnsd = absorb(split_heads(Q_bqhd, g), A_sg)
     return join_heads(torch.einsum("bqgnx,bkx->bgnqk", Q_bqgnsd.flatten(-2), B_bksd.flatten(-2))) * (scale / s)
+
+
+def absorb(Q_bqgnd: Tensor, A_sg: Tensor) -> Tensor:
+    """The query with a constant A, [s,g] or [s,g,d], in it: [b,q,g,n,d] -> [b,q,g,n,s,d]."""
+    if A_sg.ndim == 2:
+        return torch.einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
+    real, imaginary = A_sg.movedim(0, 1)[:, None].chunk(2, -1)  # [g,1,s,d/2], against [b,q,g,n,1,d/2]
+    return multiply_pairs(real, -imaginary, Q_bqgnd[..., None, :])  # a complex query takes the conjugate
 
 
 def values_fixed_a(P_bhqk: Tensor, A_ug: Tensor, B_bkue: Tensor) -> Tensor:
     """Aggregate b's first (all heads share them), mix with A once per query."""
     u, g = A_ug.shape[:2]
     Y_bqhx = torch.einsum("bhqk,bkx->bqhx", P_bhqk, B_bkue.flatten(-2))
-    Y_bqgnue = Y_bqhx.unflatten(-1, (u, -1)).unflatten(2, (g, -1))
-    if A_ug.ndim == 3:
-        real, imaginary = A_ug.movedim(0, 1)[:, None].chunk(2, -1)
-        return multiply_pairs(real, imaginary, Y_bqgnue).sum(-2).flatten(2, 3) / u
-    return torch.einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue).flatten(2, 3) / u
+    return mix(Y_bqhx.unflatten(-1, (u, -1)).unflatten(2, (g, -1)), A_ug).flatten(2, 3) / u
+
+
+def mix(Y_bqgnue: Tensor, A_ug: Tensor) -> Tensor:
+    """Sums of b's of every rank to values, with a constant A, [u,g] or [u,g,e]: [b,q,g,n,u,e] -> [b,q,g,n,e]."""
+    if A_ug.ndim == 2:
+        return torch.einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue)
+    real, imaginary = A_ug.movedim(0, 1)[:, None].chunk(2, -1)
+    return multiply_pairs(real, imaginary, Y_bqgnue).sum(-2)
 
 
 def scores_rebuilt(

@@ -30,7 +30,7 @@ from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped, wants_whole_arrays
 from tpa_ref.weights import LayerWeights, Weights
 
-from . import attention, factorize, kernels, masks, rope, spectral, vision
+from . import attention, decode, factorize, kernels, masks, prefill, rope, spectral, vision
 from . import cache as kv
 from .calibrate import calibrate
 from .mlp import mlp
@@ -72,6 +72,8 @@ class Model:
         self.notes: list[str] = []  # what the conversion had to clamp, one line each
         self.healing: Any = None  # the history of `heal.heal`, where it made this model
         self._tables: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        self._turns: dict[tuple[float, float], Tensor] = {}
+        self._scratch = decode.Scratch()
 
     @torch.inference_mode()
     def __call__(
@@ -156,7 +158,6 @@ class Model:
     ) -> Tensor:
         """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
         config = self.config
-        g, d = config.num_kv_heads, config.head_dim
         how_k, how_v = self.factors[layer]
         tables_q = views.query_tables(layer)
 
@@ -188,37 +189,81 @@ class Model:
                 O_bqhe = trace("attn.O_bqhe", kernels.attend(Q_bqhd, self, layer, cache, views.step(cache)))
                 return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
-        # 4) attention on the factors, one softmax over the keys of all segments: a block of queries at a time against
-        # the keys that it can see at all
+        # 4) attention on the factors, one softmax over the keys of all segments
+        if wants_whole_arrays(trace) or self.dtype == "float64" or torch.is_grad_enabled():
+            O_bqhe = self._attend_plainly(Q_bqhd, layer, segments, views, exact, trace)
+        elif Q_bqhd.shape[1] <= decode.FEW_QUERIES and self.device.type == "cpu":
+            O_bqhe = self._attend_decoding(Q_bqhd, layer, segments, views, exact)
+        else:
+            O_bqhe = self._attend_prefilling(Q_bqhd, layer, segments, views, exact)
+        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+
+    def _attend_plainly(
+        self, Q_bqhd: Tensor, layer: int, segments: list[kv.Segment], views: Views, exact: kv.Exact, trace: Tracer
+    ) -> Tensor:
+        """By the functions of `attention`, which can be traced, differentiated and compared with the reference: a block
+        of queries at a time against the keys that it can see at all.
+        """
+        config = self.config
+        g, d = config.num_kv_heads, config.head_dim
         loaded = [
-            [kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(segment.held, segment.how, strict=True)]
+            [kv.load(side, how, g, d, Q_bqhd.dtype) for side, how in zip(segment.held, segment.how, strict=True)]
             for segment in segments
         ]
-        seen = [views.of_keys(layer, segment, exact) for segment in segments]
-        whole = wants_whole_arrays(trace)
-        blocks = [
-            query_blocks(views.positions_bq, s.positions_bk, config.window(layer), whole, views.last_bq)
-            for s in segments
-        ]
         outputs = []
-        for block in zip(*blocks, strict=True):
+        for queries, of_segments in views.blocks(layer, segments, wants_whole_arrays(trace)):
             logits, values = [], []
-            for (queries, keys), segment, parts, (tables_k, seen_bqk) in zip(
-                block, segments, loaded, seen, strict=True
-            ):
+            for keys, segment, parts in zip(of_segments, segments, loaded, strict=True):
                 parts_k, parts_v = ({part: x[:, keys] for part, x in side.items()} for side in parts)
-                tables = tables_k[0][:, keys], tables_k[1][:, keys]
+                tables = views.key_tables(layer, segment, keys)
                 L_bhqk = attention.scores(Q_bqhd[:, queries], parts_k, segment.how[0], g, tables, config.query_scale)
                 L_bhqk = L_bhqk if self.dtype == "float64" else L_bhqk.float()
-                logits.append(masks.apply_mask(L_bhqk, seen_bqk[:, queries, keys]))
+                logits.append(masks.apply_mask(L_bhqk, views.seen(layer, segment, exact, queries, keys)))
                 values.append((parts_v, segment.how[1]))
             L_bhqk = trace("attn.L_bhqk", logits[0] if len(logits) == 1 else torch.cat(logits, -1))
-            P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk)).to(a_bqm.dtype)
+            P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk)).to(Q_bqhd.dtype)
             parts_P = P_bhqk.split([L.shape[-1] for L in logits], -1)
             each = [attention.values(P, parts_v, how, g) for P, (parts_v, how) in zip(parts_P, values, strict=True)]
             outputs.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
-        O_bqhe = trace("attn.O_bqhe", outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
-        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+        return trace("attn.O_bqhe", outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1))
+
+    def _attend_decoding(
+        self, Q_bqhd: Tensor, layer: int, segments: list[kv.Segment], views: Views, exact: kv.Exact
+    ) -> Tensor:
+        """One or a few queries, from what is cached, tile by tile."""
+        keys = [
+            decode.Keys(
+                segment.held,
+                segment.how,
+                views.turns(layer, segment.positions_bk, segment.kind),
+                views.unless_all(layer, segment, exact),
+            )
+            for segment in segments
+        ]
+        return decode.attend(Q_bqhd, keys, self.config.num_kv_heads, self.config.query_scale, self._scratch)
+
+    def _attend_prefilling(
+        self, Q_bqhd: Tensor, layer: int, segments: list[kv.Segment], views: Views, exact: kv.Exact
+    ) -> Tensor:
+        """Many queries: K and V formed as the cache holds them."""
+        g, d = self.config.num_kv_heads, self.config.head_dim
+        formed = []
+        for segment in segments:
+            K_bkgd, V_bkge = (
+                factorize.decode(kv.load(side, how, g, d, Q_bqhd.dtype), how, g)
+                for side, how in zip(segment.held, segment.how, strict=True)
+            )
+            if not segment.how[0].rotated:
+                K_bkgd = rope.rotate(K_bkgd, *views.key_tables(layer, segment))
+            formed.append((K_bkgd, V_bkge))
+
+        def seen(block: prefill.Block) -> Tensor:
+            queries, keys = block
+            parts = [views.seen(layer, s, exact, queries, here) for s, here in zip(segments, keys, strict=True)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+        blocks = views.blocks(layer, segments)
+        return prefill.attend(Q_bqhd, formed, blocks, seen, self.config.query_scale)
 
     def exact(self, layer: int) -> kv.Exact:
         """How many tokens this layer reads as they are, beside those that are coded."""
@@ -240,20 +285,26 @@ class Model:
         exact = kv.Exact(*self.tpa.exact_tokens) if self.tpa else None
         return kv.Cache(self.config, self.factors, batch, max_len, exact, self.device)
 
-    @torch.inference_mode(False)
     def rope_table(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them.
+        """cos and sin [T >= length, d/2] of a layer's kind as the kernels read them, each contiguous."""
+        turns_tp, kind = self.rope_turns(layer, length), self.config.rope(layer)
+        if kind not in self._tables or len(self._tables[kind][0]) != len(turns_tp):
+            self._tables[kind] = turns_tp.real.contiguous(), turns_tp.imag.contiguous()
+        return self._tables[kind]
+
+    @torch.inference_mode(False)
+    def rope_turns(self, layer: int, length: int) -> Tensor:
+        """cos + i sin [T >= length, d/2] of a layer's kind, made once and doubled when a text outgrows them.
 
         Never inference tensors, whoever asks first: calibration goes backwards through the same tables.
         """
         kind = self.config.rope(layer)
-        if kind not in self._tables or len(self._tables[kind][0]) < length:
+        if kind not in self._turns or len(self._turns[kind]) < length:
             size = max(256, 1 << (length - 1).bit_length())
-            work = torch.float64 if self.dtype == "float64" else torch.float32
-            with torch.inference_mode(False):  # they outlive this pass, and a later one may go backwards
-                cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *kind)
-                self._tables[kind] = cos[0].to(self.device, work), sin[0].to(self.device, work)
-        return self._tables[kind]
+            cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *kind)
+            work = torch.complex128 if self.dtype == "float64" else torch.complex64
+            self._turns[kind] = torch.complex(cos[0], sin[0]).to(self.device, work)
+        return self._turns[kind]
 
 
 def query_blocks(
@@ -282,20 +333,21 @@ def query_blocks(
 
 
 class Views:
-    """Positions, rotation tables and masks of one forward pass, made once for each kind of layer."""
+    """Positions, rotations and masks of one forward pass. What all layers of a kind share is made once, but nothing
+    of the size queries x keys is kept for more than a few queries.
+    """
 
     def __init__(self, model: Model, positions_bq: np.ndarray, last_bq: np.ndarray | None = None):
         self.model, self.positions_bq = model, positions_bq
         self.last_bq = positions_bq if last_bq is None else last_bq
         self._step: kernels.Step | None = None
-        self._queries: dict[bool, tuple[Tensor, Tensor]] = {}
-        self._keys: dict[tuple, tuple[tuple[Tensor, Tensor], Tensor]] = {}
+        self._turns: dict[tuple[bool, str], Tensor] = {}
+        self._seen: dict[tuple, Tensor | None] = {}
 
     def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
-        kind = self.model.config.is_global[layer]
-        if kind not in self._queries:
-            self._queries[kind] = self._tables(layer, self.positions_bq)
-        return self._queries[kind]
+        """cos and sin [1 or b,q,d/2] of the queries, which are new keys too."""
+        turns_bqp = self.turns(layer, self.positions_bq, "queries")
+        return turns_bqp.real, turns_bqp.imag
 
     def step(self, cache: kv.Cache) -> kernels.Step:
         """Positions and lengths on the device, for the kernels."""
@@ -303,27 +355,52 @@ class Views:
             self._step = kernels.step_of(self.positions_bq, cache.lengths_b, self.model.device)
         return self._step
 
-    def of_keys(self, layer: int, segment: kv.Segment, exact: kv.Exact) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """(rotation tables of the keys of a segment, mask [b,q,k])."""
-        kind = self.model.config.is_global[layer], segment.kind, exact
-        if kind not in self._keys:
-            q, k, last = (
-                torch.from_numpy(x).to(self.model.device)
-                for x in (self.positions_bq, segment.positions_bk, self.last_bq)
-            )
-            seen_bqk = masks.visible(q, k, self.model.config.window(layer), last)
-            if exact:
-                seen_bqk = masks.of_segment(segment.kind, seen_bqk, q, k, exact.sinks, exact.recent)
-            self._keys[kind] = self._tables(layer, segment.positions_bk), seen_bqk
-        return self._keys[kind]
+    def key_tables(self, layer: int, segment: kv.Segment, keys: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or b,k,d/2] of a segment's keys."""
+        turns_bkp = self.turns(layer, segment.positions_bk, segment.kind)[:, keys]
+        return turns_bkp.real, turns_bkp.imag
 
-    def _tables(self, layer: int, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        cos, sin = self.model.rope_table(layer, int(positions.max(initial=0)) + 1)
-        first = int(positions[0, 0])
-        if first >= 0 and (positions == np.arange(first, first + positions.shape[1])).all():
-            return cos[None, first : first + positions.shape[1]], sin[None, first : first + positions.shape[1]]
-        index = torch.from_numpy(np.maximum(positions, 0)).to(cos.device)
-        return cos[index], sin[index]
+    def turns(self, layer: int, positions: np.ndarray, name: str) -> Tensor:
+        """cos + i sin [1 or b,k,d/2] of positions that all layers of a kind have under a name."""
+        kind = self.model.config.is_global[layer], name
+        if kind not in self._turns:
+            turns = self.model.rope_turns(layer, int(positions.max(initial=0)) + 1)
+            first = int(positions[0, 0]) if positions.size else 0
+            if first >= 0 and (positions == np.arange(first, first + positions.shape[1])).all():
+                self._turns[kind] = turns[None, first : first + positions.shape[1]]
+            else:
+                self._turns[kind] = turns[torch.from_numpy(np.maximum(positions, 0)).to(turns.device)]
+        return self._turns[kind]
+
+    def seen(
+        self,
+        layer: int,
+        segment: kv.Segment,
+        exact: kv.Exact,
+        queries: slice = slice(None),
+        keys: slice = slice(None),
+    ) -> Tensor:
+        """Which keys of a segment a block of queries reads there, [b,q,k]."""
+        q, k, last = (
+            torch.from_numpy(x).to(self.model.device)
+            for x in (self.positions_bq[:, queries], segment.positions_bk[:, keys], self.last_bq[:, queries])
+        )
+        seen_bqk = masks.visible(q, k, self.model.config.window(layer), last)
+        return masks.of_segment(segment.kind, seen_bqk, q, k, exact.sinks, exact.recent) if exact else seen_bqk
+
+    def unless_all(self, layer: int, segment: kv.Segment, exact: kv.Exact) -> Tensor | None:
+        """The same for all queries and keys, made once for all layers of a kind; None where everything is seen."""
+        kind = self.model.config.is_global[layer], segment.kind, exact
+        if kind not in self._seen:
+            seen_bqk = self.seen(layer, segment, exact)
+            self._seen[kind] = None if bool(seen_bqk.all()) else seen_bqk
+        return self._seen[kind]
+
+    def blocks(self, layer: int, segments: list[kv.Segment], whole: bool = False) -> list[prefill.Block]:
+        """Blocks of queries, with the keys of each segment that they may see."""
+        window = self.model.config.window(layer)
+        found = [query_blocks(self.positions_bq, s.positions_bk, window, whole, self.last_bq) for s in segments]
+        return [(block[0][0], [keys for _, keys in block]) for block in zip(*found, strict=True)]
 
 
 def _project(a_bqm: Tensor, W_hdm: Tensor) -> Tensor:

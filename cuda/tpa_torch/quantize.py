@@ -136,13 +136,25 @@ def _ungrouped(groups: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some bits of neighbouring coefficients: (rows of bytes >> shift) & mask. first: nobody has written there yet."""
+
+    rows: slice
+    coefficients: slice
+    shift: int
+    mask: int
+    first: bool
+
+
+@dataclass(frozen=True)
 class Packing:
-    """planes: (bits, bytes, columns, shifts); runs: (width, columns, thresholds); level = s (t + kappa t^3) of the odd
-    number t = 2 code + 1 - 2^w, with s and kappa rescaled to it, [R] each.
+    """planes: (bits, bytes, columns, shifts); runs: (width, columns, thresholds); pieces: of `unpacking`;
+    level = s (t + kappa t^3) of the odd number t = 2 code + 1 - 2^w, with s and kappa rescaled to it, [R] each.
     """
 
     planes: list
     runs: list
+    pieces: list[Piece]
     scale_s: Tensor
     kappa_s: Tensor
     offset_s: Tensor
@@ -163,7 +175,34 @@ def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
         runs.append((width, where, torch.from_numpy(thresholds(width)).to(device)))
     rows = [(*odd_compander(width), 1.0 - (1 << width)) for width in widths]
     scale_s, kappa_s, offset_s = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 3).unbind(-1)
-    return Packing(planes, runs, scale_s, kappa_s, offset_s)
+    return Packing(planes, runs, unpacking(widths), scale_s, kappa_s, offset_s)
+
+
+def unpacking(widths: tuple[int, ...]) -> list[Piece]:
+    """The pieces in which codes are put together again: neighbours that lie at the same place of neighbouring bytes.
+
+    >>> [(piece.rows, piece.coefficients, piece.shift, piece.mask, piece.first) for piece in unpacking((4, 4, 2))]
+    [(slice(0, 1, None), slice(0, 1, None), 0, 15, True), (slice(0, 1, None), slice(1, 2, None), 4, 15, True), \
+(slice(1, 2, None), slice(2, 3, None), 0, 3, True)]
+    """
+    pieces, start = [], 0
+    for bits, columns, shift in plane_columns(widths):
+        length = -(-len(columns) * bits // 8)
+        slot, row = np.divmod(np.arange(len(columns)), length)
+        joined = (np.diff(columns) == 1) & (np.diff(slot) == 0) & (np.diff(shift) == 0)
+        for run in np.split(np.arange(len(columns)), np.flatnonzero(~joined) + 1):
+            at, left = int(run[0]), int(shift[run[0]])
+            pieces.append(
+                Piece(
+                    slice(start + int(row[at]), start + int(row[at]) + len(run)),
+                    slice(int(columns[at]), int(columns[at]) + len(run)),
+                    int(slot[at]) * bits - left,
+                    ((1 << bits) - 1) << left,
+                    left == 0,
+                )
+            )
+        start += length
+    return pieces
 
 
 def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:

@@ -1,0 +1,412 @@
+"""Attention of a few queries over a long cache, as fast as a CPU reads it. The equations are those of `attention`.
+
+One pass over tiles of keys: a tile is made numbers (dequantized, unpacked, K rebuilt) in memory that stays in the
+processor's cache and is used again for the next tile, scored, and its values summed. Every tile has a softmax with a
+maximum of its own; at the end the tiles of all segments are merged by their maxima, so nothing overflows and no row of
+logits is ever whole.
+
+The queries of a KV head are the rows of one matrix: x is (n, q), the query heads of a KV head times the queries. How a
+product of few rows is written decides its speed (measured on AVX-512): keys times queries is up to three times as fast
+as queries times keys, and the weighted sum of values wants at least four rows. `benchmarks/decode_attention.py` shows
+what comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import quantize
+from .attention import absorb, mix, split_heads
+from .cache import Stored, part_dtype
+from .factorize import Factorization, part_shapes
+from .masks import MASKED
+
+TILE_NUMBERS = 1 << 21  # numbers of K or V made at a time: 8 MB of float32
+MOST_KEYS = 4096
+FEW_QUERIES = 8  # from here on K and V are better formed whole
+FEW_ROWS = 8
+Partial = tuple[Tensor, Tensor, Tensor]  # largest logit and sum of exp [b,g,x,1], weighted sum of values [b,g,x,e]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A segment of a cache as its queries read it.
+
+    held and how: K's and V's; turns [1 or b,k,d/2]: cos + i sin of the keys' positions; seen [b,q,k], None: all of it.
+    """
+
+    held: tuple[Stored, Stored]
+    how: tuple[Factorization, Factorization]
+    turns_bkp: Tensor
+    seen_bqk: Tensor | None
+
+
+class Scratch:
+    """Memory that is used again, and constants of layers that are made once."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._constants: dict[tuple, tuple[Any, Any]] = {}
+
+    def __call__(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An array with nothing in it, valid until the next call with this name."""
+        key = name, dtype or like.dtype, like.device
+        size = int(torch.Size(shape).numel())
+        if key not in self._memory or self._memory[key].numel() < size:
+            self._memory[key] = torch.empty(size, dtype=key[1], device=like.device)
+        return self._memory[key][:size].view(*shape)
+
+    def constant(self, name: str, source: Tensor, make: Callable[[], Any]) -> Any:
+        """What `make` makes of a constant array, made once."""
+        key = name, id(source)
+        if key not in self._constants:
+            self._constants[key] = source, make()  # the array is held, so that its id stays its own
+        return self._constants[key][1]
+
+
+def attend(Q_bqhd: Tensor, segments: Sequence[Keys], g: int, scale: float, scratch: Scratch) -> Tensor:
+    """Rotated queries over all keys of all segments, in float32: [b,q,h,d] -> [b,q,h,e] in the queries' dtype."""
+    q = Q_bqhd.shape[1]
+    Q_bgxd = split_heads(Q_bqhd, g).permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scale
+    partials = [_segment(Q_bgxd, Q_bqhd.dtype, keys, q, scratch) for keys in segments if keys.turns_bkp.shape[1]]
+    _, total_bgx1, O_bgxe = _merged(partials)
+    O_bgnqe = (O_bgxe / total_bgx1).unflatten(2, (-1, q))
+    return O_bgnqe.permute(0, 3, 1, 2, 4).flatten(2, 3).to(Q_bqhd.dtype)
+
+
+def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Scratch) -> Partial:
+    b, g, _, d = Q_bgxd.shape
+    work = torch.bfloat16 if dtype == torch.bfloat16 and _in_bfloat16(keys) else torch.float32
+    K, V = (_side(held, how, g, d, work, scratch) for held, how in _sides(keys))
+    asked = K.ask(Q_bgxd)
+    partials = []
+    for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_key)):
+        L_bgxk = K.scores(asked, tile, keys.turns_bkp)
+        if keys.seen_bqk is not None:
+            unseen_bqk = ~keys.seen_bqk[:, :, tile]
+            L_bgxk.unflatten(2, (-1, q)).masked_fill_(unseen_bqk[:, None, None], MASKED)
+        largest_bgx1 = L_bgxk.amax(-1, keepdim=True)
+        P_bgxk = L_bgxk.sub_(largest_bgx1).exp_()
+        partials.append((largest_bgx1, P_bgxk.sum(-1, keepdim=True), V.values(P_bgxk, tile)))
+    largest_bgx1, total_bgx1, Y_bgxu = _merged(partials)
+    return largest_bgx1, total_bgx1, V.output(Y_bgxu, total_bgx1)
+
+
+def _in_bfloat16(keys: Keys) -> bool:
+    """Is it a bfloat16 cache that is multiplied as it is? A basis is applied in float32."""
+    return all(how.dtype == "bfloat16" and how.mode in ("dense", "contextual", "fixed-a") for _, how in _sides(keys))
+
+
+def _sides(keys: Keys) -> Iterator[tuple[Stored, Factorization]]:
+    return zip(keys.held, keys.how, strict=True)
+
+
+def _tiles(keys: int, numbers_per_key: int) -> Iterator[slice]:
+    if numbers_per_key == 0:  # nothing is made
+        return iter([slice(0, keys)])
+    size = min(MOST_KEYS, max(64, TILE_NUMBERS // numbers_per_key))
+    return (slice(start, min(keys, start + size)) for start in range(0, keys, size))
+
+
+def _merged(partials: list[Partial]) -> Partial:
+    """Sums of several stretches of keys as one: each is scaled from its own maximum to that of all."""
+    if len(partials) == 1:
+        return partials[0]
+    largest, total, Y = (torch.stack(parts) for parts in zip(*partials, strict=True))
+    highest = largest.amax(0)
+    weight = (largest - highest).exp_()
+    return highest, (weight * total).sum(0), (weight * Y).sum(0)
+
+
+# ---- products of few rows ----
+
+
+def _dot(Q_bxd: Tensor, K_bkd: Tensor) -> Tensor:
+    """[b,x,d] . [b,k,d] -> [b,x,k] in float32."""
+    if K_bkd.dtype == torch.bfloat16:
+        return _product(Q_bxd.to(K_bkd.dtype), K_bkd.mT).float()
+    if Q_bxd.shape[1] > FEW_ROWS:
+        return torch.bmm(Q_bxd, K_bkd.mT)
+    return torch.bmm(K_bkd, Q_bxd.mT).mT.contiguous()
+
+
+def _weigh(P_bxk: Tensor, V_bke: Tensor) -> Tensor:
+    """[b,x,k] . [b,k,e] -> [b,x,e] in float32."""
+    if V_bke.dtype == torch.bfloat16:
+        return _product(P_bxk.to(V_bke.dtype), V_bke).float()
+    x = P_bxk.shape[1]
+    if x >= 4:
+        return torch.bmm(P_bxk, V_bke)
+    return torch.bmm(F.pad(P_bxk, (0, 0, 0, 4 - x)), V_bke)[:, :x]
+
+
+def _product(X_bxy: Tensor, Y_byz: Tensor) -> Tensor:
+    """In bfloat16 one matrix is multiplied up to twice as fast alone as in a batch of one."""
+    return torch.mm(X_bxy[0], Y_byz[0])[None] if len(X_bxy) == 1 else torch.bmm(X_bxy, Y_byz)
+
+
+# ---- what one cached side does, mode by mode ----
+
+
+def _side(held: Stored, how: Factorization, g: int, d: int, work: torch.dtype, scratch: Scratch) -> _Side:
+    if how.mode == "dense":
+        return _Heads(held, how, g, d, work, scratch, "X")
+    if how.mode == "contextual":
+        return _Contextual(held, how, g, d, work, scratch, "B")
+    if how.mode == "fixed-a":
+        exact = (
+            how.rank == g and how.basis.ndim == 2 and scratch.constant("exact", how.basis, lambda: _picks_heads(how))
+        )
+        return (_Heads if exact else _FixedA)(held, how, g, d, work, scratch, "B")
+    return _Basis(held, how, g, d, work, scratch, "A" if how.mode == "fixed-b" else "C")
+
+
+def _picks_heads(how: Factorization) -> bool:
+    """Is this `fixed-a` of full rank the dense cache?"""
+    return torch.equal(how.basis, how.rank * torch.eye(how.rank, dtype=how.basis.dtype, device=how.basis.device))
+
+
+@dataclass
+class _Side:
+    """K or V of one layer. In memory tokens lie behind all other axes but the last (see `cache.Cache`)."""
+
+    held: Stored
+    how: Factorization
+    g: int
+    d: int
+    work: torch.dtype  # of the products: bfloat16 where nothing else is held
+    scratch: Scratch
+    part: str
+
+    @property
+    def numbers_per_key(self) -> int:
+        return self.how.rank * self.d
+
+    def ask(self, Q_bgxd: Tensor) -> Tensor:
+        """What of the queries does not change from tile to tile."""
+        return Q_bgxd
+
+    def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
+        """Logits [b,g,x,k] of a tile, float32, to be overwritten."""
+        raise NotImplementedError
+
+    def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
+        """The weighted sum of a tile's values, [b,g,x,...], before the constant factors."""
+        raise NotImplementedError
+
+    def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
+        """Values [b,g,x,e] of such sums."""
+        return Y_bgxu
+
+    def numbers(self, part: str, tile: slice) -> Tensor:
+        """A tile of a part: [b,k,n] as [b,n,k], [b,k,s,n] as [b,s,k,n]."""
+        fields = {name: _tokens_last(array[:, tile]) for name, array in self.held[part].items()}
+        if self.how.dtype == "spectral":
+            return _unpacked(fields["codes"], self.how.widths, self.scratch)
+        array = fields.get("x", fields.get("codes"))
+        assert array is not None
+        if array.dtype == self.work:
+            return array
+        if "x" in fields:
+            return self.scratch(part, array, array.shape, self.work).copy_(array)
+        kind = part_dtype(part, array.ndim, self.how.dtype)
+        n = part_shapes(self.how.mode, self.how.rank, self.g, self.d)[part][-1]
+        return _dequantized(fields, kind, n, self.scratch, part)
+
+
+def _tokens_last(array: Tensor) -> Tensor:
+    return array.mT if array.ndim == 3 else array.transpose(1, 2)
+
+
+def _dequantized(fields: dict[str, Tensor], kind: str, n: int, scratch: Scratch, name: str) -> Tensor:
+    """int8 or int4 with tokens last -> float32, with n numbers along the axis that is grouped."""
+    codes, scale = fields["codes"], fields["scale"]
+    axis = -2 if codes.ndim == 3 else -1
+    shape = list(codes.shape)
+    shape[axis] = codes.shape[axis] * (2 if kind == "int4" else 1)
+    numbers = scratch(name, codes, shape, torch.float32)
+    if kind == "int8":
+        numbers.copy_(codes)
+    else:
+        low, high = numbers.unflatten(axis, (-1, 2)).unbind(-1 if axis == -1 else -2)
+        low.copy_(codes & 15)
+        high.copy_(codes >> 4)
+        numbers = numbers.narrow(axis, 0, n)
+    for group in range(scale.shape[axis]):
+        start = group * quantize.GROUP
+        here = numbers.narrow(axis, start, min(quantize.GROUP, n - start))
+        here.mul_(scale.narrow(axis, group, 1).float())
+        if kind == "int4":
+            here.add_(fields["minimum"].narrow(axis, group, 1).float())
+    return numbers
+
+
+class _Heads(_Side):
+    """One key and one value a KV head: dense, and `fixed-a` of full rank, which is the same cache."""
+
+    @property
+    def numbers_per_key(self) -> int:
+        return 0 if self.work == torch.bfloat16 else self.g * self.d
+
+    def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
+        K_bgkd = self.numbers(self.part, tile)
+        return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1)).unflatten(0, asked.shape[:2])
+
+    def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
+        V_bgke = self.numbers(self.part, tile)
+        return _weigh(P_bgxk.flatten(0, 1), V_bgke.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
+
+
+class _Contextual(_Side):
+    """Eq. (A.2), (A.3): a product with every b, shared by all heads; a weighs the logits or the probabilities."""
+
+    def factors(self, tile: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """a [b,g,1,k] in float32 and b [b,k,d] of each rank."""
+        B_bskd = self.numbers("B", tile)
+        A_bsg1k = self.numbers("A", tile).float().unflatten(1, (self.how.rank, self.g))[:, :, :, None]
+        return zip(A_bsg1k.unbind(1), B_bskd.unbind(1), strict=True)
+
+    def ask(self, Q_bgxd: Tensor) -> Tensor:
+        return Q_bgxd / self.how.rank
+
+    def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
+        L_bgxk = None
+        for A_bg1k, B_bkd in self.factors(tile):
+            P_bgxk = _dot(asked.flatten(1, 2), B_bkd).unflatten(1, (self.g, -1))
+            L_bgxk = P_bgxk.mul_(A_bg1k) if L_bgxk is None else L_bgxk.addcmul_(P_bgxk, A_bg1k)
+        assert L_bgxk is not None
+        return L_bgxk
+
+    def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
+        Y_byd = None
+        for A_bg1k, B_bke in self.factors(tile):
+            W_bgxk = torch.mul(P_bgxk, A_bg1k, out=self.scratch("W", P_bgxk, P_bgxk.shape))
+            W_byk = W_bgxk.flatten(1, 2)
+            Y_byd = _weigh(W_byk, B_bke) if Y_byd is None else Y_byd.add_(_weigh(W_byk, B_bke))
+        assert Y_byd is not None
+        return Y_byd.unflatten(1, (self.g, -1))
+
+    def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
+        return Y_bgxu / self.how.rank
+
+
+class _FixedA(_Side):
+    """The query absorbs A: what is left is multi-query attention with keys of length R d."""
+
+    def _basis(self) -> Tensor:
+        return self.scratch.constant("A", self.how.basis, lambda: self.how.basis.float() / self.how.rank)
+
+    def ask(self, Q_bgxd: Tensor) -> Tensor:
+        """[b,s,g x,d]."""
+        Q_bgxsd = absorb(Q_bgxd.transpose(1, 2)[:, :, :, None], self._basis())[:, :, :, 0].transpose(1, 2)
+        return Q_bgxsd.flatten(1, 2).transpose(1, 2)
+
+    def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
+        L_byk = None
+        for Q_byd, B_bkd in zip(asked.unbind(1), self.numbers("B", tile).unbind(1), strict=True):
+            of_rank = _dot(Q_byd, B_bkd)
+            L_byk = of_rank if L_byk is None else L_byk.add_(of_rank)
+        assert L_byk is not None
+        return L_byk.unflatten(1, (self.g, -1))
+
+    def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
+        P_byk, B_buke = P_bgxk.flatten(1, 2), self.numbers("B", tile)
+        return torch.cat([_weigh(P_byk, B_bke) for B_bke in B_buke.unbind(1)], -1).unflatten(1, (self.g, -1))
+
+    def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
+        Y_bxgnue = Y_bgxu.transpose(1, 2)[:, :, :, None].unflatten(-1, (self.how.rank, -1))
+        return mix(Y_bxgnue, self._basis())[:, :, :, 0].transpose(1, 2)
+
+
+class _Basis(_Side):
+    """`fixed-b` and `latent`: K is rebuilt and rotated tile by tile, V is summed in coefficients.
+
+    Features i and i + d/2 lie side by side in the rebuilt K (and in the query), so that a rotation is one complex
+    product in place. Scales of spectral levels are part of the basis.
+    """
+
+    @property
+    def numbers_per_key(self) -> int:
+        return max(self.g * self.d, self.how.rank)
+
+    def _basis(self) -> tuple[Tensor, Tensor | None]:
+        """basis [g,s,d] and mean [g,1,d]."""
+        how = self.how
+        B_gsd = (how.basis if how.mode == "fixed-b" else how.basis.transpose(0, 1)).float()
+        if how.dtype == "spectral":
+            B_gsd = B_gsd * quantize.packing(tuple(how.widths), B_gsd.device).scale_s[:, None]
+        return B_gsd.contiguous(), None if how.mean is None else how.mean.float()[:, None]
+
+    def _interleaved(self) -> tuple[Tensor, Tensor | None]:
+        B_gsd, mean_g1d = self._basis()
+        return _pairs_together(B_gsd), None if mean_g1d is None else _pairs_together(mean_g1d)
+
+    def coefficients(self, tile: slice) -> Tensor:
+        """[b,g,k,s], or [b,1,k,s] where the heads share them."""
+        C = self.numbers(self.part, tile)
+        return C if self.how.mode == "fixed-b" else C.mT[:, None]
+
+    def ask(self, Q_bgxd: Tensor) -> Tensor:
+        return _pairs_together(Q_bgxd)
+
+    def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
+        B_gsd, mean_g1d = self.scratch.constant("K", self.how.basis, self._interleaved)
+        C_bgks = self.coefficients(tile)
+        b, _, k, _ = C_bgks.shape
+        K_bgkd = self.scratch("K", asked, (b, self.g, k, self.d))
+        for row, C_gks in enumerate(C_bgks):
+            torch.bmm(C_gks.expand(self.g, -1, -1), B_gsd, out=K_bgkd[row])
+        if mean_g1d is not None:
+            K_bgkd.add_(mean_g1d)
+        torch.view_as_complex(K_bgkd.unflatten(-1, (-1, 2))).mul_(turns_bkp[:, None, tile])
+        return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1)).unflatten(0, asked.shape[:2])
+
+    def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
+        C_bgku = self.coefficients(tile)
+        if self.how.mode == "fixed-b":
+            return _weigh(P_bgxk.flatten(0, 1), C_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
+        P_byk = P_bgxk.flatten(1, 2)
+        return _weigh(P_byk, C_bgku[:, 0]).unflatten(1, (self.g, -1))
+
+    def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
+        B_gue, mean_g1e = self.scratch.constant("V", self.how.basis, self._basis)
+        O_bgxe = Y_bgxu @ B_gue
+        return O_bgxe if mean_g1e is None else O_bgxe + total_bgx1 * mean_g1e
+
+
+def _pairs_together(X_gsd: Tensor) -> Tensor:
+    """Features (0 ... d-1) as 0, d/2, 1, d/2 + 1, ...: [..., d]."""
+    return X_gsd.unflatten(-1, (2, -1)).mT.flatten(-2).contiguous()
+
+
+# ---- spectral codes, unpacked in rows of keys ----
+
+
+def _unpacked(codes_bck: Tensor, widths: tuple[int, ...], scratch: Scratch) -> Tensor:
+    """Packed codes [b,bytes,k] -> t (1 + kappa t^2) [b,s,k] in float32: the levels without their scales."""
+    b, _, k = codes_bck.shape
+    how = quantize.packing(tuple(widths), codes_bck.device)
+    shape = b, len(widths), k
+    codes_bsk = scratch("codes", codes_bck, shape)
+    for piece in how.pieces:
+        digits = codes_bck[:, piece.rows]
+        here = codes_bsk[:, piece.coefficients]
+        target = here if piece.first else scratch("digits", codes_bck, here.shape)
+        if piece.shift >= 0:
+            torch.bitwise_right_shift(digits, piece.shift, out=target)
+        else:
+            torch.bitwise_left_shift(digits, -piece.shift, out=target)
+        target.bitwise_and_(piece.mask)
+        if not piece.first:
+            here.bitwise_or_(target)
+    t_bsk = scratch("levels", codes_bck, shape, torch.float32).copy_(codes_bsk)
+    t_bsk.mul_(2).add_(how.offset_s[:, None])
+    curve_bsk = torch.mul(t_bsk, t_bsk, out=scratch("curve", t_bsk, shape))
+    curve_bsk.mul_(how.kappa_s[:, None]).add_(1)
+    return t_bsk.mul_(curve_bsk)
