@@ -21,7 +21,7 @@ NAMES = [path.name for path in NOTEBOOKS]
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """What a notebook needs of a clone, in a folder of its own, on one thread: two wait on each other on shared cores."""
+    """What a notebook needs of a clone, in a folder of its own, on one thread: two wait for each other."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("PYTHONPATH", raising=False)
