@@ -21,9 +21,9 @@ NAMES = [path.name for path in NOTEBOOKS]
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """What a notebook needs of a clone, in a folder of its own, on two threads at most and without a display."""
+    """What a notebook needs of a clone, in a folder of its own, on one thread: two wait for each other."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "2")
+        monkeypatch.setenv(name, "1")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     for name in ("tpa_ref", "cuda", "notebooks", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "licenses"))
