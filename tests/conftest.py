@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,12 @@ import numpy as np
 import pytest
 
 from tpa_ref.trace import Trace
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    if not torch.cuda.is_available():  # Triton reads it when it is imported, which other libraries may do first
+        os.environ["TRITON_INTERPRET"] = "1"
 
 # How far two runs of the same computation may be apart, relative to the largest magnitude (see `relative`).
 TOLERANCE = {

@@ -15,8 +15,6 @@ import pytest
 from conftest import TOLERANCE, relative, to_numpy
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():  # read when Triton is imported, which nothing does before
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 import small  # noqa: E402

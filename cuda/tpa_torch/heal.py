@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tpa_ref.calibrate import text_windows
 from tpa_ref.checkpoint import replacing
@@ -236,6 +235,8 @@ def rounded(x: Tensor, how: Factorization) -> Tensor:
 
 def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, Tensor]:
     """(mean KL(dense || student) in nats, mean relative error of the states behind attention) of one window."""
+    from torch.utils.checkpoint import checkpoint  # which takes a second to import
+
     tokens_bq = np.array([window])
     views = dense.views(np.arange(len(window))[None])
     with torch.no_grad():
