@@ -39,7 +39,7 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default=str(ROOT / "runs" / "heal"), help="where the states of the training lie")
     parser.add_argument("--out", default=str(ROOT / "results" / "heal"), help="without suffix: .json, .md, .png")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--eval-tokens", type=int, default=8_192)
     parser.add_argument("--only", type=int, metavar="N", help="train this setting, and write no results")
