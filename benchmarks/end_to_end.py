@@ -63,12 +63,12 @@ def read_whole(folder: Path) -> int:
     return size
 
 
-def conversions(folder: Path, clock: Clock, settings: dict) -> list[dict[str, Any]]:
+def conversions(folder: Path, dtype: str, clock: Clock, settings: dict) -> list[dict[str, Any]]:
     """Seconds from the file to a converted model, from weights alone, beside reading the file."""
     read_whole(folder)
 
     def whole(choices: dict) -> None:
-        tpa_torch.convert(tpa_torch.load(folder, device=clock.device), tpa_torch.TPAConfig(**choices))
+        tpa_torch.convert(tpa_torch.load(folder, device=clock.device, dtype=dtype), tpa_torch.TPAConfig(**choices))
 
     reading = min(clock(lambda: read_whole(folder)) for _ in range(3))
     return [
@@ -160,7 +160,7 @@ def measure(name: str, args: Any, clock: Clock) -> dict[str, Any]:
         models[setting] = tpa_torch.convert(dense, tpa_torch.TPAConfig(**choices))
     hf = transformers_model(folder, dense)
     found: dict[str, Any] = {"model": name, "dtype": dtype, "prefill": [], "decode": []}
-    found["conversion"] = conversions(folder, clock, settings) if args.conversion else []
+    found["conversion"] = conversions(folder, dtype, clock, settings) if args.conversion else []
 
     tokens_bq = np.random.default_rng(0).integers(3, 4000, (1, args.prefill))
     works: dict[str, Callable[[], Any]] = {
