@@ -122,10 +122,15 @@ class Cache(reference.Cache):
         super().__init__(config, factors, batch, max_len, exact)
 
     def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> torch.Tensor:
-        """[b, slots, ..., n], of which one head or rank after the other lies in memory, not one token after the other:
-        attention reads [b, ..., slots, n] of keys, values and b's, and [b, n, slots] of a's and coefficients.
+        """[b, slots, ..., n]. On a CPU one head or rank after the other lies in memory, not one token after the other:
+        attention reads [b, ..., slots, n] of keys, values and b's, and [b, n, slots] of a's and coefficients. The
+        Triton kernels read whole tokens.
         """
+        from . import kernels  # which read caches
+
         batch, slots, *leading, n = shape
+        if kernels.runs_on(self.device):
+            return torch.zeros(shape, dtype=quantize.torch_dtype(kind), device=self.device)
         inner = [*leading, slots, n] if leading else [n, slots]
         array = torch.zeros([batch, *inner], dtype=quantize.torch_dtype(kind), device=self.device)
         return array.movedim(-2, 1) if leading else array.mT
