@@ -58,7 +58,8 @@ def test_healing_lowers_the_kl(tiny, name, tmp_path):
     assert len(healed.healing.kl) == 8 and healed.tpa == tpa.tpa
     ids = np.array([dense.tokenizer.encode(text)[:40]])
     assert (
-        relative(to_numpy(tpa_torch.load(tpa_torch.save(healed, tmp_path / "h.pt"))(ids)), to_numpy(healed(ids))) < 0.02
+        relative(to_numpy(tpa_torch.load(tpa_torch.save(healed, tmp_path / "h.pt"))(ids)), to_numpy(healed(ids)))
+        < 0.05  # weights are stored in bfloat16
     )
 
 

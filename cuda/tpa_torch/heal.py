@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -328,6 +329,6 @@ def load_state(path: str | Path, student: Student, optimizer: Any, history: Heal
                 value.copy_(content["theta"][name])
         optimizer.load_state_dict(content["optimizer"])
         history.kl, history.states = content["history"]["kl"], content["history"]["states"]
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as problem:
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError, UnpicklingError) as problem:
         raise TPAError(f"heal: {path} holds no state of a healing: {str(problem).splitlines()[0]}") from None
     return len(history.kl)
