@@ -28,10 +28,10 @@ from tpa_ref.memory import windowed_bytes  # noqa: E402
 from tpa_torch.heal import heal  # noqa: E402
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
-SETTINGS = {
-    "contextual, rank 2 of 4": TPAConfig(mode="contextual", k_rank=2, v_rank=2),
-    "spectral, rate 0.5": TPAConfig(rate=0.5, context=CONTEXT),
-    "spectral, rate 1.0": TPAConfig(rate=1.0, context=CONTEXT),
+SETTINGS = {  # with the learning rate: the less there is to heal, the smaller the steps must be
+    "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.01),
+    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003),
+    "spectral, rate 1.0": (TPAConfig(rate=1.0, context=CONTEXT), 0.001),
 }
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     moments = tpa_torch.calibrate(dense, read_text(cli.TINY / "calibration.txt"), cache_dir=work)
     text, unseen = training_text(work), read_text(cli.TINY / "evaluation.txt")
     rows = []
-    for number, (name, config) in enumerate(SETTINGS.items()):
+    for number, (name, (config, learning_rate)) in enumerate(SETTINGS.items()):
         if args.only is not None and number != args.only:
             continue
         start = time.perf_counter()
@@ -61,6 +61,7 @@ def main() -> None:
             text,
             steps=args.steps,
             batch=args.batch,
+            learning_rate=learning_rate,
             state=work / f"{number}.pt",
             progress=cli.progress_bar(name),
         )

@@ -253,6 +253,7 @@ ONE_SIDED = {
     "factorize.from_pairs": "the same",
     "factorize.multiply_pairs": "the same",
     "factorize.contextual_factors": "`truncate_contextual` without the error, which would make a GPU wait",
+    "model.Model.rope_table": "the Triton kernels read cosines and sines apart",
     "model.Model.rope_turns": "tables are kept on the device",
     "model.Model.views": "the reference makes tables and masks anew in every layer",
     "model.Views": "the same",
