@@ -102,7 +102,7 @@ def markdown(rows: list[dict]) -> str:
                 + f"| {whole['kv']['windowed_bytes'] / 1e6:,.0f} MB | {whole['kv']['tpa_bytes'] / 1e6:,.0f} MB "
                 f"| {whole['peak_memory_bytes'] / GB:.2f} GB |"
             )
-    lines += ["", "`run_test_tpa_1b.py` in memory; prefill of 2,048 tokens, caches at 32,768 tokens, default settings."]
+    lines += ["", "`run_test_tpa_1b.py` in memory; prefill of 2,048 tokens, caches at 32,768 tokens."]
     return "\n".join(lines) + "\n"
 
 
