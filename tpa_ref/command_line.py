@@ -211,7 +211,8 @@ def describe_factors(model: Any) -> list[str]:
     for layer in range(1, len(shown) + 1):
         if layer == len(shown) or shown[layer] != shown[start]:
             k, v = (text.replace(" R=0", "") for text in shown[start])
-            lines.append(f"layers {start}-{layer - 1}: K {k}, V {v}")
+            name = f"layer {start}" if layer - start == 1 else f"layers {start}-{layer - 1}"
+            lines.append(f"{name}: K {k}, V {v}")
             start = layer
     return lines
 
