@@ -73,7 +73,8 @@ def truncate_contextual(X_bkgd, rank):
     "a window one too long": (
         "03_attention_without_k_and_v.ipynb",
         "masks",
-        "\n_right = visible\ndef visible(q, k, w, *last):\n    return _right(q, k, w and w + 1, *last)\n",
+        "\n_right = visible\ndef visible(q, k, window, *last):\n"
+        "    return _right(q, k, window and window + 1, *last)\n",
     ),
     "the damage metric dropped": (
         "04_from_gemma_to_tpa.ipynb",
