@@ -371,14 +371,14 @@ def layer_factors(
     full = "float64" if model.dtype == "float64" else "float32"
     if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
         spectra = layer_spectra(model, layer, moments)
-    moments = moments or layer_moments(model, layer)
+    needed = {choice.k_dtype, choice.v_dtype} != {"spectral"}  # a transform says all that its side needs
+    pair = (moments or layer_moments(model, layer)) if needed else (None, None)
     sides = (
         (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
         (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
     )
     k, v = (
-        side_factors(*side, moments[index], spectra[index] if spectra else None, full)
-        for index, side in enumerate(sides)
+        side_factors(*side, pair[index], spectra[index] if spectra else None, full) for index, side in enumerate(sides)
     )
     return k, v
 
@@ -388,23 +388,26 @@ def side_factors(
     rank: int,
     dtype: str,
     widths: tuple[int, ...],
-    moments: SideMoments,
+    moments: SideMoments | None,
     spectrum: Spectrum | None,
     full: str,
 ) -> Factorization:
     """How K (or V) of one layer is cached. full: the dtype of constant factors."""
-    g, d = moments.mean_gd.shape
     encoder = mean = None
     if dtype == "spectral":
         assert spectrum is not None
         encoder, basis, mean = spectrum.encoder_sgd[:rank], spectrum.basis_sgd[:rank], spectrum.mean_gd
         lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
         error = float(np.sqrt(lost / total)) if total > 0 else 0.0
-    elif mode in ("fixed-b", "latent") and moments.F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
-        mean = moments.mean_gd
-        encoder, basis, error = spectral.truncate_weighted(mode, rank, moments.M_gdgd, mean, moments.F_gdgd)
     else:
-        basis, error = factorize.constant_basis(mode, rank, moments.M_gdgd)
+        assert moments is not None
+        M_gdgd, mean, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
+        g, d = mean.shape
+        if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
+            encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean, F_gdgd)
+        else:
+            mean = None
+            basis, error = factorize.constant_basis(mode, rank, M_gdgd)
     basis, encoder, mean = (None if x is None else np.ascontiguousarray(x, full) for x in (basis, encoder, mean))
     return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
 

@@ -482,7 +482,9 @@ def layer_factors(
     full = "float64" if model.dtype == "float64" else "float32"
     if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
         spectra = layer_spectra(model, layer, moments)
-    pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
+    pair: list[Any] = [None, None]
+    if {choice.k_dtype, choice.v_dtype} != {"spectral"}:  # a transform says all that its side needs
+        pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
     sides = (
         (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
         (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
@@ -504,12 +506,11 @@ def side_factors(
     rank: int,
     dtype: str,
     widths: tuple[int, ...],
-    moments: SideMoments,
+    moments: SideMoments | None,
     spectrum: Spectrum | None,
     full: str,
 ) -> Factorization:
     """How K (or V) of one layer is cached. full: the dtype of constant factors."""
-    g, d = moments.mean_gd.shape
     encoder = mean = None
     if dtype == "spectral":
         assert spectrum is not None
@@ -517,7 +518,9 @@ def side_factors(
         lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
         error = float(np.sqrt(lost / total)) if total > 0 else 0.0
     else:
+        assert moments is not None
         M_gdgd, mean, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
+        g, d = mean.shape
         if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
             encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean, F_gdgd)
         else:
