@@ -85,7 +85,11 @@ def main() -> None:
     start = time.perf_counter()
     with cli.PeakMemory(device) as peak:
         moments = calibration_text and backend.calibrate(
-            dense, calibration_text, max_tokens=calibration_tokens, progress=cli.progress_bar("calibrating")
+            dense,
+            calibration_text,
+            max_tokens=calibration_tokens,
+            progress=cli.progress_bar("calibrating"),
+            predict=args.predict,
         )
         plan = cli.make_plan(backend, dense, moments, args, context)
         tpa = backend.convert(dense, plan.config if plan else tpa_config, calibration=moments)

@@ -43,9 +43,9 @@ def main() -> None:
 
 def spectral_bytes(config: GemmaConfig, rate: float, n: int) -> int:
     """A cache of n tokens at a rate: that share of the coefficients in 4 bits."""
-    numbers = config.num_kv_heads * config.head_dim
+    numbers = 2 * config.num_kv_heads * config.head_dim
     widths = (4,) * round(rate * numbers / 4)
-    factors = [spectral_layer(LayerConfig.spectral(widths, widths))] * config.num_layers
+    factors = [spectral_layer(LayerConfig.spectral(widths))] * config.num_layers
     return cache_bytes(config, factors, n, exact=Exact(DEFAULT_SINKS))
 
 

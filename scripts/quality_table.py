@@ -58,7 +58,7 @@ NAMES = {
     ("fixed-a", 4, "int8"): "dense cache, int8",
     ("fixed-a", 4, "int4"): "dense cache, int4",
 }
-BUDGETS = (2, 4, 8, 12, 16, 24, 32, 48)  # spectral, planned to be so many times smaller than windowed at CONTEXT
+BUDGETS = (4, 8, 12, 16, 24, 32, 48, 64)  # spectral, planned to be so many times smaller than windowed at CONTEXT
 # (label, context, kv budget, KL that is asked for)
 CLAIMS = [
     ("all layers full (128 tokens)", 128, 8, 0.012),
@@ -82,7 +82,7 @@ def main() -> None:
     bench = Bench(args, work)
     print(HEADER)
     fixed = [bench.fixed(*setting) for setting in FIXED]
-    spectral = [bench.planned(CONTEXT, budget) for budget in BUDGETS]
+    spectral = [bench.planned(CONTEXT, budget, predict) for predict in (False, True) for budget in BUDGETS]
     claims = [
         bench.planned(context, budget) | {"label": label, "budget": budget, "asked": kl}
         for label, context, budget, kl in CLAIMS
@@ -124,9 +124,11 @@ class Bench:
         config = TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype)
         return self._measured(config, CONTEXT, {"name": name, "mode": mode, "rank": rank, "dtype": dtype})
 
-    def planned(self, context: int, budget: float) -> dict[str, Any]:
-        plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=context)
-        about = {"name": "spectral latent", "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
+    def planned(self, context: int, budget: float, predict: bool = True) -> dict[str, Any]:
+        base = TPAConfig(rate=1.0, predict=predict)
+        plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=context, base=base)
+        name = "spectral" if predict else "spectral without words"
+        about = {"name": name, "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
         about |= {"predicted": plan.chosen.predicted, "bound": plan.bound_damage, "rate": plan.chosen.rate}
         return self._measured(plan.config, context, about)
 
@@ -165,7 +167,8 @@ class Bench:
                 "bytes": held,
                 "ratio_vs_full": full_bytes(model, context) / held,
                 "ratio_vs_windowed": windowed_bytes(model, context) / held,
-                "bits": [[sum(how.widths) for how in pair] for pair in tpa.factors],
+                "bits": [sum(how.widths) for how, _ in tpa.factors],
+                "ranks": [how.rank for how, _ in tpa.factors],
                 **quality,
                 "seconds": time.perf_counter() - start,
             }
@@ -277,13 +280,14 @@ def draw_pareto(content: dict[str, Any], path: str) -> None:
         "fixed-a": ("v", "#8a97a3"),
         "fixed-b": ("D", "#2f6f9f"),
         "latent": ("o", "#7a5195"),
-        "spectral latent": ("*", plots.INK["tpa"]),
+        "spectral without words": ("P", "#d08770"),
+        "spectral": ("*", plots.INK["tpa"]),
     }
     for name, (marker, colour) in groups.items():
         rows = [row for row in content["rows"] if row["name"].split(",")[0] == name and row["kl"] > 1e-6]
         points = np.array([[row["ratio_vs_windowed"], row["kl"]] for row in rows])
-        size = 11 if marker == "*" else 5
-        joined = "-" if marker == "*" else ""
+        size = {"*": 11, "P": 7}.get(marker, 5)
+        joined = "-" if marker in "*P" else ""
         axis.plot(*points.T, marker + joined, color=colour, label=name, ms=size, lw=1.2)
     ratio, predicted, bound = np.array(content["bound"]).T
     axis.plot(ratio, predicted, "--", color=plots.INK["tpa"], lw=1, label="spectral, predicted damage")
@@ -297,29 +301,22 @@ def draw_pareto(content: dict[str, Any], path: str) -> None:
 
 
 def draw_bits(claims: list[dict[str, Any]], config: Any, path: str) -> None:
-    """Bits per number of K and V, layer by layer, of each plan."""
+    """Bits per number of K and V, and how many coefficients have any, layer by layer, of each plan."""
     figure, axes = plots.new_figure(2, width=4.8, height=2.9)
-    numbers = config.num_kv_heads * config.head_dim
+    numbers = 2 * config.num_kv_heads * config.head_dim
     labels = [f"{row['budget']}x at {row['context']:,}" for row in claims]
-    most = max(max(side) for row in claims for side in row["bits"]) / numbers
-    for axis, side, title in zip(axes, range(2), ("K", "V"), strict=True):
-        bits = np.array([[pair[side] / numbers for pair in row["bits"]] for row in claims])
-        image = axis.imshow(bits, cmap="cividis", vmin=0, vmax=most, aspect="auto")
-        for (row, layer), value in np.ndenumerate(bits):
-            axis.text(
-                layer,
-                row,
-                f"{value:.1f}",
-                ha="center",
-                va="center",
-                fontsize=6,
-                color="white" if value < most / 2 else "black",
-            )
+    bits = np.array([row["bits"] for row in claims]) / numbers
+    ranks = np.array([row["ranks"] for row in claims])
+    pictures = (bits, "{:.1f}", "bits per number of K and V"), (ranks, "{}", f"coefficients stored, of {numbers}")
+    for axis, (values, form, title) in zip(axes, pictures, strict=True):
+        image = axis.imshow(values, cmap="cividis", vmin=0, aspect="auto")
+        for (row, layer), value in np.ndenumerate(values):
+            colour = "white" if value < values.max() / 2 else "black"
+            axis.text(layer, row, form.format(value), ha="center", va="center", fontsize=6, color=colour)
         axis.set_yticks(range(len(labels)), labels)
-        axis.set_xticks(
-            range(config.num_layers), [f"{i}{'*' if config.is_global[i] else ''}" for i in range(config.num_layers)]
-        )
-        axis.set(title=f"bits per number of {title}", xlabel="layer (* global)")
+        names = [f"{i}{'*' if is_global else ''}" for i, is_global in enumerate(config.is_global)]
+        axis.set_xticks(range(config.num_layers), names)
+        axis.set(title=title, xlabel="layer (* global)")
         figure.colorbar(image, ax=axis, shrink=0.8)
     plots.write(figure, path)
 

@@ -215,7 +215,7 @@ def calibrated(backend: Any, model: Any, args: argparse.Namespace) -> Any:
     """Moments of the calibration text; None without one."""
     text = calibration_text(args)
     tokens, bar = args.calibration_tokens or CALIBRATION_TOKENS, cli.progress_bar("calibrating")
-    return text and backend.calibrate(model, text, max_tokens=tokens, progress=bar)
+    return text and backend.calibrate(model, text, max_tokens=tokens, progress=bar, predict=args.predict)
 
 
 def chosen_config(backend: Any, model: Any, moments: Any, args: argparse.Namespace) -> TPAConfig:

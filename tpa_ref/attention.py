@@ -201,6 +201,8 @@ def values(P_bhqk: np.ndarray, parts: dict[str, np.ndarray], how: Factorization,
         O_bqhe = values_fixed_b(P_bhqk, parts["A"], basis)
     else:
         O_bqhe = values_latent(P_bhqk, parts["C"], basis)
+    if how.predictor is not None:  # words are coefficients like others
+        O_bqhe = O_bqhe + values_latent(P_bhqk, parts["Z"], _like(how.predictor, P_bhqk))
     return O_bqhe if how.mean is None else O_bqhe + mean_values(P_bhqk, _like(how.mean, P_bhqk))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import quantize
+from . import quantize, words
 from .config import GemmaConfig
 from .errors import TPAError
 from .factorize import Factorization, part_shapes
@@ -173,6 +173,8 @@ def whole_text(
 
 def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
+    if how.dtype == "shared":
+        return {}
     if how.dtype == "spectral":
         return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
@@ -192,6 +194,23 @@ def load(stored: Stored, how: Factorization, g: int, d: int, dtype: np.dtype | t
         )
         for part, fields in stored.items()
     }
+
+
+def load_pair(
+    held: tuple[Stored, Stored],
+    how: LayerFactors,
+    g: int,
+    d: int,
+    dtype: np.dtype | type = np.float32,
+    Z_bkz: np.ndarray | None = None,
+) -> tuple[Parts, Parts]:
+    """The parts of K and of V back as numbers, those that V shares with K and the words [b,k,2m] included."""
+    parts_k = load(held[0], how[0], g, d, dtype)
+    parts_v = dict(parts_k) if how[1].dtype == "shared" else load(held[1], how[1], g, d, dtype)
+    for parts, side in zip((parts_k, parts_v), how, strict=True):
+        if side.predictor is not None:
+            parts["Z"] = Z_bkz
+    return parts_k, parts_v
 
 
 def part_dtype(part: str, ndim: int, dtype: str) -> str:
@@ -223,6 +242,9 @@ class Cache:
         self.config, self.factors, self.batch, self.max_len = config, list(factors), batch, max_len
         self.exact = exact or Exact()
         self.layers = [self._new_layer(layer) for layer in range(config.num_layers)]
+        self.text_bt: np.ndarray | None = None  # the tokens by position, where K or V is predicted from them
+        if reads_words(factors):
+            self.text_bt = np.zeros((batch, max_len), words.number_dtype(config.vocab_size))
         self.lengths_b = np.zeros(batch, np.int64)
         self._highest_b = np.zeros(batch, np.int64)  # how far each ring was ever written
 
@@ -255,7 +277,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Allocated bytes of everything held, scales and padding included."""
-        return sum(layer.nbytes for layer in self.layers)
+        text = 0 if self.text_bt is None else self.text_bt.nbytes
+        return text + sum(layer.nbytes for layer in self.layers)
 
     def nbytes_at(self, n: int, batch: int = 1) -> int:
         """`nbytes` of a new cache for `batch` texts of n tokens, by arithmetic, without allocating it."""
@@ -272,6 +295,14 @@ class Cache:
                 f"cache: {positions_bq.max() + 1} tokens do not fit: the cache was made for max_len {self.max_len}"
             )
         return positions_bq
+
+    def remember(self, numbers_bq: np.ndarray, positions_bq: np.ndarray) -> np.ndarray | None:
+        """Keep the tokens (`words.numbered`) of a chunk and return the text so far, [b,t] by position."""
+        if self.text_bt is None:
+            return None
+        row, column = np.nonzero(positions_bq >= 0)
+        self.text_bt[row, positions_bq[row, column]] = numbers_bq[row, column]
+        return self.text_bt[:, : max(1, int(positions_bq.max()) + 1, int(self.lengths_b.max()))]
 
     def advance(self, positions_bq: np.ndarray) -> None:
         """Count the tokens of a chunk that every layer has stored."""
@@ -304,6 +335,8 @@ def stored_shapes(
     how: Factorization, config: GemmaConfig
 ) -> dict[str, tuple[tuple[int, ...], dict[str, tuple[int, np.dtype]]]]:
     """{part: (leading axes, {field: (last axis, dtype)})} of one token: what `store` makes of it."""
+    if how.dtype == "shared":
+        return {}
     if how.dtype == "spectral":
         return {"C": ((), {"codes": (quantize.packed_bytes(how.widths), np.dtype(np.uint8))})}
     shapes = part_shapes(how.mode, how.rank, config.num_kv_heads, config.head_dim)
@@ -326,6 +359,11 @@ def token_bytes(how: Factorization, config: GemmaConfig) -> int:
     )
 
 
+def reads_words(factors: Sequence[LayerFactors]) -> bool:
+    """Is K or V of any layer predicted from the tokens, so that these must be kept?"""
+    return any(how.predictor is not None for pair in factors for how in pair)
+
+
 def exact_slots(config: GemmaConfig, how: LayerFactors, layer: int, n: int, exact: Exact) -> Exact:
     """How many sinks and newest tokens one layer keeps in texts of n tokens: only a converted global one does."""
     if how[0].mode == "dense" or config.window(layer) is not None:
@@ -336,10 +374,12 @@ def exact_slots(config: GemmaConfig, how: LayerFactors, layer: int, n: int, exac
 def cache_bytes(
     config: GemmaConfig, factors: Sequence[LayerFactors], n: int, batch: int = 1, exact: Exact | None = None
 ) -> int:
-    """Bytes of a cache for n tokens: slots times bytes per token, over all layers, and the exact tokens."""
+    """Bytes of a cache for n tokens: slots times bytes per token, over all layers, the exact tokens, and the text where
+    something is predicted from it.
+    """
     if n < 1 or batch < 1:
         raise TPAError(f"cache: n and batch must be >= 1, got {n} and {batch}")
-    total = 0
+    total = n * words.token_bytes(config.vocab_size) if reads_words(factors) else 0
     for layer, how in enumerate(factors):
         total += config.slots(layer, n) * sum(token_bytes(side, config) for side in how)
         kept = exact_slots(config, how, layer, n, exact or Exact())

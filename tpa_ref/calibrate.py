@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from . import sensitivity
+from . import sensitivity, words
 from .config import chosen_layers
 from .errors import TPAError
 from .factorize import second_moment
 from .tokenizer import BOS
 from .trace import Watch
+from .words import WordMoments
+
+einsum = partial(np.einsum, optimize=True)
 
 WINDOW = 1024  # tokens of a calibration window: beyond the tiny model's sliding window, so that long range counts
 SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, which costs twice a forward pass
@@ -38,18 +42,49 @@ class SideMoments:
     F_gdgd: Any = None
 
 
-LayerMoments = tuple[SideMoments, SideMoments]  # of K, of V
+@dataclass(frozen=True)
+class LayerMoments:
+    """K and V of one layer side by side, K's g heads before V's, and the Fisher matrices of each where measured.
+
+    N: E[x z^T] with the words, where they were asked for.
+    """
+
+    M_gdgd: Any  # [2g,d,2g,d]
+    mean_gd: Any  # [2g,d]
+    F: tuple[Any, Any] = (None, None)  # [g,d,g,d] each
+    N_gdz: Any = None  # [2g,d,2m]
+
+    @property
+    def sides(self) -> tuple[SideMoments, SideMoments]:
+        """(moments of K, moments of V)."""
+        g = len(self.mean_gd) // 2
+        blocks = slice(0, g), slice(g, None)
+        k, v = (SideMoments(self.M_gdgd[at, :, at], self.mean_gd[at], F) for at, F in zip(blocks, self.F, strict=True))
+        return k, v
+
+    def arrays(self) -> dict[str, Any]:
+        """What there is of it, by name."""
+        named = {"M": self.M_gdgd, "mean": self.mean_gd, "F.k": self.F[0], "F.v": self.F[1], "N": self.N_gdz}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> LayerMoments:
+        """The inverse of `arrays`."""
+        return cls(arrays["M"], arrays["mean"], (arrays.get("F.k"), arrays.get("F.v")), arrays.get("N"))
 
 
 @dataclass
 class Moments:
-    """What `calibrate` found: per layer the moments of K and V; `tokens` is how many they average."""
+    """What `calibrate` found: per layer the moments of K and V, and those of the words; `tokens` is how many they
+    average.
+    """
 
     layers: dict[int, LayerMoments] = field(default_factory=dict)
     tokens: int = 0
+    words: WordMoments | None = None
 
     def of_layer(self, layer: int) -> LayerMoments:
-        """(moments of K, moments of V) of one layer."""
+        """Moments of one layer."""
         if layer not in self.layers:
             raise TPAError(f"calibrate: layer {layer} was not calibrated, got layers {sorted(self.layers)}")
         return self.layers[layer]
@@ -58,13 +93,10 @@ class Moments:
         """Write them as one safetensors file."""
         from .checkpoint import replacing
 
-        tensors = {
-            f"{layer}.{side}.{name}": np.ascontiguousarray(value)
-            for layer, pair in self.layers.items()
-            for side, moments in zip("kv", pair, strict=True)
-            for name, value in (("M", moments.M_gdgd), ("mean", moments.mean_gd), ("F", moments.F_gdgd))
-            if value is not None
-        }
+        named = {f"{layer}.{name}": x for layer, found in self.layers.items() for name, x in found.arrays().items()}
+        if self.words is not None:
+            named |= {"words.mean": self.words.mean_z, "words.S": self.words.S_zz}
+        tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": "tpa-moments", "tokens": str(self.tokens)})
 
@@ -75,19 +107,13 @@ class Moments:
             with safe_open(path, "numpy") as file:
                 tokens = int((file.metadata() or {})["tokens"])
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            layers = sorted({int(name.split(".")[0]) for name in found})
-            return cls(
-                {
-                    layer: tuple(  # type: ignore[misc]
-                        SideMoments(
-                            found[f"{layer}.{side}.M"], found[f"{layer}.{side}.mean"], found.get(f"{layer}.{side}.F")
-                        )
-                        for side in "kv"
-                    )
-                    for layer in layers
-                },
-                tokens,
-            )
+            by_layer: dict[str, dict[str, np.ndarray]] = {}
+            for name, x in found.items():
+                of, _, rest = name.partition(".")
+                by_layer.setdefault(of, {})[rest] = x
+            text = by_layer.pop("words", None)
+            words = WordMoments(text["mean"], text["S"], tokens) if text else None
+            return cls({int(layer): LayerMoments.of(by_layer[layer]) for layer in by_layer}, tokens, words)
         except (OSError, SafetensorError, KeyError, ValueError) as problem:
             raise TPAError(f"calibrate: {path} holds no moments: {problem}") from None
 
@@ -101,22 +127,28 @@ def calibrate(
     sensitivity_tokens: int = SENSITIVITY_TOKENS,
     progress: Any = iter,
     cache_dir: str | Path | None = None,
+    predict: bool | None = None,
 ) -> Moments:
     """Run the dense model over a text in windows that each begin with BOS, forwards and backwards.
 
     layers: which ones are kept ("all", "global", "local", "5,11"). seed: of the tokens drawn for the sensitivity.
     max_tokens: how much of the text is used; sensitivity_tokens: how much of it also backwards (0: not at all).
     progress: wraps the layers, for instance `tqdm.tqdm`. cache_dir: a folder where the result is kept under a hash of
-    model, text and arguments, and found again.
+    model, text and arguments, and found again. predict: also how K and V follow from the words (default: where that
+    is affordable, see `words`).
     """
-    return calibrated(THROUGH, model, text_or_path, layers, seed, max_tokens, sensitivity_tokens, progress, cache_dir)
+    return calibrated(
+        THROUGH, model, text_or_path, layers, seed, max_tokens, sensitivity_tokens, progress, cache_dir, predict
+    )
 
 
 @dataclass(frozen=True)
 class Through:
-    """The four steps that a backend brings: into the layers and through each, forwards and backwards."""
+    """The steps that a backend brings: into the layers, to the words, and through each layer and back."""
 
     begin: Callable
+    window_words: Callable
+    word_moments: Callable
     through_layer: Callable
     begin_backward: Callable
     back_through_layer: Callable
@@ -132,12 +164,14 @@ def calibrated(
     sensitivity_tokens: int,
     progress: Any,
     cache_dir: str | Path | None,
+    predict: bool | None = None,
 ) -> Moments:
     """`calibrate` for either backend."""
     check_dense(model)
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
     kept = chosen_layers(layers, model.config)
-    name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens)}.safetensors"
+    predict = words.affordable(model.config) if predict is None else predict
+    name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
         return Moments.load(file)
@@ -145,6 +179,8 @@ def calibrated(
     order = range(model.config.num_layers)
     backwards = sensitivity_windows(windows, sensitivity_tokens)
     states = through.begin(model, windows)
+    texts = [through.window_words(x_bqm) for x_bqm in states] if predict else None
+    moments.words = through.word_moments(texts) if texts else None
     in_front = {}
     gradients = None
     for layer, back in progress(
@@ -152,11 +188,11 @@ def calibrated(
     ):
         if not back:
             in_front[layer] = states[:backwards]
-            states, found = through.through_layer(model, layer, states)
+            states, found = through.through_layer(model, layer, states, texts)
         else:
             gradients = gradients or through.begin_backward(model, states[:backwards], seed)
             gradients, found = through.back_through_layer(model, layer, in_front.pop(layer), gradients)
-            found = with_fisher(moments.layers[layer], found) if layer in kept else None
+            found = replace(moments.layers[layer], F=found) if layer in kept else None
         if layer in kept:
             moments.layers[layer] = found
     if file:
@@ -191,36 +227,46 @@ def sensitivity_windows(windows: list[list[int]], tokens: int) -> int:
     return max(1, int(np.searchsorted(np.cumsum([len(window) for window in windows]), tokens, side="right")))
 
 
-def with_fisher(pair: LayerMoments, fisher: tuple[np.ndarray, np.ndarray]) -> LayerMoments:
-    """The moments of one layer with their Fisher matrices."""
-    k, v = (SideMoments(side.M_gdgd, side.mean_gd, F_gdgd) for side, F_gdgd in zip(pair, fisher, strict=True))
-    return k, v
-
-
 def begin(model: Any, windows: Iterable[list[int]]) -> list[np.ndarray]:
     """Embedded windows [1,q,m]: the states in front of layer 0."""
     return [model.embed(np.array([window])) for window in windows]
 
 
-def through_layer(model: Any, layer: int, states: list[np.ndarray]) -> tuple[list[np.ndarray], LayerMoments]:
-    """(states behind a layer, moments of its normed K before RoPE and of its V)."""
-    sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+def through_layer(
+    model: Any, layer: int, states: list[np.ndarray], texts: list[np.ndarray] | None = None
+) -> tuple[list[np.ndarray], LayerMoments]:
+    """(states behind a layer, moments of its normed K before RoPE and of its V). texts: the words of each window."""
+    sums: dict[str, np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
 
-    def collect(name: str, array: Any) -> None:
-        found = second_moment(array), array.reshape(-1, *array.shape[2:]).astype(np.float64).sum(0)
-        sums[name] = tuple(a + b for a, b in zip(sums[name], found)) if name in sums else found  # type: ignore[assignment]
+    def add(name: str, found: np.ndarray) -> None:
+        sums[name] = sums[name] + found if name in sums else found
 
-    watch, block = Watch({"attn.K_bkgd": collect, "attn.V_bkge": collect}), model.weights.layers[layer]
-    behind = [
-        np.ascontiguousarray(model.block(x_bqm, layer, block, np.arange(x_bqm.shape[1])[None], None, watch))
-        for x_bqm in states
-    ]
+    watch, block = (
+        Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__}),
+        model.weights.layers[layer],
+    )
+    behind = []
+    for index, x_bqm in enumerate(states):
+        positions_bq = np.arange(x_bqm.shape[1])[None]
+        behind.append(np.ascontiguousarray(model.block(x_bqm, layer, block, positions_bq, None, watch)))
+        X_bkgd = np.concatenate([held["attn.K_bkgd"], held["attn.V_bkge"]], 2).astype(np.float64)
+        add("M", second_moment(X_bkgd))
+        add("mean", X_bkgd[0].sum(0))
+        if texts is not None:
+            add("N", einsum("bkgd,bkz->gdz", X_bkgd, texts[index].astype(np.float64)))
     tokens = sum(x_bqm.shape[1] for x_bqm in states)
-    k, v = (SideMoments(*(total / tokens for total in sums[name])) for name in ("attn.K_bkgd", "attn.V_bkge"))
-    return behind, (k, v)
+    return behind, LayerMoments.of({name: total / tokens for name, total in sums.items()})
 
 
-THROUGH = Through(begin, through_layer, sensitivity.begin_backward, sensitivity.back_through_layer)
+THROUGH = Through(
+    begin,
+    words.window_words,
+    words.word_moments,
+    through_layer,
+    sensitivity.begin_backward,
+    sensitivity.back_through_layer,
+)
 
 
 def read_text(text_or_path: str | Path) -> str:

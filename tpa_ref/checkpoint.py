@@ -57,7 +57,7 @@ from .weights import (
 )
 
 DTYPES = ("float32", "float64")
-CONSTANTS = ("basis", "encoder", "mean")  # of a Factorization
+CONSTANTS = ("basis", "encoder", "mean", "predictor")  # of a Factorization
 SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
@@ -298,27 +298,28 @@ def check_factors(factors: list[Any], config: GemmaConfig) -> None:
     """Saved factorizations are ones this program could have made: known modes and dtypes, bases of the right shape."""
     if len(factors) != config.num_layers:
         raise TPAError(f"load: saved factors must cover {config.num_layers} layers, got {len(factors)}")
-    g, d = config.num_kv_heads, config.head_dim
     for layer, pair in enumerate(factors):
         for side, how in zip("KV", pair, strict=True):
             where = f"load: saved factors of layer {layer}, {side}"
             if how.mode not in (*MODES, "dense"):
                 raise TPAError(f"{where}: mode must be one of {', '.join(MODES)} or dense, got {how.mode!r}")
-            if how.dtype not in (*KV_DTYPES, "float64", "spectral"):
+            if how.dtype not in (*KV_DTYPES, "float64", "spectral", *(["shared"] if side == "V" else [])):
                 raise TPAError(f"{where}: dtype must be one of {', '.join(KV_DTYPES)}, got {how.dtype!r}")
             if how.mode == "dense":
                 continue
-            least = 0 if how.dtype == "spectral" else 1
-            if type(how.rank) is not int or not least <= how.rank <= exact_rank(how.mode, config):
-                raise TPAError(
-                    f"{where}: rank must lie in {least} ... {exact_rank(how.mode, config)}, got {how.rank!r}"
-                )
+            least = 0 if how.dtype in ("spectral", "shared") else 1
+            both = pair[1].dtype == "shared"  # coefficients of K and V together
+            most = exact_rank(how.mode, config) * (2 if both else 1)
+            if type(how.rank) is not int or not least <= how.rank <= most:
+                raise TPAError(f"{where}: rank must lie in {least} ... {most}, got {how.rank!r}")
+            if both and (how.rank, how.mode, pair[0].dtype) != (pair[0].rank, "latent", "spectral"):
+                raise TPAError(f"{where}: coefficients that V shares are those of a spectral K of the same rank")
             if how.dtype == "spectral" and (how.mode != "latent" or len(how.widths) != how.rank):
                 raise TPAError(
                     f"{where}: a spectral cache is latent with one width a coefficient, "
                     f"got {how.mode}, rank {how.rank} and {len(how.widths)} widths"
                 )
-            for name, shapes in constant_shapes(how, g, d).items():
+            for name, shapes in constant_shapes(how, config).items():
                 value = how.constants()[name]
                 got, tensor = None if value is None else tuple(value.shape), f"tpa.layers.{layer}.{side.lower()}.{name}"
                 if got not in shapes:
@@ -327,9 +328,9 @@ def check_factors(factors: list[Any], config: GemmaConfig) -> None:
                     raise TPAError(f"load: {tensor} must be float, got {value.dtype}")
 
 
-def constant_shapes(how: Factorization, g: int, d: int) -> dict[str, list]:
+def constant_shapes(how: Factorization, config: GemmaConfig) -> dict[str, list]:
     """The shapes that each constant array of a factorization may have; None: there need be none."""
-    R = how.rank
+    R, g, d = how.rank, config.num_kv_heads, config.head_dim
     basis: dict[str, list] = {
         "contextual": [None],
         "fixed-a": [(R, g), (R, g, d)],
@@ -337,11 +338,13 @@ def constant_shapes(how: Factorization, g: int, d: int) -> dict[str, list]:
         "latent": [(R, g, d)],
     }
     weighted = how.mode in ("fixed-b", "latent")
-    if how.dtype == "spectral" or how.encoder is not None or how.mean is not None:
+    coded = how.dtype in ("spectral", "shared")
+    if coded or how.encoder is not None or how.mean is not None:
         encoder, mean = (basis[how.mode], [(g, d)]) if weighted else ([None], [None])
     else:
         encoder, mean = [None], [None]
-    return {"basis": basis[how.mode], "encoder": encoder, "mean": mean}
+    predictor = [None, (2 * config.hidden_size, g, d)] if coded else [None]
+    return {"basis": basis[how.mode], "encoder": encoder, "mean": mean, "predictor": predictor}
 
 
 # ---- saving ----

@@ -89,6 +89,11 @@ def add_tpa_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--holdout", metavar="FILE", help="text --max-kl is measured on (default: the shipped one)")
     group.add_argument("--sinks", type=int, metavar="N", help="first tokens that global layers keep exactly")
     group.add_argument("--recent", type=int, default=0, metavar="N", help="newest tokens that they keep exactly")
+    group.add_argument(
+        "--predict",
+        action=argparse.BooleanOptionalAction,
+        help="code only what the tokens do not tell of K and V (default: yes up to a hidden size of 512)",
+    )
     group.add_argument("--mode", choices=MODES, help="for K and V, instead of a rate")
     group.add_argument("--k-mode", choices=MODES)
     group.add_argument("--v-mode", choices=MODES)
@@ -119,7 +124,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def tpa_config(args: argparse.Namespace) -> TPAConfig:
     """The TPAConfig that the options mean."""
-    names = [*FORM, "q_rank", "layers", "rate", "sinks", "recent"]
+    names = [*FORM, "q_rank", "layers", "rate", "sinks", "recent", "predict"]
     chosen = {name: getattr(args, name) for name in names} | {"context": getattr(args, "context", None)}
     if args.kv_budget is not None or args.max_kl is not None:
         given = [name for name in (*FORM, "rate") if chosen[name] is not None]
@@ -207,14 +212,20 @@ def describe_factors(model: Any) -> list[str]:
     lines: list[str] = []
     start = 0
     numbers = model.config.num_kv_heads * model.config.head_dim
-    shown = [tuple(_describe_side(how, numbers) for how in pair) for pair in model.factors]
+    shown = [_describe_pair(k, v, numbers).replace(" R=0", "") for k, v in model.factors]
     for layer in range(1, len(shown) + 1):
         if layer == len(shown) or shown[layer] != shown[start]:
-            k, v = (text.replace(" R=0", "") for text in shown[start])
             name = f"layer {start}" if layer - start == 1 else f"layers {start}-{layer - 1}"
-            lines.append(f"{name}: K {k}, V {v}")
+            lines.append(f"{name}: {shown[start]}")
             start = layer
     return lines
+
+
+def _describe_pair(k: Any, v: Any, numbers: int) -> str:
+    if v.dtype != "shared":
+        return f"K {_describe_side(k, numbers)}, V {_describe_side(v, numbers)}"
+    rest = "" if k.predictor is None else ", the rest from the words"
+    return f"K and V {_describe_side(k, 2 * numbers)}{rest}"
 
 
 def _describe_side(how: Any, numbers: int) -> str:

@@ -481,7 +481,8 @@ def exact_rank(mode: str, config: GemmaConfig) -> int:
 class LayerConfig:
     """What the cache of one converted layer holds: mode, rank and storage dtype, for K and for V.
 
-    dtype "spectral": the widths give the bits of each of the `rank` coefficients.
+    dtype "spectral": the widths give the bits of each of the `rank` coefficients. v_dtype "shared": those of K are also
+    V's.
     """
 
     k_mode: str
@@ -494,11 +495,9 @@ class LayerConfig:
     v_widths: tuple[int, ...] = ()
 
     @classmethod
-    def spectral(cls, k_widths: tuple[int, ...], v_widths: tuple[int, ...]) -> LayerConfig:
-        """`latent` with a width for every coefficient; none at all leaves the mean alone."""
-        return cls(
-            "latent", "latent", len(k_widths), len(v_widths), "spectral", "spectral", tuple(k_widths), tuple(v_widths)
-        )
+    def spectral(cls, widths: tuple[int, ...]) -> LayerConfig:
+        """`latent`, K and V as one vector, with a width for every coefficient; none at all leaves the mean alone."""
+        return cls("latent", "latent", len(widths), len(widths), "spectral", "shared", tuple(widths))
 
 
 @dataclass(frozen=True)
@@ -516,6 +515,8 @@ class TPAConfig:
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
     sinks, recent: how many first and newest tokens the global layers also keep exactly, in bfloat16 (default: 4 and 0
     with a rate, else none).
+    predict: whether a spectral cache codes only what the words do not tell (`words`); default: where calibration has
+    found out what they do.
     per_layer: the complete choice, one LayerConfig (or None: dense) a layer, instead of mode, ranks, dtypes and layers.
 
     >>> TPAConfig(k_rank=2, v_rank=2).resolve(GemmaConfig.gemma3_4b())[0][0].k_mode
@@ -537,6 +538,7 @@ class TPAConfig:
     context: int | None = None
     sinks: int | None = None
     recent: int = 0
+    predict: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("mode", "k_mode", "v_mode"):
@@ -556,6 +558,10 @@ class TPAConfig:
             if (value is not None or name == "recent") and not (whole and least <= value <= most):
                 bound = f">= {least}" if most == MANY else f"in {least} ... {most}"
                 raise TPAError(f"tpa config: {name} must be a whole number {bound}, got {value!r}")
+        if self.predict not in (None, True, False):
+            raise TPAError(f"tpa config: predict must be true, false or not given, got {self.predict!r}")
+        if self.predict and not self.spectral:
+            raise TPAError("tpa config: only a spectral cache is predicted from words, so predict wants a rate")
         if self.rate is None:
             return
         number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
@@ -592,7 +598,7 @@ class TPAConfig:
         chosen = chosen_layers(self.layers, config)
         if self.spectral:  # widths follow from the spectra of all layers
             exact = exact_rank("latent", config)
-            layer = LayerConfig("latent", "latent", exact, exact, "spectral", "spectral")
+            layer = LayerConfig("latent", "latent", 2 * exact, 2 * exact, "spectral", "shared")
             return tuple(layer if index in chosen else None for index in range(config.num_layers)), []
         ranks_given = self.k_rank is not None or self.v_rank is not None
         mode = self.mode or ("contextual" if ranks_given else "latent")

@@ -38,7 +38,9 @@ class Factorization:
 
     `fixed-b` and `latent` may bring factors made for the damage an error does instead of for the error itself
     (`spectral`): then coefficients come from `encoder` (otherwise the basis itself, whose rows are orthonormal), and
-    `mean` is subtracted before and added behind. dtype "spectral": coefficient s takes widths[s] bits.
+    `mean` is subtracted before and added behind, and so is what `predictor` makes of the words (`words`).
+    dtype "spectral": coefficient s takes widths[s] bits. dtype "shared" (of V): its coefficients are those of K, where
+    both are coded as one vector.
     """
 
     mode: str
@@ -49,6 +51,7 @@ class Factorization:
     encoder: Any = field(default=None, repr=False)  # the shape of basis
     mean: Any = field(default=None, repr=False)  # [g,d]
     widths: tuple[int, ...] = field(default=(), repr=False)  # bits of each coefficient, for dtype "spectral"
+    predictor: Any = field(default=None, repr=False)  # W_zgd
 
     @property
     def rotated(self) -> bool:
@@ -57,7 +60,7 @@ class Factorization:
 
     def constants(self) -> dict[str, Any]:
         """Its constant arrays by name, None where there is none."""
-        return {"basis": self.basis, "encoder": self.encoder, "mean": self.mean}
+        return {"basis": self.basis, "encoder": self.encoder, "mean": self.mean, "predictor": self.predictor}
 
 
 def part_shapes(mode: str, rank: int, g: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -248,12 +251,25 @@ def truncate_query_heads(WQ_hdm: np.ndarray, rank: int) -> tuple[np.ndarray, np.
 # ---- one token's K or V -> what is cached, and back ----
 
 
-def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
+def encode_pair(
+    K_bkgd: np.ndarray, V_bkge: np.ndarray, how: tuple[Factorization, Factorization], Z_bkz: np.ndarray | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The parts of K and of V that are cached. Coefficients that they share are the sum of what each gives to them,
+    and lie with K. Z: the words of the tokens, [b,k,2m], where something is predicted from them.
+    """
+    how_k, how_v = how
+    parts_k, parts_v = encode(K_bkgd, how_k, Z_bkz), encode(V_bkge, how_v, Z_bkz)
+    if how_v.dtype == "shared":
+        return {"C": parts_k["C"] + parts_v["C"]}, {}
+    return parts_k, parts_v
+
+
+def encode(X_bkgd: np.ndarray, how: Factorization, Z_bkz: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The parts that are cached: {part: [b, k, *part_shapes(...)]}.
 
     `contextual`: Eq. (3.1) solved per token. `fixed-a`: B = (1/R) A X (A has rows R u_r). `fixed-b`: a_g = B_g x_g.
     `latent`: c = B vec(X). In the last two the basis is orthonormal, so projecting is also the least-squares answer;
-    with an encoder E of its own, c = E (x - mean).
+    with an encoder E of its own, c = E (x - mean - W z).
     """
     b, k = X_bkgd.shape[:2]
     if how.mode == "dense":
@@ -266,6 +282,8 @@ def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
     encoder = (how.basis if how.encoder is None else how.encoder).astype(X_bkgd.dtype)
     if how.mean is not None:
         X_bkgd = X_bkgd - how.mean.astype(X_bkgd.dtype)
+    if how.predictor is not None:
+        X_bkgd = X_bkgd - predicted(Z_bkz, how)
     if how.mode == "fixed-b":
         return {"A": einsum("gsd,bkgd->bkgs", encoder, X_bkgd)}
     return {"C": einsum("sgd,bkgd->bks", encoder, X_bkgd)}
@@ -273,7 +291,7 @@ def encode(X_bkgd: np.ndarray, how: Factorization) -> dict[str, np.ndarray]:
 
 def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarray:
     """K or V formed again from its parts, Eq. (3.1): [b,k,g,d]. The oracle of the factorized attention, and how
-    `fixed-b` and `latent` rebuild K before they rotate it.
+    `fixed-b` and `latent` rebuild K before they rotate it. A part "Z" are the words, which nobody stores.
     """
     if how.mode == "dense":
         return parts["X"]
@@ -287,7 +305,15 @@ def decode(parts: dict[str, np.ndarray], how: Factorization, g: int) -> np.ndarr
         X_bkgd = einsum("bkgs,gsd->bkgd", parts["A"], basis)
     else:
         X_bkgd = einsum("bks,sgd->bkgd", parts["C"], basis)
+    if how.predictor is not None:
+        X_bkgd = X_bkgd + predicted(parts["Z"], how)
     return X_bkgd if how.mean is None else X_bkgd + how.mean.astype(basis.dtype)
+
+
+def predicted(Z_bkz: np.ndarray | None, how: Factorization) -> np.ndarray:
+    """What the words tell of K or V, W z: [b,k,z] -> [b,k,g,d]."""
+    assert Z_bkz is not None
+    return einsum("bkz,zgd->bkgd", Z_bkz, how.predictor.astype(Z_bkz.dtype))
 
 
 def mix_heads(A: np.ndarray, B_bksd: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from .config import GemmaConfig
 from .errors import TPAError
 from .weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision
 
-FORMAT, VERSION = "tpa-gemma3", 2  # of models saved by this program
+FORMAT, VERSION = "tpa-gemma3", 3  # of models saved by this program
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 VISION_PREFIXES = {  # the longer one first

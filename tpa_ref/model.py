@@ -5,14 +5,14 @@ tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import attention, factorize, masks, rope, spectral, vision
+from . import attention, factorize, masks, rope, spectral, vision, words
 from . import cache as kv
 from .calibrate import LayerMoments, Moments, SideMoments, calibrate
 from .config import DEFAULT_CONTEXT, DEFAULT_RATE, GemmaConfig, LayerConfig, TPAConfig, chosen_layers
@@ -24,9 +24,9 @@ from .spectral import Spectrum
 from .tokenizer import Tokenizer
 from .trace import Tracer, no_trace, scoped
 from .weights import LayerWeights, Weights
+from .words import WordMoments
 
 einsum = partial(np.einsum, optimize=True)
-Spectra = tuple[Spectrum, Spectrum]  # of K and of V of one layer
 QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
 
 
@@ -89,8 +89,11 @@ class Model:
             E_itm = self.embed_images(images, trace)
             x_bqm[is_image_bq] = E_itm.reshape(-1, E_itm.shape[-1])
         x_bqm = trace("embed.x_bqm", x_bqm)
+        text_bt = text_so_far(self, tokens_bq, is_image_bq, positions_bq, cache)
         for layer, block in enumerate(self.weights.layers):
-            x_bqm = self.block(x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"), last_bq)
+            x_bqm = self.block(
+                x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"), last_bq, text_bt
+            )
         if cache is not None:
             cache.advance(positions_bq)
         return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
@@ -99,6 +102,15 @@ class Model:
         """Rows of the embedding table times sqrt(m): [b,q] -> [b,q,m]."""
         embed_vm = self.weights.embed_vm
         return embed_vm[tokens_bq] * embed_vm.dtype.type(self.config.hidden_size**0.5)
+
+    def words(self, text_bt: np.ndarray | None, positions_bk: np.ndarray) -> np.ndarray:
+        """z of the tokens at some positions of the text (`words`): [b,t] by position, [b,k] -> [b,k,2m]."""
+        assert text_bt is not None
+        rows = [
+            words.unit_rows(self.embed(np.maximum(numbers_bk, 1) - 1)) * (numbers_bk > 0)[..., None]
+            for numbers_bk in words.with_previous(text_bt.astype(np.int64), positions_bk)
+        ]
+        return np.concatenate(rows, -1).astype(self.dtype)
 
     def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
         """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
@@ -120,11 +132,12 @@ class Model:
         cache: kv.Cache | None,
         trace: Tracer,
         last_bq: np.ndarray | None = None,
+        text_bt: np.ndarray | None = None,
     ) -> np.ndarray:
         """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
         eps = self.config.rms_eps
         a_bqm = trace("attn.norm_bqm", rms_norm(x_bqm, w.attn_norm_m, eps))
-        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace, last_bq)
+        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace, last_bq, text_bt)
         x_bqm = trace("attn.residual_bqm", x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps))
         a_bqm = rms_norm(x_bqm, w.mlp_norm_m, eps)
         return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
@@ -138,6 +151,7 @@ class Model:
         cache: kv.Cache | None,
         trace: Tracer,
         last_bq: np.ndarray | None = None,
+        text_bt: np.ndarray | None = None,
     ) -> np.ndarray:
         """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
         config = self.config
@@ -153,7 +167,8 @@ class Model:
         Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
 
         # 2) factorize; RoPE acts on b where b is what is cached
-        parts_k, parts_v = factorize.encode(K_bkgd, how_k), factorize.encode(V_bkge, how_v)
+        Z_bqz = self.words(text_bt, positions_bq) if kv.reads_words([(how_k, how_v)]) else None
+        parts_k, parts_v = factorize.encode_pair(K_bkgd, V_bkge, (how_k, how_v), Z_bqz)
         if how_k.rotated:
             part = "X" if how_k.mode == "dense" else "B"
             parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
@@ -174,9 +189,8 @@ class Model:
         # 4) attention on the factors: one softmax over the keys of all segments
         logits, parts = [], []
         for segment in segments:
-            parts_k, parts_v = (
-                kv.load(side, how, g, d, a_bqm.dtype) for side, how in zip(segment.held, segment.how, strict=True)
-            )
+            Z_bkz = self.words(text_bt, segment.positions_bk) if kv.reads_words([segment.how]) else None
+            parts_k, parts_v = kv.load_pair(segment.held, segment.how, g, d, a_bqm.dtype, Z_bkz)
             tables_k = rope.rope_tables(segment.positions_bk, d, base, scale)
             L_bhqk = attention.scores(Q_bqhd, parts_k, segment.how[0], g, tables_k, config.query_scale)
             seen_bqk = masks.visible(positions_bq, segment.positions_bk, config.window(layer), last_bq)
@@ -259,6 +273,16 @@ def text_positions(model: Any, tokens_bq: np.ndarray, lengths_b: np.ndarray | No
     return positions_bq
 
 
+def text_so_far(
+    model: Any, tokens_bq: np.ndarray, is_image_bq: np.ndarray, positions_bq: np.ndarray, cache: Any
+) -> np.ndarray | None:
+    """The text by position up to the new tokens, [b,t] (`words.numbered`), kept by the cache; None if nobody asks."""
+    if not kv.reads_words(model.factors):
+        return None
+    numbers_bq = words.numbered(tokens_bq, (positions_bq >= 0) & ~is_image_bq)
+    return numbers_bq if cache is None else cache.remember(numbers_bq, positions_bq)
+
+
 def check_cache(cache: Any, model: Any, batch: int) -> None:
     """A cache belongs to one conversion (its numbers mean nothing to other constant factors) and one batch size."""
     if cache.batch != batch:
@@ -278,13 +302,26 @@ def convert(
     """
     converted = begin_conversion(model, tpa)
     moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
-    spectra: dict[int, Spectra] = {}
-    if wants_bits(converted.tpa):  # all layers share the bits, so all spectra come first
-        for layer in progress(sorted(chosen_layers(converted.tpa.layers, model.config))):
-            spectra[layer] = layer_spectra(converted, layer, moments.of_layer(layer) if moments else None)
-        spend_bits(converted, {layer: (k.variance_s, v.variance_s) for layer, (k, v) in spectra.items()})
-    for layer in progress(range(model.config.num_layers)):
-        convert_layer(converted, layer, moments, spectra.pop(layer, None))
+    return converted_by(layer_spectrum, convert_layer, converted, moments, progress)
+
+
+def converted_by(
+    layer_spectrum: Callable, convert_layer: Callable, converted: Any, moments: Moments | None, progress: Any
+) -> Any:
+    """A begun conversion of either backend, finished."""
+    spectra: dict[int, Spectrum] = {}
+    chosen = sorted(chosen_layers(converted.tpa.layers, converted.config))
+    if converted.tpa.spectral:  # all layers share the bits, so all spectra come first
+        text = words_of(converted.tpa, moments)
+        for layer in progress(chosen):
+            spectra[layer] = layer_spectrum(converted, layer, moments.of_layer(layer) if moments else None, text)
+        if wants_bits(converted.tpa):
+            predicted = any(found.predictor_zgd is not None for found in spectra.values())
+            spend_bits(converted, {layer: found.variance_s for layer, found in spectra.items()}, predicted)
+    per_layer, _ = converted.tpa.resolve(converted.config)
+    for layer in progress(range(converted.config.num_layers)):
+        of_layer = moments.of_layer(layer) if moments and per_layer[layer] else None
+        convert_layer(converted, layer, of_layer, spectra.pop(layer, None))
     return converted
 
 
@@ -293,27 +330,29 @@ def wants_bits(tpa: TPAConfig) -> bool:
     return tpa.spectral and tpa.per_layer is None
 
 
-def spend_bits(converted: Any, variances: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
+def spend_bits(converted: Any, variances: dict[int, np.ndarray], predicted: bool) -> None:
     """Choose the widths of all layers at the rate of the configuration."""
-    converted.tpa = replace(converted.tpa, per_layer=allocated(converted.config, converted.tpa, variances))
+    converted.tpa = replace(converted.tpa, per_layer=allocated(converted.config, converted.tpa, variances, predicted))
 
 
 def allocated(
-    config: GemmaConfig, tpa: TPAConfig, variances: dict[int, tuple[np.ndarray, np.ndarray]]
+    config: GemmaConfig, tpa: TPAConfig, variances: dict[int, np.ndarray], predicted: bool = False
 ) -> tuple[LayerConfig | None, ...]:
     """One choice a layer at the rate of a configuration, by `spectral.allocate`; None for a layer that stays dense.
 
-    variances: of the coefficients of K and of V, for every layer that is converted.
+    variances: of the coefficients of every layer that is converted. predicted: the text is kept, and paid for.
     """
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
     layers = sorted(variances)
-    entries = [config.slots(layer, context) for layer in layers for _ in "kv"]
-    numbers = sum(entries) * config.num_kv_heads * config.head_dim
-    widths = spectral.allocate(
-        [side for layer in layers for side in variances[layer]], entries, (tpa.rate or DEFAULT_RATE) * numbers
-    )
-    kept = iter(tuple(width for width in side if width) for side in widths)
-    chosen = {layer: LayerConfig.spectral(next(kept), next(kept)) for layer in layers}
+    entries = [config.slots(layer, context) for layer in layers]
+    numbers = sum(entries) * 2 * config.num_kv_heads * config.head_dim
+    text = 8 * context * words.token_bytes(config.vocab_size) if predicted else 0
+    bits = max(0, (tpa.rate or DEFAULT_RATE) * numbers - text)
+    widths = spectral.allocate([variances[layer] for layer in layers], entries, bits)
+    chosen = {
+        layer: LayerConfig.spectral(tuple(width for width in found if width))
+        for layer, found in zip(layers, widths, strict=True)
+    }
     return tuple(chosen.get(layer) for layer in range(config.num_layers))
 
 
@@ -333,83 +372,106 @@ def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
     return converted
 
 
-def convert_layer(converted: Model, layer: int, moments: Moments | None, spectra: Spectra | None = None) -> None:
+def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, spectrum: Spectrum | None = None) -> None:
     """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
     assert converted.tpa is not None
     per_layer, _ = converted.tpa.resolve(converted.config)
     q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
     choice = per_layer[layer]
     if choice is not None:
-        of_layer = moments.of_layer(layer) if moments and spectra is None else None
-        converted.factors[layer] = layer_factors(converted, layer, choice, of_layer, spectra)
+        converted.factors[layer] = layer_factors(converted, layer, choice, moments, spectrum)
     if q_rank < converted.config.num_heads:
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
 def layer_moments(model: Model, layer: int) -> LayerMoments:
-    """Second moments of K and V of one layer from its weights alone."""
+    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V."""
     w = model.weights.layers[layer]
-    zero_gd = np.zeros(w.WK_gdm.shape[:2])
-    return (
-        SideMoments(factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d), zero_gd),
-        SideMoments(factorize.moment_from_weights(w.WV_gem, w.attn_norm_m), zero_gd.copy()),
-    )
+    g, d = w.WK_gdm.shape[:2]
+    M_gdgd = np.zeros((2 * g, d, 2 * g, d))
+    M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
+    M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
+    return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
 
 
-def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spectra:
-    """The spectral transforms of K and V of one layer. moments None: from the weights alone."""
-    k, v = (
-        spectral.spectrum(side.M_gdgd, side.mean_gd, side.F_gdgd) for side in moments or layer_moments(model, layer)
-    )
-    return k, v
+def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text: WordMoments | None = None) -> Spectrum:
+    """The spectral transform of K and V of one layer. moments None: from the weights alone.
+
+    text: moments of the words, where K and V are predicted from them.
+    """
+    moments = moments or layer_moments(model, layer)
+    M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
+    if text is not None and moments.N_gdz is not None:
+        M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
+    return replace(spectral.spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
+
+
+def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:
+    """The moments of the words, if K and V are to be predicted from them."""
+    found = moments.words if moments else None
+    if tpa.predict and found is None:
+        raise TPAError("convert: predict wants moments of the words: calibrate on a text, with predict=True")
+    return None if tpa.predict is False else found
 
 
 def layer_factors(
-    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectra: Spectra | None = None
+    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectrum: Spectrum | None = None
 ) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
     full = "float64" if model.dtype == "float64" else "float32"
-    if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
-        spectra = layer_spectra(model, layer, moments)
-    needed = {choice.k_dtype, choice.v_dtype} != {"spectral"}  # a transform says all that its side needs
-    pair = (moments or layer_moments(model, layer)) if needed else (None, None)
-    sides = (
-        (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
-        (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
+    g = model.config.num_kv_heads
+    if choice.v_dtype == "shared":
+        whole = spectrum or layer_spectrum(model, layer, moments)
+        return (
+            spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, full),
+            spectral_factors(whole, slice(g, None), "shared", choice.k_widths, full),
+        )
+    k, v = (moments or layer_moments(model, layer)).sides
+    return (
+        side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, k, full),
+        side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, v, full),
     )
-    k, v = (
-        side_factors(*side, pair[index], spectra[index] if spectra else None, full) for index, side in enumerate(sides)
+
+
+def spectral_factors(spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], full: str) -> Factorization:
+    """The heads of K, or of V, of a transform, with the coefficients that have any bits."""
+    rank = len(widths)
+    lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
+    basis, encoder, predictor = (
+        None if x is None else np.ascontiguousarray(x[:, heads], full)
+        for x in (spectrum.basis_sgd[:rank], spectrum.encoder_sgd[:rank], spectrum.predictor_zgd)
     )
-    return k, v
+    return Factorization(
+        "latent",
+        rank,
+        dtype,
+        basis,
+        float(np.sqrt(lost / total)) if total > 0 else 0.0,
+        encoder,
+        np.ascontiguousarray(spectrum.mean_gd[heads], full),
+        () if dtype == "shared" else tuple(widths),
+        predictor,
+    )
 
 
 def side_factors(
-    mode: str,
-    rank: int,
-    dtype: str,
-    widths: tuple[int, ...],
-    moments: SideMoments | None,
-    spectrum: Spectrum | None,
-    full: str,
+    mode: str, rank: int, dtype: str, widths: tuple[int, ...], moments: SideMoments, full: str
 ) -> Factorization:
-    """How K (or V) of one layer is cached. full: the dtype of constant factors."""
-    encoder = mean = None
+    """How K (or V) of one layer is cached by itself. full: the dtype of constant factors."""
+    M_gdgd, mean_gd, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
+    g, d = mean_gd.shape
     if dtype == "spectral":
-        assert spectrum is not None
-        encoder, basis, mean = spectrum.encoder_sgd[:rank], spectrum.basis_sgd[:rank], spectrum.mean_gd
-        lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
-        error = float(np.sqrt(lost / total)) if total > 0 else 0.0
+        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, full)
+    encoder: Any = None
+    mean: Any = None
+    basis: Any
+    if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
+        encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean_gd, F_gdgd)
+        mean = mean_gd
     else:
-        assert moments is not None
-        M_gdgd, mean, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
-        g, d = mean.shape
-        if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
-            encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean, F_gdgd)
-        else:
-            mean = None
-            basis, error = factorize.constant_basis(mode, rank, M_gdgd)
+        basis, error = factorize.constant_basis(mode, rank, M_gdgd)
     basis, encoder, mean = (None if x is None else np.ascontiguousarray(x, full) for x in (basis, encoder, mean))
-    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
+    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean)
 
 
 def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:

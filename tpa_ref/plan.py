@@ -1,6 +1,6 @@
 """The planner: the smallest cache that keeps a bound on quality, or the best one of a given size.
 
-Calibration knows what every bit is worth (`spectral`): a bit goes to the layer, to K or V, to the coefficient where it
+Calibration knows what every bit is worth (`spectral`): a bit goes to the layer and to the coefficient where it
 removes most damage for each byte that it takes at the given length of text, so at long context the global layers pay
 for themselves and the window layers keep what they need. One number is left to choose, the rate. For a size it follows
 by arithmetic; for a bound on KL the whole model is measured on text that calibration has not seen, since the predicted
@@ -23,7 +23,8 @@ from .config import DEFAULT_CONTEXT, MAX_RATE, GemmaConfig, LayerConfig, TPAConf
 from .errors import TPAError
 from .factorize import Factorization
 from .memory import full_bytes, windowed_bytes
-from .model import allocated, dense_layer
+from .model import allocated, dense_layer, words_of
+from .spectral import Spectrum
 
 MARGIN = 0.95  # of the bound: other text differs a little from what is measured here
 LEAST_RATE = 0.02
@@ -79,17 +80,14 @@ class Plan:
             "chosen": vars(self.chosen),
             "bound_damage": self.bound_damage,
             "trials": [vars(trial) for trial in self.trials],
-            "bits_per_number": bits_per_number(self.config),
+            "bits_per_token": bits_per_token(self.config),
             "config": self.config.to_dict(),
         }
 
 
-def bits_per_number(config: TPAConfig) -> list[list[float] | None]:
-    """[K, V] of every layer: stored bits per coefficient of the full transform; None where it is dense."""
-    return [
-        None if choice is None else [float(sum(choice.k_widths)), float(sum(choice.v_widths))]
-        for choice in config.per_layer or ()
-    ]
+def bits_per_token(config: TPAConfig) -> list[int | None]:
+    """Bits of a token in every layer, K and V together; None where it is dense."""
+    return [None if choice is None else sum(choice.k_widths) for choice in config.per_layer or ()]
 
 
 def plan(
@@ -123,17 +121,17 @@ def make_plan(
     none, the one of the budget. base: layers, sinks and newest tokens to plan with. progress: wraps the trials.
     """
     from .evaluate import evaluate
-    from .model import convert, layer_spectra
+    from .model import convert, layer_spectrum
 
     return planned(
-        convert, evaluate, layer_spectra, model, moments, kv_budget, max_kl, context, holdout, base, progress
+        convert, evaluate, layer_spectrum, model, moments, kv_budget, max_kl, context, holdout, base, progress
     )
 
 
 def planned(
     convert: Callable,
     evaluate: Callable,
-    layer_spectra: Callable,
+    layer_spectrum: Callable,
     model: Any,
     moments: Moments,
     kv_budget: float | None,
@@ -146,7 +144,8 @@ def planned(
     """`make_plan` for either backend."""
     check_bounds(kv_budget, max_kl, context, holdout)
     base = replace(base or TPAConfig(rate=1.0), context=context, per_layer=None)
-    curve = Curve(model.config, base, moments, lambda layer: layer_spectra(model, layer, moments.of_layer(layer)))
+    text = words_of(base, moments)
+    curve = Curve(model.config, base, lambda layer: layer_spectrum(model, layer, moments.of_layer(layer), text))
     budget_rate = None if kv_budget is None else curve.rate_of_ratio(kv_budget)
     if kv_budget is not None and budget_rate is None:
         raise TPAError(
@@ -218,17 +217,21 @@ def next_damage(trials: list[Trial], goal: float) -> float:
 class Curve:
     """Rate -> bytes and predicted damage of one model at one context. All transforms are made once."""
 
-    def __init__(
-        self, config: GemmaConfig, base: TPAConfig, moments: Moments, spectra: Callable[[int], tuple[Any, Any]]
-    ):
+    def __init__(self, config: GemmaConfig, base: TPAConfig, spectrum: Callable[[int], Spectrum]):
         self.model_config, self.base = config, base
         self.layers = sorted(chosen_layers(base.layers, config))
-        self.variances = {layer: tuple(side.variance_s for side in spectra(layer)) for layer in self.layers}
+        self.variances, self.predicted = {}, set()
+        for layer in self.layers:
+            found = spectrum(layer)
+            self.variances[layer] = found.variance_s
+            if found.predictor_zgd is not None:
+                self.predicted.add(layer)
 
     def config(self, rate: float) -> TPAConfig:
         """The configuration of a rate."""
         config = replace(self.base, rate=rate, per_layer=None)
-        return replace(config, per_layer=allocated(self.model_config, config, self.variances))
+        per_layer = allocated(self.model_config, config, self.variances, bool(self.predicted))
+        return replace(config, per_layer=per_layer)
 
     def trial(self, rate: float) -> Trial:
         """What is known of a rate without running the model."""
@@ -239,8 +242,11 @@ class Curve:
 
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""
-        entries, numbers = self._entries()
-        return spectral.gaussian_bound(self._sides(), entries, rate * numbers)
+        context, choices = self.base.context or DEFAULT_CONTEXT, self.config(rate).per_layer or ()
+        entries = [self.model_config.slots(layer, context) for layer in self.layers]
+        widths = [choice.k_widths if (choice := choices[layer]) else () for layer in self.layers]
+        bits = sum(sum(given) * held for given, held in zip(widths, entries, strict=True))
+        return spectral.gaussian_bound(list(self.variances.values()), entries, bits)
 
     def rate_of_ratio(self, ratio: float) -> float | None:
         """The largest rate whose cache is at least so many times smaller than `windowed`; None if there is none."""
@@ -262,31 +268,28 @@ class Curve:
             low, high = (middle, high) if holds(middle) else (low, middle)
         return low
 
-    def _sides(self) -> list[np.ndarray]:
-        return [side for layer in self.layers for side in self.variances[layer]]
-
-    def _entries(self) -> tuple[list[int], int]:
-        """(tokens held by each K and V; numbers of dense K and V that they stand for)."""
-        context = self.base.context or DEFAULT_CONTEXT
-        entries = [self.model_config.slots(layer, context) for layer in self.layers for _ in "kv"]
-        return entries, sum(entries) * self.model_config.num_kv_heads * self.model_config.head_dim
-
     def _damage(self, config: TPAConfig) -> float:
         assert config.per_layer is not None
-        choices = [config.per_layer[layer] for layer in self.layers]
-        kept = [widths for choice in choices if choice for widths in (choice.k_widths, choice.v_widths)]
-        full = [(*widths, *[0] * (len(side) - len(widths))) for widths, side in zip(kept, self._sides(), strict=True)]
-        return spectral.damage(self._sides(), full)
+        variances = list(self.variances.values())
+        kept = [choice.k_widths if choice else () for choice in (config.per_layer[layer] for layer in self.layers)]
+        full = [(*w, *[0] * (len(variance) - len(w))) for w, variance in zip(kept, variances, strict=True)]
+        return spectral.damage(variances, full)
 
     def _factors(self, config: TPAConfig) -> list[tuple[Factorization, Factorization]]:
         assert config.per_layer is not None
-        return [spectral_layer(choice) if choice else dense_layer("bfloat16") for choice in config.per_layer]
+        return [
+            spectral_layer(choice, layer in self.predicted) if choice else dense_layer("bfloat16")
+            for layer, choice in enumerate(config.per_layer)
+        ]
 
 
-def spectral_layer(choice: LayerConfig) -> tuple[Factorization, Factorization]:
+def spectral_layer(choice: LayerConfig, predicted: bool = False) -> tuple[Factorization, Factorization]:
     """What a choice of widths caches, without its constant arrays: enough to count bytes."""
-    k, v = (Factorization("latent", len(w), "spectral", widths=w) for w in (choice.k_widths, choice.v_widths))
-    return k, v
+    rank, W = len(choice.k_widths), np.empty(0) if predicted else None
+    return (
+        Factorization("latent", rank, "spectral", widths=choice.k_widths, predictor=W),
+        Factorization("latent", rank, "shared", predictor=W),
+    )
 
 
 def check_bounds(kv_budget: float | None, max_kl: float | None, context: int, holdout: Any) -> None:
@@ -303,14 +306,14 @@ def check_bounds(kv_budget: float | None, max_kl: float | None, context: int, ho
 
 
 def table(found: Plan, config: GemmaConfig) -> str:
-    """The plan, layer by layer: bits per number of K and V, and how many coefficients of each have any."""
-    g, d = config.num_kv_heads, config.head_dim
-    lines = [f"{'layer':>5} {'kind':<7}{'K bits':>8}{'K rank':>8}{'V bits':>8}{'V rank':>8}"]
+    """The plan, layer by layer: bits of a token, bits per number of K and V, and how many coefficients have any."""
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    lines = [f"{'layer':>5} {'kind':<7}{'bits':>7}{'bits/number':>13}{'rank':>7} of {numbers}"]
     for layer, choice in enumerate(found.config.per_layer or ()):
         kind = "global" if config.is_global[layer] else "window"
         if choice is None:
-            lines.append(f"{layer:>5} {kind:<7}{'dense':>8}")
+            lines.append(f"{layer:>5} {kind:<7}{'dense':>7}")
             continue
-        k, v = (sum(widths) / (g * d) for widths in (choice.k_widths, choice.v_widths))
-        lines.append(f"{layer:>5} {kind:<7}{k:>8.2f}{choice.k_rank:>8}{v:>8.2f}{choice.v_rank:>8}")
+        bits = sum(choice.k_widths)
+        lines.append(f"{layer:>5} {kind:<7}{bits:>7}{bits / numbers:>13.2f}{choice.k_rank:>7}")
     return "\n".join(lines)

@@ -11,6 +11,8 @@ constant levels: no scales are stored at all.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import ml_dtypes
 import numpy as np
 
@@ -170,66 +172,81 @@ def thresholds(width: int) -> np.ndarray:
     return (at[1:] + at[:-1]) / np.float32(2)
 
 
-def plane_columns(widths: tuple[int, ...]) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """(bits of the plane, coefficients that have one, how far its bits are shifted in their code), empty ones left out.
+@dataclass(frozen=True)
+class Digits:
+    """Some digits of codes that lie at the same place of different bytes.
 
-    Codes of one width would pack to whole bytes; those of 3, 5, 6 or 7 bits are cut into planes that do.
+    byte[i] >> shift & (2^bits - 1) are the bits of coefficient column[i] from bit left[i] on.
+    """
 
-    >>> [(bits, columns.tolist(), shift.tolist()) for bits, columns, shift in plane_columns((4, 3, 2))]
-    [(4, [0], [0]), (2, [1, 2], [0, 0]), (1, [1], [2])]
+    bits: int
+    shift: int
+    byte: np.ndarray
+    column: np.ndarray
+    left: np.ndarray
+
+
+def digits(widths: tuple[int, ...]) -> list[Digits]:
+    """Where every bit of the codes lies. A code is cut into digits of 8, 4, 2 and 1 bits: 7 = 4 + 2 + 1.
+
+    The digits of a plane (all of one size) fill whole bytes, the first of them the low bits, so that unpacking is a
+    shift and a mask of whole rows. What is left of the planes shares the last bytes, larger digits first: none is cut
+    by the end of a byte, and nothing is padded but the last one.
+
+    >>> [(part.bits, part.shift, part.byte.tolist(), part.column.tolist()) for part in digits((4, 4, 3, 2))]
+    [(4, 0, [0], [0]), (4, 4, [0], [1]), (2, 0, [1], [2]), (2, 2, [1], [3]), (1, 4, [1], [2])]
     """
     width_s = np.array(widths, int)
-    planes, shift_s = [], np.zeros_like(width_s)
+    left_s = np.zeros_like(width_s)  # bits that larger digits have taken
+    found: list[Digits] = []
+    rest: list[tuple[int, int]] = []  # digits that fill no byte: their size, and whose they are
+    byte = 0
     for bits in PLANES:
-        columns = np.flatnonzero(width_s & bits)
-        if len(columns):
-            planes.append((bits, columns, shift_s[columns]))
-            shift_s[columns] += bits
-    return planes
+        columns, in_byte = np.flatnonzero(width_s & bits), 8 // bits
+        rows = len(columns) // in_byte
+        for slot in range(in_byte if rows else 0):
+            here = columns[slot * rows : (slot + 1) * rows]
+            found.append(Digits(bits, slot * bits, byte + np.arange(rows), here, left_s[here]))
+        rest += [(bits, int(column)) for column in columns[rows * in_byte :]]
+        byte += rows
+        left_s[columns] += bits
+    at = 8 * byte
+    for bits, column in rest:
+        left = sum(plane for plane in PLANES if plane > bits and widths[column] & plane)
+        found.append(Digits(bits, at % 8, np.array([at // 8]), np.array([column]), np.array([left])))
+        at += bits
+    return found
 
 
 def packed_bytes(widths: tuple[int, ...]) -> int:
     """Bytes of one token's codes.
 
     >>> packed_bytes((4, 3, 2)), packed_bytes(())
-    (3, 0)
+    (2, 0)
     """
-    return sum(-(-len(columns) * bits // 8) for bits, columns, _ in plane_columns(widths))
+    return -(-sum(widths) // 8)
 
 
 def quantize_spectral(C_bks: np.ndarray, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Nearest level of every coefficient, packed by planes: [..., R] of unit variance -> codes uint8 [..., bytes].
-
-    In a plane of p bits the first coefficients take the low bits of its bytes, the next ones the bits above: unpacking
-    is then a shift and a mask of whole rows.
-    """
+    """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
     codes = np.zeros(C_bks.shape, np.uint8)
     for width in sorted(set(widths)):
         columns = np.flatnonzero(np.array(widths) == width)
         codes[..., columns] = np.searchsorted(thresholds(width), C_bks[..., columns].astype(np.float32))
-    rows = [np.zeros((*codes.shape[:-1], 0), np.uint8)]
-    for bits, columns, shift in plane_columns(widths):
-        part = (codes[..., columns] >> shift.astype(np.uint8)) & np.uint8((1 << bits) - 1)
-        length = -(-len(columns) * bits // 8)
-        part = np.concatenate([part, np.zeros((*part.shape[:-1], length * 8 // bits - len(columns)), np.uint8)], -1)
-        row = np.zeros((*part.shape[:-1], length), np.uint8)
-        for slot in range(8 // bits):
-            row |= part[..., slot * length : (slot + 1) * length] << np.uint8(slot * bits)
-        rows.append(row)
-    return {"codes": np.concatenate(rows, -1)}
+    packed = np.zeros((*codes.shape[:-1], packed_bytes(widths)), np.uint8)
+    for part in digits(widths):
+        digit = (codes[..., part.column] >> part.left.astype(np.uint8)) & np.uint8((1 << part.bits) - 1)
+        packed[..., part.byte] |= digit << np.uint8(part.shift)
+    return {"codes": packed}
 
 
-def unpack_spectral(codes: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+def unpack_spectral(packed: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
     """The inverse of the packing: uint8 [..., bytes] -> the code of each coefficient, uint8 [..., R]."""
-    out = np.zeros((*codes.shape[:-1], len(widths)), np.uint8)
-    start = 0
-    for bits, columns, shift in plane_columns(widths):
-        length = -(-len(columns) * bits // 8)
-        row = codes[..., start : start + length]
-        slots = [(row >> np.uint8(slot * bits)) & np.uint8((1 << bits) - 1) for slot in range(8 // bits)]
-        out[..., columns] |= np.concatenate(slots, -1)[..., : len(columns)] << shift.astype(np.uint8)
-        start += length
-    return out
+    codes = np.zeros((*packed.shape[:-1], len(widths)), np.uint8)
+    for part in digits(widths):
+        digit = (packed[..., part.byte] >> np.uint8(part.shift)) & np.uint8((1 << part.bits) - 1)
+        codes[..., part.column] |= digit << part.left.astype(np.uint8)
+    return codes
 
 
 def dequantize_spectral(fields: dict[str, np.ndarray], widths: tuple[int, ...]) -> np.ndarray:

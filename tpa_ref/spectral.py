@@ -6,9 +6,12 @@ Three steps, each a classic, make one decision of rank and precision:
    quadratic form, KL = 1/2 n^T F n, with the Fisher matrix F = E[grad grad^T] of the log-likelihood (`sensitivity`).
 2. In which coordinates is that simplest? In c = U^T F^(1/2) (x - mean), where U are the eigenvectors of
    F^(1/2) Cov F^(1/2): there coefficients are uncorrelated, their variances are lambda_s, and an error of variance D in
-   any of them costs D/2 nats, in whatever layer, K or V (the Karhunen-Loeve transform in the metric of the damage).
+   any of them costs D/2 nats, in whatever layer (the Karhunen-Loeve transform in the metric of the damage).
 3. How many bits does each deserve? Bit after bit goes where it removes most damage for each stored byte, which is
    reverse water-filling: coefficients below the water level get none and are not stored.
+
+x is K and V of a token side by side, all heads of both: what V repeats of K is coded once. F has no block between K and
+V, which measurably adds nothing. What the token itself tells of x (`words`) is taken out before.
 
 Coefficients are divided by their standard deviation, which the constant factors take up, so one table of levels per
 width serves all of them and nothing but codes is stored.
@@ -34,31 +37,38 @@ FLOOR = (
 
 @dataclass(frozen=True)
 class Spectrum:
-    """K (or V) of one layer in the coordinates of its damage, strongest coefficient first.
+    """K and V of one layer (or one of them) in the coordinates of the damage, strongest coefficient first.
 
-    Coefficients of a token: c = encoder (x - mean), of unit variance; back: x = mean + basis^T c.
-    variance_s / 2 is what the model loses, in nats per token, when coefficient s is not stored.
+    Coefficients of a token: c = encoder (x - mean - W z), of unit variance; back: x = mean + basis^T c + W z.
+    variance_s / 2 is what the model loses, in nats per token, when coefficient s is not stored. predictor: W^T or None.
     """
 
     encoder_sgd: Any
     basis_sgd: Any
     mean_gd: Any
     variance_s: np.ndarray
+    predictor_zgd: Any = None
 
 
-def spectrum(M_gdgd: np.ndarray, mean_gd: np.ndarray, F_gdgd: np.ndarray | None) -> Spectrum:
-    """The transform of one layer's K or V from its second moment, its mean and its sensitivity.
+def spectrum(M_gdgd: np.ndarray, mean_gd: np.ndarray, F: Sequence[np.ndarray | None]) -> Spectrum:
+    """The transform of x = (K, V), or of one of them, from its second moment, its mean and its sensitivity.
 
-    F None (nothing is known of the damage): every direction counts the same, and losing all of them costs 1/2 nat.
+    F: one Fisher matrix for each of the equal blocks of heads, K's and V's. None (nothing is known of the damage):
+    every direction of the block counts the same, and losing all of them costs 1/2 nat.
 
-    Shapes: M [g,d,g,d] = E[x x^T], mean [g,d], F [g,d,g,d] -> encoder and basis [g d, g, d], variance [g d].
+    Shapes: M [g,d,g,d] = E[x x^T], mean [g,d], F [g/blocks,d,g/blocks,d] each -> encoder and basis [g d, g, d],
+    variance [g d].
     """
     g, d = mean_gd.shape
     mean_x = mean_gd.reshape(-1).astype(np.float64)
     C_xx = M_gdgd.reshape(g * d, g * d).astype(np.float64) - np.outer(mean_x, mean_x)
-    C_xx += FLOOR * max(np.trace(C_xx) / (g * d), 1e-30) * np.eye(g * d)
-    F_xx = np.eye(g * d) / np.trace(C_xx) if F_gdgd is None else F_gdgd.reshape(g * d, g * d).astype(np.float64)
-    root_xx, inverse_xx = symmetric_root(F_xx)
+    root_xx, inverse_xx = np.zeros_like(C_xx), np.zeros_like(C_xx)
+    n = g * d // len(F)
+    for index, F_gdgd in enumerate(F):
+        at = slice(index * n, (index + 1) * n)
+        C_xx[at, at] += FLOOR * max(np.trace(C_xx[at, at]) / n, 1e-30) * np.eye(n)
+        F_xx = np.eye(n) / np.trace(C_xx[at, at]) if F_gdgd is None else F_gdgd.reshape(n, n).astype(np.float64)
+        root_xx[at, at], inverse_xx[at, at] = symmetric_root(F_xx)
     values, U_xs = np.linalg.eigh(root_xx @ C_xx @ root_xx)
     variance_s = np.maximum(values[::-1], 1e-12 * max(values[-1], 1e-30))
     U_sx = steady_signs(U_xs[:, ::-1].T)
@@ -92,13 +102,13 @@ def truncate_weighted(
     """
     g = mean_gd.shape[0]
     if mode == "latent":
-        found = [spectrum(M_gdgd, mean_gd, F_gdgd)]
+        found = [spectrum(M_gdgd, mean_gd, [F_gdgd])]
     else:
         found = [
             spectrum(
                 M_gdgd[one, :, one],
                 mean_gd[one],
-                None if F_gdgd is None else F_gdgd[one, :, one],
+                [None if F_gdgd is None else F_gdgd[one, :, one]],
             )
             for one in (slice(head, head + 1) for head in range(g))
         ]
@@ -122,16 +132,17 @@ def truncate_weighted(
 
 
 def allocate(variances: Sequence[np.ndarray], entries: Sequence[float], bits: float) -> list[tuple[int, ...]]:
-    """Reverse water-filling: widths 0 ... 8 for every coefficient of every K and V, within a budget.
+    """Reverse water-filling: widths 0 ... 8 for every coefficient of every layer, within a budget.
 
     The w-th bit of coefficient s removes variance_s (DISTORTION[w-1] - DISTORTION[w]) / 2 nats and costs `entries` bits
     of storage, one for each token its layer holds. Bits are granted in the order of damage removed per bit stored;
-    since each further bit removes less, greedy is optimal.
+    since each further bit removes less, greedy is optimal. A token's codes take whole bytes, so what would be padding
+    of the last one is filled with that layer's next best bits, beyond the budget.
 
-    variances: one array a K or V. entries: how many tokens the cache of each holds. bits: to spend in all.
+    variances: one array a layer. entries: how many tokens the cache of each holds. bits: to spend in all.
 
     >>> allocate([np.array([16.0, 1.0]), np.array([1.0])], entries=[1, 4], bits=5)
-    [(4, 1), (0,)]
+    [(5, 3), (0,)]
     """
     steps_w = DISTORTION[:-1] - DISTORTION[1:]
     gain = np.concatenate(
@@ -143,13 +154,16 @@ def allocate(variances: Sequence[np.ndarray], entries: Sequence[float], bits: fl
     order = np.argsort(-gain, kind="stable")
     granted = np.zeros(len(gain), bool)
     granted[order[np.cumsum(price[order]) <= bits * (1 + 1e-12)]] = True
-    width = granted.reshape(-1, MAX_WIDTH).sum(-1)
     ends = np.cumsum([len(variance) for variance in variances])
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        own = order[(order >= start * MAX_WIDTH) & (order < end * MAX_WIDTH)]
+        granted[own[~granted[own]][: -granted[own].sum() % 8]] = True
+    width = granted.reshape(-1, MAX_WIDTH).sum(-1)
     return [tuple(part.tolist()) for part in np.split(width, ends[:-1])]
 
 
 def damage(variances: Sequence[np.ndarray], widths: Sequence[tuple[int, ...]]) -> float:
-    """Nats per token that the coding of all K and V is predicted to cost: 1/2 sum of variance times distortion.
+    """Nats per token that the coding of all layers is predicted to cost: 1/2 sum of variance times distortion.
 
     >>> damage([np.array([2.0])], [(0,)])
     1.0

@@ -2,7 +2,7 @@
 
     forwards   read layer l -> run the calibration text through it -> its moments
     backwards  read layer l -> run the gradients back through it -> its sensitivity
-    spectra    moments and sensitivity of layer l -> its spectral transform (when bits are to be shared by all layers)
+    spectra    moments and sensitivity of layer l -> its spectral transform
     factors    read layer l -> its factors -> write its file
 
 Never more than the embedding, one layer and the text's hidden states are held. What is finished lies in a folder
@@ -25,14 +25,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from . import formats
+from . import formats, words
 from .calibrate import (
     SENSITIVITY_TOKENS,
     THROUGH,
     WINDOW,
     LayerMoments,
     Moments,
-    SideMoments,
     Through,
     read_text,
     sensitivity_windows,
@@ -57,9 +56,10 @@ from .checkpoint import (
 )
 from .config import GemmaConfig, TPAConfig, chosen_layers
 from .errors import TPAError
-from .model import begin_conversion, convert_layer, layer_spectra, spend_bits, wants_bits
+from .model import begin_conversion, convert_layer, layer_spectrum, spend_bits, wants_bits, words_of
 from .spectral import Spectrum
 from .weights import is_vision, stored_name
+from .words import WordMoments
 
 RECIPE = "conversion.json"  # what a partial folder was begun with
 
@@ -84,7 +84,7 @@ def convert_checkpoint(
     """
     target = check_folder(target)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True)
-    steps = Steps(THROUGH, layer_spectra, convert_layer, cast, save_file, load_states)
+    steps = Steps(THROUGH, layer_spectrum, convert_layer, cast, save_file, load_states)
     return convert_on_disk(steps, dense, path, target, tpa, calibration, max_tokens, progress)
 
 
@@ -96,7 +96,7 @@ class Steps:
     """What a backend brings: calibration through one layer, its transform and its factors, and its files."""
 
     through: Through
-    layer_spectra: Callable
+    layer_spectrum: Callable
     convert_layer: Callable
     cast: Callable
     save_file: Callable
@@ -124,27 +124,29 @@ def convert_on_disk(
             write_part(folder, 0, converted, outer_part(converted, steps.cast), steps.save_file)
         if calibration is None or isinstance(calibration, Moments):
             moments_of = calibration.of_layer if calibration else lambda layer: None
+            text = words_of(converted.tpa, calibration)
         else:
             windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
-            measure(steps, work, dense, windows, progress)
-            moments_of = work.moments
-        spectra = wants_bits(converted.tpa)
+            measure(steps, work, dense, windows, predicts(converted), progress)
+            moments_of, text = work.moments, work.words() if predicts(converted) else None
+        spectra = converted.tpa.spectral
+        chosen = sorted(chosen_layers(converted.tpa.layers, dense.config))
         if spectra:
-            chosen = sorted(chosen_layers(converted.tpa.layers, dense.config))
             for layer in progress(chosen):
                 if not work.has("spectrum", layer):
-                    work.put_spectra(layer, steps.layer_spectra(converted, layer, moments_of(layer)), converted)
-            spend_bits(converted, {layer: work.variances(layer) for layer in chosen})
+                    work.put_spectrum(layer, steps.layer_spectrum(converted, layer, moments_of(layer), text), converted)
+        if wants_bits(converted.tpa):
+            predicted = any(work.predicted(layer) for layer in chosen)
+            spend_bits(converted, {layer: work.variance(layer) for layer in chosen}, predicted)
         first = finished_layers(folder, converted)
         per_layer, _ = converted.tpa.resolve(dense.config)
         for layer in progress(range(first, dense.config.num_layers)):
             if per_layer[layer] is None:
                 steps.convert_layer(converted, layer, None)
-            elif spectra:
-                steps.convert_layer(converted, layer, None, work.spectra(layer))
+            elif per_layer[layer].v_dtype == "shared":
+                steps.convert_layer(converted, layer, None, work.spectrum(layer))
             else:
-                found = moments_of(layer)
-                steps.convert_layer(converted, layer, Moments({layer: found}) if found else None)
+                steps.convert_layer(converted, layer, moments_of(layer))
             write_part(folder, layer + 1, converted, layer_part(converted, layer, steps.cast), steps.save_file)
         if dense.config.vision:
             tower = vision_part(dense, steps.cast)
@@ -153,17 +155,26 @@ def convert_on_disk(
     return target
 
 
-def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], progress: Callable) -> None:
+def predicts(converted: Any) -> bool:
+    """Are K and V to be predicted from the words?"""
+    asked = converted.tpa.predict
+    return converted.tpa.spectral and (words.affordable(converted.config) if asked is None else asked)
+
+
+def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], predict: bool, progress: Callable) -> None:
     """`calibrate` from disk to disk: the states in front of every layer, then the gradients, lie in files."""
     layers = range(dense.config.num_layers)
     backwards = sensitivity_windows(windows, SENSITIVITY_TOKENS)
     if not work.has("states", 0):
         work.put("states", 0, steps.through.begin(dense, windows))
+    texts = [steps.through.window_words(x_bqm) for x_bqm in work.get("states", 0, dense)] if predict else None
+    if texts and not work.has("words", 0):
+        work.put_words(steps.through.word_moments(texts))
     for layer in progress(layers):
         if not work.has("moments", layer):
-            states, found = steps.through.through_layer(dense, layer, work.get("states", layer, dense))
+            states, found = steps.through.through_layer(dense, layer, work.get("states", layer, dense), texts)
             work.put("states", layer + 1, states)
-            work.put_moments("moments", layer, {"M": [x.M_gdgd for x in found], "mean": [x.mean_gd for x in found]})
+            work.put_moments("moments", layer, found.arrays())
     if not work.has("gradients", len(layers)):
         states = work.get("states", len(layers), dense)[:backwards]
         work.put("gradients", len(layers), steps.through.begin_backward(dense, states, 0))
@@ -173,7 +184,7 @@ def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], prog
             gradients = work.get("gradients", layer + 1, dense)
             gradients, fisher = steps.through.back_through_layer(dense, layer, states, gradients)
             work.put("gradients", layer, gradients)
-            work.put_moments("fisher", layer, {"F": fisher})
+            work.put_moments("fisher", layer, dict(zip(("F.k", "F.v"), fisher, strict=True)))
 
 
 class Work:
@@ -202,40 +213,42 @@ class Work:
         return self.steps.load_states(self.file(kind, layer), model)
 
     def put_moments(self, kind: str, layer: int, found: dict[str, Any]) -> None:
-        """Arrays of K and V by name."""
-        tensors = {f"{side}.{name}": x for name, pair in found.items() for side, x in zip("kv", pair, strict=True)}
-        self._write(kind, layer, tensors, save_file)
+        """Arrays by name."""
+        self._write(kind, layer, {name: np.ascontiguousarray(x) for name, x in found.items()}, save_file)
 
     def moments(self, layer: int) -> LayerMoments:
-        found = load_file(self.file("moments", layer)) | load_file(self.file("fisher", layer))
-        k, v = (SideMoments(*(found[f"{side}.{name}"] for name in ("M", "mean", "F"))) for side in "kv")
-        return k, v
+        return LayerMoments.of(load_file(self.file("moments", layer)) | load_file(self.file("fisher", layer)))
 
-    def put_spectra(self, layer: int, spectra: Any, model: Any) -> None:
-        """The transforms of one layer, in the precision in which constant factors are stored."""
+    def put_words(self, found: WordMoments) -> None:
+        self.put_moments("words", 0, {"mean": found.mean_z, "S": found.S_zz, "tokens": np.array([found.tokens])})
+
+    def words(self) -> WordMoments:
+        found = load_file(self.file("words", 0))
+        return WordMoments(found["mean"], found["S"], int(found["tokens"][0]))
+
+    def put_spectrum(self, layer: int, found: Spectrum, model: Any) -> None:
+        """The transform of one layer, in the precision in which constant factors are stored."""
         full = "float64" if model.dtype == "float64" else "float32"
-        tensors = {}
-        for side, one in zip("kv", spectra, strict=True):
-            for name, x in (("encoder", one.encoder_sgd), ("basis", one.basis_sgd), ("mean", one.mean_gd)):
-                tensors[f"{side}.{name}"] = np.ascontiguousarray(self.steps.to_numpy(x), full)
-            tensors[f"{side}.variance"] = one.variance_s
-        self._write("spectrum", layer, tensors, save_file)
+        arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
+        if found.predictor_zgd is not None:
+            arrays["predictor"] = found.predictor_zgd
+        tensors = {name: np.ascontiguousarray(self.steps.to_numpy(x), full) for name, x in arrays.items()}
+        self._write("spectrum", layer, tensors | {"variance": found.variance_s}, save_file)
 
-    def spectra(self, layer: int) -> Any:
-        found: dict[str, Any] = self._spectra(layer)
-        found |= {name: self.steps.from_numpy(x) for name, x in found.items() if "variance" not in name}
-        k, v = (
-            Spectrum(*(found[f"{side}.{name}"] for name in ("encoder", "basis", "mean", "variance"))) for side in "kv"
-        )
-        return k, v
+    def spectrum(self, layer: int) -> Spectrum:
+        found: dict[str, Any] = load_file(self.file("spectrum", layer))
+        variance_s = found.pop("variance")
+        found = {name: self.steps.from_numpy(x) for name, x in found.items()}
+        return Spectrum(found["encoder"], found["basis"], found["mean"], variance_s, found.get("predictor"))
 
-    def variances(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self._spectra(layer, "variance")
-        return found["k.variance"], found["v.variance"]
-
-    def _spectra(self, layer: int, only: str = "") -> dict[str, np.ndarray]:
+    def variance(self, layer: int) -> np.ndarray:
         with safe_open(self.file("spectrum", layer), "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if only in name}  # noqa: SIM118 (not a dict)
+            return file.get_tensor("variance")
+
+    def predicted(self, layer: int) -> bool:
+        """Is K or V of this layer predicted from the words?"""
+        with safe_open(self.file("spectrum", layer), "numpy") as file:
+            return "predictor" in file.keys()  # noqa: SIM118 (not a dict)
 
 
 def check_folder(target: str | Path) -> Path:
@@ -249,9 +262,7 @@ def check_folder(target: str | Path) -> Path:
 def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) -> dict[str, Any]:
     """Everything that decides what a conversion writes; a partial folder with another recipe is begun anew."""
     if isinstance(calibration, Moments):
-        pairs = (pair for _, pair in sorted(calibration.layers.items()))
-        found = (x for pair in pairs for side in pair for x in (side.M_gdgd, side.mean_gd, side.F_gdgd))
-        said = [x.tobytes() for x in found if x is not None]
+        said = [x.tobytes() for _, found in sorted(calibration.layers.items()) for x in found.arrays().values()]
     else:
         said = [read_text(calibration).encode(), str(max_tokens).encode()] if calibration is not None else []
     files = formats.checkpoint_files(Path(path))

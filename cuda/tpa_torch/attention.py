@@ -147,6 +147,8 @@ def values(P_bhqk: Tensor, parts: dict[str, Tensor], how: Factorization, g: int)
         O_bqhe = values_fixed_b(P_bhqk, parts["A"], basis)
     else:
         O_bqhe = values_latent(P_bhqk, parts["C"], basis)
+    if how.predictor is not None:
+        O_bqhe = O_bqhe + values_latent(P_bhqk, parts["Z"].to(P_bhqk.dtype), how.predictor.to(P_bhqk.dtype))
     return O_bqhe if how.mean is None else O_bqhe + mean_values(P_bhqk, how.mean.to(P_bhqk.dtype))
 
 

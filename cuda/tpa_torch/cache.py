@@ -22,6 +22,7 @@ from tpa_ref.cache import (
     cache_bytes,
     exact_slots,
     part_dtype,
+    reads_words,
     slot_positions,
     stored_shapes,
     token_bytes,
@@ -40,6 +41,7 @@ __all__ = [
     "cache_bytes",
     "exact_slots",
     "part_dtype",
+    "reads_words",
     "slot_positions",
     "stored_shapes",
     "token_bytes",
@@ -88,6 +90,8 @@ class LayerCache(reference.LayerCache):
 
 def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
+    if how.dtype == "shared":
+        return {}
     if how.dtype == "spectral":
         return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
@@ -104,6 +108,23 @@ def load(stored: Stored, how: Factorization, g: int, d: int, dtype: torch.dtype 
         )
         for part, fields in stored.items()
     }
+
+
+def load_pair(
+    held: tuple[Stored, Stored],
+    how: LayerFactors,
+    g: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    Z_bkz: torch.Tensor | None = None,
+) -> tuple[Parts, Parts]:
+    """The parts of K and of V back as numbers, those that V shares with K and the words [b,k,2m] included."""
+    parts_k = load(held[0], how[0], g, d, dtype)
+    parts_v = dict(parts_k) if how[1].dtype == "shared" else load(held[1], how[1], g, d, dtype)
+    for parts, side in zip((parts_k, parts_v), how, strict=True):
+        if side.predictor is not None:
+            parts["Z"] = Z_bkz
+    return parts_k, parts_v
 
 
 class Cache(reference.Cache):

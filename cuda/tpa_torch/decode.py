@@ -38,13 +38,15 @@ Partial = tuple[Tensor, Tensor, Tensor]  # largest logit and sum of exp [b,g,x,1
 class Keys:
     """A segment of a cache as its queries read it.
 
-    held and how: K's and V's; turns [1 or b,k,d/2]: cos + i sin of the keys' positions; seen [b,q,k], None: all of it.
+    held and how: K's and V's; turns [1 or b,k,d/2]: cos + i sin of the keys' positions; seen [b,q,k], None: all of it;
+    words: z [b,k,2m] of a slice of the keys, where something is predicted from it.
     """
 
     held: tuple[Stored, Stored]
     how: tuple[Factorization, Factorization]
     turns_bkp: Tensor
     seen_bqk: Tensor | None
+    words: Callable[[slice], Tensor] | None = None
 
 
 class Scratch:
@@ -84,6 +86,9 @@ def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Sc
     b, g, _, d = Q_bgxd.shape
     work = torch.bfloat16 if dtype == torch.bfloat16 and _in_bfloat16(keys) else torch.float32
     K, V = (_side(held, how, g, d, work, scratch) for held, how in _sides(keys))
+    for side in (K, V):
+        side.words = keys.words
+    V.shared = K if V.how.dtype == "shared" else None
     asked = K.ask(Q_bgxd)
     partials = []
     for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_key)):
@@ -183,6 +188,8 @@ class _Side:
     work: torch.dtype  # of the products: bfloat16 where nothing else is held
     scratch: Scratch
     part: str
+    words: Callable[[slice], Tensor] | None = None
+    shared: Any = None  # the side whose coefficients these are, too
 
     @property
     def numbers_per_key(self) -> int:
@@ -333,35 +340,51 @@ class _Basis(_Side):
 
     @property
     def numbers_per_key(self) -> int:
-        return max(self.g * self.d, self.how.rank)
+        words = 0 if self.how.predictor is None else len(self.how.predictor)
+        return max(self.g * self.d, self.how.rank, words)
 
-    def _basis(self) -> tuple[Tensor, Tensor | None]:
-        """basis [g,s,d] and mean [g,1,d]."""
+    def _basis(self) -> tuple[Tensor | None, ...]:
+        """basis [g,s,d], mean [g,1,d] and predictor [g,z,d]."""
         how = self.how
         B_gsd = (how.basis if how.mode == "fixed-b" else how.basis.transpose(0, 1)).float()
-        if how.dtype == "spectral":
-            B_gsd = B_gsd * quantize.packing(tuple(how.widths), B_gsd.device).scale_s[:, None]
-        return B_gsd.contiguous(), None if how.mean is None else how.mean.float()[:, None]
+        widths = (self.shared or self).how.widths
+        if widths:
+            B_gsd = B_gsd * quantize.packing(tuple(widths), B_gsd.device).scale_s[:, None]
+        W_gzd = None if how.predictor is None else how.predictor.transpose(0, 1).float().contiguous()
+        return B_gsd.contiguous(), None if how.mean is None else how.mean.float()[:, None], W_gzd
 
-    def _interleaved(self) -> tuple[Tensor, Tensor | None]:
-        B_gsd, mean_g1d = self._basis()
-        return _pairs_together(B_gsd), None if mean_g1d is None else _pairs_together(mean_g1d)
+    def _interleaved(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else _pairs_together(x) for x in self._basis())
 
     def coefficients(self, tile: slice) -> Tensor:
         """[b,g,k,s], or [b,1,k,s] where the heads share them."""
+        if self.shared is not None:  # K has just made the same numbers of this tile
+            return self.shared.made
         C = self.numbers(self.part, tile)
-        return C if self.how.mode == "fixed-b" else C.mT[:, None]
+        self.made = C if self.how.mode == "fixed-b" else C.mT[:, None]
+        return self.made
+
+    def words_of(self, tile: slice) -> Tensor:
+        """z of a tile, [b,k,z]; V reads what K has just looked up."""
+        if self.shared is not None:
+            return self.shared.looked_up
+        assert self.words is not None
+        self.looked_up = self.words(tile).float()
+        return self.looked_up
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:
         return _pairs_together(Q_bgxd)
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
-        B_gsd, mean_g1d = self.scratch.constant("K", self.how.basis, self._interleaved)
+        B_gsd, mean_g1d, W_gzd = self.scratch.constant("K", self.how.basis, self._interleaved)
         C_bgks = self.coefficients(tile)
         b, _, k, _ = C_bgks.shape
         K_bgkd = self.scratch("K", asked, (b, self.g, k, self.d))
         for row, C_gks in enumerate(C_bgks):
             torch.bmm(C_gks.expand(self.g, -1, -1), B_gsd, out=K_bgkd[row])
+        if W_gzd is not None:
+            for K_gkd, Z_kz in zip(K_bgkd, self.words_of(tile), strict=True):
+                K_gkd.baddbmm_(Z_kz.expand(self.g, -1, -1), W_gzd)
         if mean_g1d is not None:
             K_bgkd.add_(mean_g1d)
         torch.view_as_complex(K_bgkd.unflatten(-1, (-1, 2))).mul_(turns_bkp[:, None, tile])
@@ -372,10 +395,19 @@ class _Basis(_Side):
         if self.how.mode == "fixed-b":
             return _weigh(P_bgxk.flatten(0, 1), C_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
         P_byk = P_bgxk.flatten(1, 2)
-        return _weigh(P_byk, C_bgku[:, 0]).unflatten(1, (self.g, -1))
+        Y_byu = _weigh(P_byk, C_bgku[:, 0])
+        if self.how.predictor is not None:  # words are coefficients like others
+            Y_byu = torch.cat([Y_byu, _weigh(P_byk, self.words_of(tile))], -1)
+        return Y_byu.unflatten(1, (self.g, -1))
+
+    def _values_basis(self) -> tuple[Tensor, Tensor | None]:
+        """Basis and predictor in one, [g,u + z,e], and mean [g,1,e]."""
+        B_gue, mean_g1e, W_gze = self._basis()
+        assert B_gue is not None
+        return B_gue if W_gze is None else torch.cat([B_gue, W_gze], 1), mean_g1e
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
-        B_gue, mean_g1e = self.scratch.constant("V", self.how.basis, self._basis)
+        B_gue, mean_g1e = self.scratch.constant("V", self.how.basis, self._values_basis)
         O_bgxe = Y_bgxu @ B_gue
         return O_bgxe if mean_g1e is None else O_bgxe + total_bgx1 * mean_g1e
 

@@ -152,7 +152,18 @@ def truncate_query_heads(WQ_hdm: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
 # ---- one token's K or V -> what is cached, and back ----
 
 
-def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
+def encode_pair(
+    K_bkgd: Tensor, V_bkge: Tensor, how: tuple[Factorization, Factorization], Z_bkz: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parts of K and of V that are cached; coefficients that they share lie with K. Z: the words, [b,k,2m]."""
+    how_k, how_v = how
+    parts_k, parts_v = encode(K_bkgd, how_k, Z_bkz), encode(V_bkge, how_v, Z_bkz)
+    if how_v.dtype == "shared":
+        return {"C": parts_k["C"] + parts_v["C"]}, {}
+    return parts_k, parts_v
+
+
+def encode(X_bkgd: Tensor, how: Factorization, Z_bkz: Tensor | None = None) -> dict[str, Tensor]:
     """The parts that are cached: {part: [b, k, *part_shapes(...)]}."""
     if how.mode == "dense":
         return {"X": X_bkgd}
@@ -164,6 +175,8 @@ def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
     encoder = (how.basis if how.encoder is None else how.encoder).to(X_bkgd.dtype)
     if how.mean is not None:
         X_bkgd = X_bkgd - how.mean.to(X_bkgd.dtype)
+    if how.predictor is not None:
+        X_bkgd = X_bkgd - predicted(Z_bkz, how).to(X_bkgd.dtype)
     if how.mode == "fixed-b":
         return {"A": torch.einsum("gsd,bkgd->bkgs", encoder, X_bkgd)}
     return {"C": X_bkgd.flatten(2) @ encoder.flatten(1).mT}
@@ -184,7 +197,15 @@ def decode(parts: dict[str, Tensor], how: Factorization, g: int) -> Tensor:
         X_bkgd = torch.einsum("bkgs,gsd->bkgd", parts["A"], basis)
     else:
         X_bkgd = (parts["C"] @ basis.flatten(1)).unflatten(-1, basis.shape[1:])
+    if how.predictor is not None:
+        X_bkgd = X_bkgd + predicted(parts["Z"], how).to(basis.dtype)
     return X_bkgd if how.mean is None else X_bkgd + how.mean.to(basis.dtype)
+
+
+def predicted(Z_bkz: Tensor | None, how: Factorization) -> Tensor:
+    """What the words tell of K or V, W z: [b,k,z] -> [b,k,g,d]."""
+    assert Z_bkz is not None
+    return (Z_bkz @ how.predictor.to(Z_bkz.dtype).flatten(1)).unflatten(-1, how.predictor.shape[1:])
 
 
 def mix_heads(A: Tensor, B_bksd: Tensor) -> Tensor:

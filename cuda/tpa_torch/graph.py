@@ -7,7 +7,7 @@ token. Elsewhere the same step runs as it is written, which is how it is tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,16 @@ def contextual_factors(X_bkgd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (rank * U_bksg).to(X_bkgd.dtype), (U_bksg @ X32).to(X_bkgd.dtype)
 
 
+def encode_pair(
+    K_bkgd: Tensor, V_bkge: Tensor, how: tuple[Factorization, Factorization], Z_bkz: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`factorize.encode_pair` without `eigh`."""
+    if how[1].dtype == "shared":
+        return factorize.encode_pair(K_bkgd, V_bkge, how, Z_bkz)
+    k, v = (encode(X_bkgd, one) for X_bkgd, one in zip((K_bkgd, V_bkge), how, strict=True))
+    return k, v
+
+
 def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
     """`factorize.encode` without `eigh`."""
     if how.mode != "contextual":
@@ -93,10 +103,14 @@ def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
 class NewTokens:
     """What the layers need to know of the new token of each row, in the place of `model.Views`.
 
-    position_b: where it goes; runs_b: rows that take part, the others neither write nor see anything.
+    position_b: where it goes; runs_b: rows that take part, the others neither write nor see anything; text_bt: the
+    text by position (`words.numbered`), where something is predicted from it.
     """
 
-    def __init__(self, model: Model, cache: kv.Cache, position_b: Tensor, runs_b: Tensor):
+    def __init__(
+        self, model: Model, cache: kv.Cache, position_b: Tensor, runs_b: Tensor, text_bt: Tensor | None = None
+    ):
+        self.text_bt = text_bt
         self.model, self.cache, self.position_b, self.runs_b = model, cache, position_b, runs_b
         query_b, length_b = torch.where(runs_b, position_b, -1), position_b + runs_b
         self.step = kernels.Step(query_b.int(), length_b.int())
@@ -110,6 +124,15 @@ class NewTokens:
             at_b = self.position_b.clamp(max=self.cache.max_len - 1)
             self._tables[kind] = cos[at_b][:, None], sin[at_b][:, None]
         return self._tables[kind]
+
+    def words(self, position_bk: Tensor) -> Tensor:
+        """z of the tokens at some positions, [b,k] -> [b,k,2m]."""
+        assert self.text_bt is not None
+        own_bk, previous_bk = (
+            torch.where(at_bk >= 0, self.text_bt.gather(1, at_bk.clamp(min=0)), 0)
+            for at_bk in (position_bk, position_bk - 1)
+        )
+        return self.model.word_table(own_bk, previous_bk)
 
     def write(self, held: LayerCache, sides: tuple[kv.Parts, kv.Parts]) -> None:
         """Store the new tokens in their slots; where a row takes no part, what was there stays."""
@@ -147,7 +170,9 @@ class StaticModel(Model):
         Q_bqhd = rope.rotate(rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, eps), *tables_q)
         K_bkgd, V_bkge = rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, eps), _project(a_bqm, w.WV_gem)
 
-        parts_k, parts_v = encode(K_bkgd, how_k), encode(V_bkge, how_v)
+        read = kv.reads_words([(how_k, how_v)])
+        Z_bqz = views.words(views.position_b[:, None]) if read else None
+        parts_k, parts_v = encode_pair(K_bkgd, V_bkge, (how_k, how_v), Z_bqz)
         if how_k.rotated:
             part = "X" if how_k.mode == "dense" else "B"
             parts_k[part] = rope.rotate(parts_k[part], *tables_q)
@@ -157,8 +182,11 @@ class StaticModel(Model):
                 views.write(exact, ({"X": rope.rotate(K_bkgd, *tables_q)}, {"X": V_bkge}))
 
         served = kernels.usable(self.device, self.config, self.factors[layer], Q_bqhd.dtype)
-        read = kernels.attend if served else attend_in_torch
-        return F.linear(read(Q_bqhd, self, layer, cache, views.step).flatten(2), w.WO_mhe.flatten(1))
+        if served:
+            O_bqhe = kernels.attend(Q_bqhd, self, layer, cache, views.step)
+        else:
+            O_bqhe = attend_in_torch(Q_bqhd, self, layer, cache, views.step, views.words if read else None)
+        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
 
 def in_dtype(how: Factorization, dtype: torch.dtype) -> Factorization:
@@ -167,8 +195,18 @@ def in_dtype(how: Factorization, dtype: torch.dtype) -> Factorization:
     return replace(how, **arrays)
 
 
-def attend_in_torch(Q_bqhd: Tensor, model: Model, layer: int, cache: kv.Cache, step: kernels.Step) -> Tensor:
-    """What `kernels.attend` computes, from whole buffers and masks of positions: [b,1,h,d] -> [b,1,h,e]."""
+def attend_in_torch(
+    Q_bqhd: Tensor,
+    model: Model,
+    layer: int,
+    cache: kv.Cache,
+    step: kernels.Step,
+    words: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What `kernels.attend` computes, from whole buffers and masks of positions: [b,1,h,d] -> [b,1,h,e].
+
+    words: z of the tokens at some positions.
+    """
     config, held, exact = model.config, cache.layers[layer], model.exact(layer)
     query_bq, g = step.query_b[:, None].long(), config.num_kv_heads
     cos, sin = model.rope_table(layer, cache.max_len)
@@ -180,10 +218,8 @@ def attend_in_torch(Q_bqhd: Tensor, model: Model, layer: int, cache: kv.Cache, s
         position_bk = slot_positions(length_b, part.slots)
         seen_bqk = masks.visible(query_bq, position_bk, config.window(layer))
         seen_bqk = masks.of_segment(kind, seen_bqk, query_bq, position_bk, exact.sinks, exact.recent)
-        parts_k, parts_v = (
-            kv.load(side, how, g, config.head_dim, Q_bqhd.dtype)
-            for side, how in zip(part.stored, part.how, strict=True)
-        )
+        Z_bkz = words(position_bk) if words is not None and kv.reads_words([part.how]) else None
+        parts_k, parts_v = kv.load_pair(part.stored, part.how, g, config.head_dim, Q_bqhd.dtype, Z_bkz)
         tables = cos[position_bk.clamp(min=0)], sin[position_bk.clamp(min=0)]
         L_bhqk = attention.scores(Q_bqhd, parts_k, part.how[0], g, tables, config.query_scale)
         L_bhqk = L_bhqk if model.dtype == "float64" else L_bhqk.float()
@@ -253,6 +289,9 @@ class GraphDecoder:
         self.position_b = torch.from_numpy(np.array(cache.lengths_b, np.int64)).to(device)
         self.token_b = torch.full((cache.batch,), -1, dtype=torch.int64, device=device)
         self.runs_b = torch.zeros(cache.batch, dtype=torch.bool, device=device)
+        self.text_bt: Tensor | None = None
+        if cache.text_bt is not None:
+            self.text_bt = torch.from_numpy(cache.text_bt.astype(np.int64)).to(device)
         self.graph: Any = None
 
     @torch.inference_mode()
@@ -279,6 +318,8 @@ class GraphDecoder:
         lengths_b = self.position_b.cpu().numpy()
         self.cache.lengths_b = lengths_b
         self.cache._highest_b = np.maximum(self.cache._highest_b, lengths_b)
+        if self.text_bt is not None and self.cache.text_bt is not None:
+            self.cache.text_bt[:] = self.text_bt.cpu().numpy()
 
     def _capture(self) -> None:
         """Record one step. It is run twice before, so that all kernels are compiled and all constants made."""
@@ -294,7 +335,11 @@ class GraphDecoder:
 
     def _step(self) -> None:
         model, weights = self.model, self.model.weights
-        tokens = NewTokens(model, self.cache, self.position_b, self.runs_b)
+        if self.text_bt is not None:
+            at_b1 = self.position_b.clamp(max=self.cache.max_len - 1)[:, None]
+            number_b1 = torch.where(self.runs_b, self.token_b + 1, self.text_bt.gather(1, at_b1)[:, 0])[:, None]
+            self.text_bt.scatter_(1, at_b1, number_b1)
+        tokens = NewTokens(model, self.cache, self.position_b, self.runs_b, self.text_bt)
         x_bqm = F.embedding(self.token_b.clamp(min=0)[:, None], weights.embed_vm) * self.embed_scale
         for layer, block in enumerate(weights.layers):
             x_bqm = model.block(x_bqm, layer, block, tokens, self.cache, no_trace)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from tpa_ref.trace import Watch
 from tpa_ref.weights import LayerWeights, Weights
 
 from . import cache as kv
-from . import factorize
+from . import factorize, words
 from .model import Model
 from .norm import rms_norm
 
@@ -201,22 +201,64 @@ class Student:
         return type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, factors, tpa.query_factors, tpa.stored_dtype)
 
 
-def cached(X_bkgd: Tensor, how: Factorization, sinks: int) -> Tensor:
-    """What a cache gives back of K (before RoPE) or V, differentiable: [b,k,g,d] -> [b,k,g,d]."""
+def cached(
+    K_bkgd: Tensor, V_bkge: Tensor, how: kv.LayerFactors, sinks: int, Z_bkz: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a cache gives back of K (before RoPE) and V, differentiable: two arrays [b,k,g,d]. Z: the words."""
+    sides, g = (K_bkgd.float(), V_bkge.float()), K_bkgd.shape[2]
+    if how[1].dtype == "shared":
+        parts, _ = factorize.encode_pair(*sides, how, Z_bkz)
+        parts = {part: rounded(x, how[0]) for part, x in parts.items()}
+        if Z_bkz is not None:
+            parts["Z"] = Z_bkz
+        made = [factorize.decode(parts, one, g) for one in how]
+    else:
+        made = [cached_alone(X_bkgd, one) for X_bkgd, one in zip(sides, how, strict=True)]
+    if sinks:
+        made = [torch.cat([X[:, :sinks], Y[:, sinks:]], 1) for X, Y in zip(sides, made, strict=True)]
+    return made[0].to(K_bkgd.dtype), made[1].to(V_bkge.dtype)
+
+
+def cached_alone(X_bkgd: Tensor, how: Factorization) -> Tensor:
+    """The same of K or V that shares nothing with the other."""
     if how.mode == "dense":
         return X_bkgd
-    X32 = X_bkgd.float()
-    if how.mode == "contextual":  # the leading singular vectors of the token are constants of the step
-        with torch.no_grad():
-            A_bksg, _ = factorize.contextual_factors(X32, how.rank)
-        U_bksg = A_bksg / how.rank
-        made = U_bksg.mT @ (U_bksg @ X32)
-    else:
-        parts = factorize.encode(X32, how)
-        made = factorize.decode({part: rounded(x, how) for part, x in parts.items()}, how, X_bkgd.shape[2])
-    if sinks:
-        made = torch.cat([X32[:, :sinks], made[:, sinks:]], 1)
-    return made.to(X_bkgd.dtype)
+    if how.mode == "contextual":
+        return Projector.apply(X_bkgd @ X_bkgd.mT, how.rank) @ X_bkgd
+    parts = factorize.encode(X_bkgd, how)
+    return factorize.decode({part: rounded(x, how) for part, x in parts.items()}, how, X_bkgd.shape[2])
+
+
+class Projector(torch.autograd.Function):
+    """The projection U U^T on the R leading eigenvectors of a symmetric matrix, which makes contextual factors of K:
+    U U^T K, with U from K K^T.
+
+    Its differential has the terms u_i^T dG u_j / (lambda_i - lambda_j) of a kept i and a dropped j. Where the two are
+    almost equal the choice between them is arbitrary, so gaps are softened by a part of the largest eigenvalue.
+
+    Shapes: G [...,g,g] -> [...,g,g].
+    """
+
+    SOFT = 0.05
+
+    @staticmethod
+    def forward(ctx: Any, G_xgg: Tensor, rank: int) -> Tensor:
+        values_xg, U_xgs = torch.linalg.eigh(G_xgg)
+        ctx.save_for_backward(values_xg, U_xgs)
+        ctx.rank = rank
+        kept_xgs = U_xgs[..., -rank:]
+        return kept_xgs @ kept_xgs.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        values_xg, U_xgs = ctx.saved_tensors
+        D_xgg = U_xgs.mT @ (gradients[0] + gradients[0].mT) @ U_xgs / 2
+        gap_xgg = (values_xg[..., :, None] - values_xg[..., None, :]).abs()
+        soft_x11 = Projector.SOFT * values_xg[..., -1:, None] + 1e-12
+        kept_g = torch.arange(values_xg.shape[-1], device=values_xg.device) >= values_xg.shape[-1] - ctx.rank
+        across_gg = kept_g[:, None] != kept_g
+        weight_xgg = across_gg * gap_xgg / (gap_xgg.square() + soft_x11.square())
+        return U_xgs @ (weight_xgg * D_xgg) @ U_xgs.mT, None
 
 
 def rounded(x: Tensor, how: Factorization) -> Tensor:
@@ -248,9 +290,10 @@ def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, T
             teacher_bqm = dense.block(teacher_bqm, layer, w, views, None, watch)
         teacher_bqm = rms_norm(teacher_bqm, dense.weights.final_norm_m, dense.config.rms_eps)
     x_bqm, errors = dense.embed(tokens_bq), []
+    Z_bqz = words.window_words(x_bqm)
     for layer in range(dense.config.num_layers):
         x_bqm, error = checkpoint(
-            student_block, student, dense, layer, x_bqm, views, targets[layer], use_reentrant=False
+            student_block, student, dense, layer, x_bqm, views, targets[layer], Z_bqz, use_reentrant=False
         )
         errors.append(error)
     x_bqm = rms_norm(x_bqm, dense.weights.final_norm_m, dense.config.rms_eps)
@@ -261,36 +304,28 @@ def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, T
 
 
 def student_block(
-    student: Student, dense: Model, layer: int, x_bqm: Tensor, views: Any, target_bqm: Tensor
+    student: Student, dense: Model, layer: int, x_bqm: Tensor, views: Any, target_bqm: Tensor, Z_bqz: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(state behind a layer whose K and V went through the cache, relative error of that behind its attention)."""
-    how_k, how_v = student.factors(layer)
-    sinks = student.tpa.exact(layer).sinks
     found: list[Tensor] = []
-
-    def through_cache(name: str, array: Tensor) -> Tensor:
-        if name == "attn.K_bkgd":
-            return cached(array, how_k, sinks)
-        if name == "attn.V_bkge":
-            return cached(array, how_v, sinks)
-        if name == "attn.residual_bqm":
-            found.append(array)
-        return array
-
-    y_bqm = dense.block(x_bqm, layer, student.block(layer), views, None, Replace(through_cache))
+    watch = Watch({"attn.residual_bqm": lambda _, x: found.append(x)})
+    through_cache = ThroughCache(dense, student.factors(layer), student.tpa.exact(layer).sinks, Z_bqz)
+    y_bqm = through_cache.block(x_bqm, layer, student.block(layer), views, None, watch)
     error = (found[0].float() - target_bqm.float()).square().sum() / target_bqm.float().square().sum()
     return y_bqm, error
 
 
-class Replace(Watch):
-    """A tracer that may give another array back, and does not ask for arrays in one piece."""
+class ThroughCache(Model):
+    """A dense model whose K (before RoPE) and V are what a cache would give back of them."""
 
-    def __init__(self, change: Callable[[str, Any], Any]):
-        super().__init__({})
-        self.change = change
+    def __init__(self, dense: Model, how: kv.LayerFactors, sinks: int, Z_bqz: Tensor):
+        super().__init__(dense.config, dense.weights, dense.tokenizer)
+        self.how, self.sinks, self.Z_bqz = how, sinks, Z_bqz
+        self._turns = dense._turns  # made once for all layers
 
-    def __call__(self, name: str, array: Any) -> Any:
-        return self.change(name, array)
+    def project_keys_and_values(self, a_bqm: Tensor, layer: int, w: LayerWeights, trace: Any) -> tuple[Tensor, Tensor]:
+        K_bkgd, V_bkge = super().project_keys_and_values(a_bqm, layer, w, trace)
+        return cached(K_bkgd, V_bkge, self.how, self.sinks, self.Z_bqz)
 
 
 def divergence(dense: Model, x_bqm: Tensor, teacher_bqm: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_ref.calibrate import LayerMoments, Moments, SideMoments
-from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig, chosen_layers
+from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
 from tpa_ref.factorize import Factorization
 from tpa_ref.model import (
-    Spectra,
     allocated,
     begin_conversion,
     check_cache,
     check_tokens,
+    converted_by,
     dense_layer,
     spend_bits,
     text_positions,
+    text_so_far,
     wants_bits,
+    words_of,
 )
 from tpa_ref.spectral import Spectrum
 from tpa_ref.tokenizer import Tokenizer
 from tpa_ref.trace import Tracer, no_trace, scoped, wants_whole_arrays
 from tpa_ref.weights import LayerWeights, Weights
+from tpa_ref.words import WordMoments
 
-from . import attention, decode, factorize, kernels, masks, prefill, rope, spectral, vision
+from . import attention, decode, factorize, kernels, masks, prefill, rope, spectral, vision, words
 from . import cache as kv
 from .calibrate import calibrate
 from .mlp import mlp
@@ -41,10 +44,13 @@ __all__ = [
     "begin_conversion",
     "check_cache",
     "check_tokens",
+    "converted_by",
     "dense_layer",
     "spend_bits",
     "text_positions",
+    "text_so_far",
     "wants_bits",
+    "words_of",
 ]
 QueryFactors = tuple[Tensor, Tensor]  # A [r,h] and W [r,d,m]
 QUERY_BLOCK = 128
@@ -74,6 +80,7 @@ class Model:
         self._tables: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[float, float], Tensor] = {}
         self._scratch = decode.Scratch()
+        self._words: words.WordTable | None = None
 
     @torch.inference_mode()
     def __call__(
@@ -112,23 +119,38 @@ class Model:
         if images is not None and len(images):
             x_bqm[torch.from_numpy(is_image_bq).to(self.device)] = self.embed_images(images, trace).flatten(0, 1)
         x_bqm = trace("embed.x_bqm", x_bqm)
-        views = self.views(positions_bq, last_bq)
+        views = self.views(positions_bq, last_bq, text_so_far(self, tokens_bq, is_image_bq, positions_bq, cache))
         for layer, block in enumerate(self.weights.layers):
             x_bqm = self.block(x_bqm, layer, block, views, cache, scoped(trace, f"layers.{layer}"))
         if cache is not None:
             cache.advance(positions_bq)
         return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
 
-    def views(self, positions_bq: np.ndarray, last_bq: np.ndarray | None = None) -> Views:
-        """What `block` needs to know of the positions [b,q] (and of the last ones seen), shared by all layers."""
-        return Views(self, positions_bq, last_bq)
+    def views(
+        self, positions_bq: np.ndarray, last_bq: np.ndarray | None = None, text_bt: np.ndarray | None = None
+    ) -> Views:
+        """What `block` needs to know of the positions [b,q] (and of the last ones seen, and of the text so far), shared
+        by all layers.
+        """
+        return Views(self, positions_bq, last_bq, text_bt)
 
     def embed(self, tokens_bq: np.ndarray) -> Tensor:
         """Rows of the embedding table times sqrt(m), which is rounded to its dtype: [b,q] -> [b,q,m]."""
-        embed_vm = self.weights.embed_vm
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
         tokens = torch.from_numpy(np.ascontiguousarray(tokens_bq, np.int64)).to(self.device)
-        return F.embedding(tokens, embed_vm) * scale
+        return F.embedding(tokens, self.weights.embed_vm) * self.embed_factor
+
+    @property
+    def embed_factor(self) -> Tensor:
+        """sqrt(m) in the dtype of the embedding table."""
+        embed_vm = self.weights.embed_vm
+        return torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
+
+    @property
+    def word_table(self) -> words.WordTable:
+        """The embedding table as words (`words`), prepared once."""
+        if self._words is None:
+            self._words = words.WordTable(self.weights.embed_vm, self.embed_factor)
+        return self._words
 
     def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> Tensor:
         """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
@@ -163,12 +185,12 @@ class Model:
 
         # 1) project; Gemma norms Q and K per head, before RoPE
         Q_bqhd = trace("attn.Q_bqhd", rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, config.rms_eps))
-        K_bkgd = trace("attn.K_bkgd", rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, config.rms_eps))
-        V_bkge = trace("attn.V_bkge", _project(a_bqm, w.WV_gem))
+        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
         Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
 
         # 2) factorize; RoPE acts on b where b is what is cached
-        parts_k, parts_v = factorize.encode(K_bkgd, how_k), factorize.encode(V_bkge, how_v)
+        Z_bqz = views.words(layer, views.positions_bq, "queries")() if kv.reads_words([(how_k, how_v)]) else None
+        parts_k, parts_v = factorize.encode_pair(K_bkgd, V_bkge, (how_k, how_v), Z_bqz)
         if how_k.rotated:
             part = "X" if how_k.mode == "dense" else "B"
             parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
@@ -207,7 +229,7 @@ class Model:
         config = self.config
         g, d = config.num_kv_heads, config.head_dim
         loaded = [
-            [kv.load(side, how, g, d, Q_bqhd.dtype) for side, how in zip(segment.held, segment.how, strict=True)]
+            kv.load_pair(segment.held, segment.how, g, d, Q_bqhd.dtype, views.words_of(layer, segment))
             for segment in segments
         ]
         outputs = []
@@ -237,6 +259,7 @@ class Model:
                 segment.how,
                 views.turns(layer, segment.positions_bk, segment.kind),
                 views.unless_all(layer, segment, exact),
+                views.words(layer, segment.positions_bk, segment.kind) if kv.reads_words([segment.how]) else None,
             )
             for segment in segments
         ]
@@ -249,10 +272,8 @@ class Model:
         g, d = self.config.num_kv_heads, self.config.head_dim
         formed = []
         for segment in segments:
-            K_bkgd, V_bkge = (
-                factorize.decode(kv.load(side, how, g, d, Q_bqhd.dtype), how, g)
-                for side, how in zip(segment.held, segment.how, strict=True)
-            )
+            parts = kv.load_pair(segment.held, segment.how, g, d, Q_bqhd.dtype, views.words_of(layer, segment))
+            K_bkgd, V_bkge = (factorize.decode(part, how, g) for part, how in zip(parts, segment.how, strict=True))
             if not segment.how[0].rotated:
                 K_bkgd = rope.rotate(K_bkgd, *views.key_tables(layer, segment))
             formed.append((K_bkgd, V_bkge))
@@ -279,6 +300,13 @@ class Model:
             return _project(a_bqm, w.WQ_hdm)
         A_rh, W_rdm = factors
         return torch.einsum("rh,bqrd->bqhd", A_rh, _project(a_bqm, W_rdm))
+
+    def project_keys_and_values(
+        self, a_bqm: Tensor, layer: int, w: LayerWeights, trace: Tracer
+    ) -> tuple[Tensor, Tensor]:
+        """K = norm(W_K x), before RoPE, and V = W_V x."""
+        K_bkgd = trace("attn.K_bkgd", rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, self.config.rms_eps))
+        return K_bkgd, trace("attn.V_bkge", _project(a_bqm, w.WV_gem))
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
@@ -337,12 +365,19 @@ class Views:
     of the size queries x keys is kept for more than a few queries.
     """
 
-    def __init__(self, model: Model, positions_bq: np.ndarray, last_bq: np.ndarray | None = None):
-        self.model, self.positions_bq = model, positions_bq
+    def __init__(
+        self,
+        model: Model,
+        positions_bq: np.ndarray,
+        last_bq: np.ndarray | None = None,
+        text_bt: np.ndarray | None = None,
+    ):
+        self.model, self.positions_bq, self.text_bt = model, positions_bq, text_bt
         self.last_bq = positions_bq if last_bq is None else last_bq
         self._step: kernels.Step | None = None
         self._turns: dict[tuple[bool, str], Tensor] = {}
         self._seen: dict[tuple, Tensor | None] = {}
+        self._words: dict[tuple[bool, str], Callable[..., Tensor]] = {}
 
     def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or b,q,d/2] of the queries, which are new keys too."""
@@ -371,6 +406,22 @@ class Views:
             else:
                 self._turns[kind] = turns[torch.from_numpy(np.maximum(positions, 0)).to(turns.device)]
         return self._turns[kind]
+
+    def words(self, layer: int, positions_bk: np.ndarray, name: str) -> Callable[..., Tensor]:
+        """z [b,k,2m] of positions that all layers of a kind have under a name, as a function of a slice of them."""
+        kind = self.model.config.is_global[layer], name
+        if kind not in self._words:
+            assert self.text_bt is not None
+            found = words.with_previous(self.text_bt.astype(np.int64), positions_bk)
+            own_bk, previous_bk = (torch.from_numpy(numbers_bk).to(self.model.device) for numbers_bk in found)
+            table = self.model.word_table
+            self._words[kind] = lambda keys=slice(None): table(own_bk[:, keys], previous_bk[:, keys])
+        return self._words[kind]
+
+    def words_of(self, layer: int, segment: kv.Segment) -> Tensor | None:
+        """z of all keys of a segment, where K or V is predicted from them."""
+        read = kv.reads_words([segment.how])
+        return self.words(layer, segment.positions_bk, segment.kind)() if read else None
 
     def seen(
         self,
@@ -422,37 +473,30 @@ def convert(
     """
     converted = begin_conversion(model, tpa)
     moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
-    spectra: dict[int, Spectra] = {}
-    if wants_bits(converted.tpa):  # all layers share the bits, so all spectra come first
-        for layer in progress(sorted(chosen_layers(converted.tpa.layers, model.config))):
-            spectra[layer] = layer_spectra(converted, layer, moments.of_layer(layer) if moments else None)
-        spend_bits(converted, {layer: (k.variance_s, v.variance_s) for layer, (k, v) in spectra.items()})
-    for layer in progress(range(model.config.num_layers)):
-        convert_layer(converted, layer, moments, spectra.pop(layer, None))
-    return converted
+    return converted_by(layer_spectrum, convert_layer, converted, moments, progress)
 
 
-def convert_layer(converted: Model, layer: int, moments: Moments | None, spectra: Spectra | None = None) -> None:
+def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, spectrum: Spectrum | None = None) -> None:
     """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
     assert converted.tpa is not None
     per_layer, _ = converted.tpa.resolve(converted.config)
     q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
     choice = per_layer[layer]
     if choice is not None:
-        of_layer = moments.of_layer(layer) if moments and spectra is None else None
-        converted.factors[layer] = layer_factors(converted, layer, choice, of_layer, spectra)
+        converted.factors[layer] = layer_factors(converted, layer, choice, moments, spectrum)
     if q_rank < converted.config.num_heads:
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
 def layer_moments(model: Model, layer: int) -> LayerMoments:
-    """Second moments of K and V of one layer from its weights alone."""
+    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V."""
     w, device = model.weights.layers[layer], eigen_device(model)
-    norm, zero_gd = w.attn_norm_m.to(device), torch.zeros(w.WK_gdm.shape[:2], dtype=torch.float64, device=device)
-    M_k = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
-    return SideMoments(M_k, zero_gd), SideMoments(
-        factorize.moment_from_weights(w.WV_gem.to(device), norm), zero_gd.clone()
-    )
+    g, d = w.WK_gdm.shape[:2]
+    norm = w.attn_norm_m.to(device)
+    M_gdgd = torch.zeros((2 * g, d, 2 * g, d), dtype=torch.float64, device=device)
+    M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
+    M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem.to(device), norm)
+    return LayerMoments(M_gdgd, torch.zeros((2 * g, d), dtype=torch.float64, device=device))
 
 
 def eigen_device(model: Model) -> torch.device:
@@ -460,38 +504,44 @@ def eigen_device(model: Model) -> torch.device:
     return model.device if model.device.type == "cuda" else torch.device("cpu")
 
 
-def on_device(moments: SideMoments, device: torch.device) -> SideMoments:
-    """Moments of either backend as tensors."""
-    found = (moments.M_gdgd, moments.mean_gd, moments.F_gdgd)
-    return SideMoments(*(None if x is None else torch.as_tensor(x, device=device) for x in found))
+def on_device(x: Any, device: torch.device) -> Any:
+    """An array of either backend as a tensor."""
+    return None if x is None else torch.as_tensor(x, device=device)
 
 
 @torch.no_grad()
-def layer_spectra(model: Model, layer: int, moments: LayerMoments | None) -> Spectra:
-    """The spectral transforms of K and V of one layer. moments None: from the weights alone."""
-    pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
-    k, v = (spectral.spectrum(side.M_gdgd, side.mean_gd, side.F_gdgd) for side in pair)
-    return k, v
+def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text: WordMoments | None = None) -> Spectrum:
+    """The spectral transform of K and V of one layer. moments None: from the weights alone.
+
+    text: moments of the words, where K and V are predicted from them.
+    """
+    device, moments = eigen_device(model), moments or layer_moments(model, layer)
+    M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
+    if text is not None and moments.N_gdz is not None:
+        M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
+    F = [on_device(F_gdgd, device) for F_gdgd in moments.F]
+    found = spectral.spectrum(on_device(M_gdgd, device), on_device(mean_gd, device), F)
+    return replace(found, predictor_zgd=on_device(W_zgd, device))
 
 
 @torch.no_grad()
 def layer_factors(
-    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectra: Spectra | None = None
+    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectrum: Spectrum | None = None
 ) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
     full = "float64" if model.dtype == "float64" else "float32"
-    if "spectral" in (choice.k_dtype, choice.v_dtype) and spectra is None:
-        spectra = layer_spectra(model, layer, moments)
-    pair: list[Any] = [None, None]
-    if {choice.k_dtype, choice.v_dtype} != {"spectral"}:  # a transform says all that its side needs
-        pair = [on_device(side, eigen_device(model)) for side in moments or layer_moments(model, layer)]
-    sides = (
-        (choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths),
-        (choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths),
-    )
-    k, v = (
-        side_factors(*side, pair[index], spectra[index] if spectra else None, full) for index, side in enumerate(sides)
-    )
+    g = model.config.num_kv_heads
+    if choice.v_dtype == "shared":
+        whole = spectrum or layer_spectrum(model, layer, moments)
+        k = spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, full)
+        v = spectral_factors(whole, slice(g, None), "shared", choice.k_widths, full)
+    else:
+        sides = [
+            SideMoments(*(on_device(x, eigen_device(model)) for x in (side.M_gdgd, side.mean_gd, side.F_gdgd)))
+            for side in (moments or layer_moments(model, layer)).sides
+        ]
+        k = side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, sides[0], full)
+        v = side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, sides[1], full)
     return placed(k, model.device), placed(v, model.device)
 
 
@@ -501,34 +551,46 @@ def placed(how: Factorization, device: torch.device) -> Factorization:
     return replace(how, **arrays)
 
 
+def spectral_factors(spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], full: str) -> Factorization:
+    """The heads of K, or of V, of a transform, with the coefficients that have any bits."""
+    rank, kind = len(widths), getattr(torch, full)
+    lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
+    basis, encoder, predictor = (
+        None if x is None else x[:, heads].to(kind).contiguous()
+        for x in (spectrum.basis_sgd[:rank], spectrum.encoder_sgd[:rank], spectrum.predictor_zgd)
+    )
+    return Factorization(
+        "latent",
+        rank,
+        dtype,
+        basis,
+        float(np.sqrt(lost / total)) if total > 0 else 0.0,
+        encoder,
+        spectrum.mean_gd[heads].to(kind).contiguous(),
+        () if dtype == "shared" else tuple(widths),
+        predictor,
+    )
+
+
 def side_factors(
-    mode: str,
-    rank: int,
-    dtype: str,
-    widths: tuple[int, ...],
-    moments: SideMoments | None,
-    spectrum: Spectrum | None,
-    full: str,
+    mode: str, rank: int, dtype: str, widths: tuple[int, ...], moments: SideMoments, full: str
 ) -> Factorization:
-    """How K (or V) of one layer is cached. full: the dtype of constant factors."""
-    encoder = mean = None
+    """How K (or V) of one layer is cached by itself. full: the dtype of constant factors."""
+    M_gdgd, mean_gd, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
+    g, d = mean_gd.shape
     if dtype == "spectral":
-        assert spectrum is not None
-        encoder, basis, mean = spectrum.encoder_sgd[:rank], spectrum.basis_sgd[:rank], spectrum.mean_gd
-        lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
-        error = float(np.sqrt(lost / total)) if total > 0 else 0.0
+        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, full)
+    encoder: Any = None
+    mean: Any = None
+    basis: Any
+    if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
+        encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean_gd, F_gdgd)
+        mean = mean_gd
     else:
-        assert moments is not None
-        M_gdgd, mean, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
-        g, d = mean.shape
-        if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
-            encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean, F_gdgd)
-        else:
-            mean = None
-            basis, error = factorize.constant_basis(mode, rank, M_gdgd)
+        basis, error = factorize.constant_basis(mode, rank, M_gdgd)
     kind = getattr(torch, full)
     basis, encoder, mean = (None if x is None else x.to(dtype=kind).contiguous() for x in (basis, encoder, mean))
-    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean, tuple(widths))
+    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tpa_ref.plan import (
     Curve,
     Plan,
     Trial,
-    bits_per_number,
+    bits_per_token,
     check_bounds,
     next_damage,
     planned,
@@ -22,13 +22,13 @@ from tpa_ref.plan import (
 )
 
 from .evaluate import evaluate
-from .model import convert, layer_spectra
+from .model import convert, layer_spectrum
 
 __all__ = [
     "Curve",
     "Plan",
     "Trial",
-    "bits_per_number",
+    "bits_per_token",
     "check_bounds",
     "next_damage",
     "planned",
@@ -69,5 +69,5 @@ def make_plan(
     none, the one of the budget. base: layers, sinks and newest tokens to plan with. progress: wraps the trials.
     """
     return planned(
-        convert, evaluate, layer_spectra, model, moments, kv_budget, max_kl, context, holdout, base, progress
+        convert, evaluate, layer_spectrum, model, moments, kv_budget, max_kl, context, holdout, base, progress
     )

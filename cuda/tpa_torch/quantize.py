@@ -17,10 +17,10 @@ from tpa_ref.quantize import (
     HALF_MAX,
     MAX_WIDTH,
     PLANES,
+    digits,
     levels,
     odd_compander,
     packed_bytes,
-    plane_columns,
     stored_bytes,
     thresholds,
 )
@@ -33,11 +33,11 @@ __all__ = [
     "dequantize",
     "dequantize_int4",
     "dequantize_int8",
+    "digits",
     "field_shapes",
     "levels",
     "odd_compander",
     "packed_bytes",
-    "plane_columns",
     "quantize",
     "quantize_int4",
     "quantize_int8",
@@ -137,7 +137,9 @@ def _ungrouped(groups: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some bits of neighbouring coefficients: (rows of bytes >> shift) & mask. first: nobody has written there yet."""
+    """Digits of neighbouring coefficients in neighbouring bytes: (rows of bytes >> shift) & mask. first: nobody has
+    written there yet.
+    """
 
     rows: slice
     coefficients: slice
@@ -148,11 +150,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Packing:
-    """planes: (bits, bytes, columns, shifts); runs: (width, columns, thresholds); pieces: of `unpacking`;
-    level = s (t + kappa t^3) of the odd number t = 2 code + 1 - 2^w, with s and kappa rescaled to it, [R] each.
+    """parts: (mask, shift, bytes, columns, shifts in the code) of `digits`; runs: (columns, thresholds); pieces: of
+    `unpacking`; level = s (t + kappa t^3) of the odd number t = 2 code + 1 - 2^w, with s and kappa rescaled to it,
+    [R] each.
     """
 
-    planes: list
+    parts: list
     runs: list
     pieces: list[Piece]
     scale_s: Tensor
@@ -163,75 +166,68 @@ class Packing:
 @lru_cache(maxsize=512)
 def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
     """What packing and unpacking need of a layer's widths, made once for each device."""
-    planes = []
-    for bits, columns, shift in plane_columns(widths):
-        length = -(-len(columns) * bits // 8)
-        planes.append((bits, length, *(torch.from_numpy(x).to(device) for x in (columns, shift.astype(np.uint8)))))
-    runs = []
-    for width in sorted(set(widths)):
-        columns = np.flatnonzero(np.array(widths) == width)
-        contiguous = int(columns[-1]) - int(columns[0]) + 1 == len(columns)
-        where = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else torch.from_numpy(columns).to(device)
-        runs.append((width, where, torch.from_numpy(thresholds(width)).to(device)))
+    parts = [
+        (
+            (1 << part.bits) - 1,
+            part.shift,
+            _index(part.byte, device),
+            _index(part.column, device),
+            torch.from_numpy(part.left.astype(np.uint8)).to(device),
+        )
+        for part in digits(widths)
+    ]
+    runs = [
+        (_index(np.flatnonzero(np.array(widths) == width), device), torch.from_numpy(thresholds(width)).to(device))
+        for width in sorted(set(widths))
+    ]
     rows = [(*odd_compander(width), 1.0 - (1 << width)) for width in widths]
     scale_s, kappa_s, offset_s = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 3).unbind(-1)
-    return Packing(planes, runs, unpacking(widths), scale_s, kappa_s, offset_s)
+    return Packing(parts, runs, unpacking(widths), scale_s, kappa_s, offset_s)
+
+
+def _index(numbers: np.ndarray, device: torch.device) -> slice | Tensor:
+    """Numbers as an index: a slice where they follow on each other."""
+    if int(numbers[-1]) - int(numbers[0]) + 1 == len(numbers):
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return torch.from_numpy(numbers).to(device)
 
 
 def unpacking(widths: tuple[int, ...]) -> list[Piece]:
-    """The pieces in which codes are put together again: neighbours that lie at the same place of neighbouring bytes.
+    """The pieces in which codes are put together again.
 
     >>> [(piece.rows, piece.coefficients, piece.shift, piece.mask, piece.first) for piece in unpacking((4, 4, 2))]
     [(slice(0, 1, None), slice(0, 1, None), 0, 15, True), (slice(0, 1, None), slice(1, 2, None), 4, 15, True), \
 (slice(1, 2, None), slice(2, 3, None), 0, 3, True)]
     """
-    pieces, start = [], 0
-    for bits, columns, shift in plane_columns(widths):
-        length = -(-len(columns) * bits // 8)
-        slot, row = np.divmod(np.arange(len(columns)), length)
-        joined = (np.diff(columns) == 1) & (np.diff(slot) == 0) & (np.diff(shift) == 0)
-        for run in np.split(np.arange(len(columns)), np.flatnonzero(~joined) + 1):
-            at, left = int(run[0]), int(shift[run[0]])
-            pieces.append(
-                Piece(
-                    slice(start + int(row[at]), start + int(row[at]) + len(run)),
-                    slice(int(columns[at]), int(columns[at]) + len(run)),
-                    int(slot[at]) * bits - left,
-                    ((1 << bits) - 1) << left,
-                    left == 0,
-                )
-            )
-        start += length
+    pieces = []
+    for part in digits(widths):
+        joined = (np.diff(part.column) == 1) & (np.diff(part.left) == 0)
+        for run in np.split(np.arange(len(part.column)), np.flatnonzero(~joined) + 1):
+            byte, column, left = (int(x[run[0]]) for x in (part.byte, part.column, part.left))
+            rows, coefficients = slice(byte, byte + len(run)), slice(column, column + len(run))
+            mask = ((1 << part.bits) - 1) << left
+            pieces.append(Piece(rows, coefficients, part.shift - left, mask, left == 0))
     return pieces
 
 
 def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
-    """Nearest level of every coefficient, packed by planes: [..., R] of unit variance -> codes uint8 [..., bytes]."""
+    """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
     how = packing(widths, C_bks.device)
     codes = torch.zeros(C_bks.shape, dtype=torch.uint8, device=C_bks.device)
-    for _, columns, edges in how.runs:
+    for columns, edges in how.runs:
         codes[..., columns] = torch.bucketize(C_bks[..., columns].float().contiguous(), edges).to(torch.uint8)
-    rows = [codes[..., :0]]
-    for bits, length, columns, shift in how.planes:
-        part = (codes[..., columns] >> shift) & ((1 << bits) - 1)
-        part = F.pad(part, (0, length * 8 // bits - len(columns))).unflatten(-1, (8 // bits, length))
-        row = part[..., 0, :]
-        for slot in range(1, 8 // bits):
-            row = row | (part[..., slot, :] << (slot * bits))
-        rows.append(row)
-    return {"codes": torch.cat(rows, -1)}
+    packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
+    for mask, shift, byte, columns, left in how.parts:
+        packed[..., byte] |= ((codes[..., columns] >> left) & mask) << shift
+    return {"codes": packed}
 
 
-def unpack_spectral(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+def unpack_spectral(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The inverse of the packing: uint8 [..., bytes] -> the code of each coefficient, uint8 [..., R]."""
-    out = torch.zeros((*codes.shape[:-1], len(widths)), dtype=torch.uint8, device=codes.device)
-    start = 0
-    for bits, length, columns, shift in packing(widths, codes.device).planes:
-        row = codes[..., start : start + length]
-        slots = [(row >> (slot * bits)) & ((1 << bits) - 1) for slot in range(8 // bits)]
-        out[..., columns] |= torch.cat(slots, -1)[..., : len(columns)] << shift
-        start += length
-    return out
+    codes = packed.new_zeros((*packed.shape[:-1], len(widths)))
+    for mask, shift, byte, columns, left in packing(widths, packed.device).parts:
+        codes[..., columns] |= ((packed[..., byte] >> shift) & mask) << left
+    return codes
 
 
 def dequantize_spectral(fields: dict[str, Tensor], widths: tuple[int, ...]) -> Tensor:

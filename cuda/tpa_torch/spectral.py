@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,25 @@ from .factorize import steady_signs
 __all__ = ["FLOOR", "Spectrum", "allocate", "damage", "gaussian_bound"]
 
 
-def spectrum(M_gdgd: Tensor, mean_gd: Tensor, F_gdgd: Tensor | None) -> Spectrum:
-    """The transform of one layer's K or V from its second moment, its mean and its sensitivity. variance_s is NumPy's.
+def spectrum(M_gdgd: Tensor, mean_gd: Tensor, F: Sequence[Tensor | None]) -> Spectrum:
+    """The transform of x = (K, V), or of one of them, from its second moment, its mean and its sensitivity.
 
-    Shapes: M [g,d,g,d] = E[x x^T], mean [g,d], F [g,d,g,d] -> encoder and basis [g d, g, d], variance [g d].
+    F: one Fisher matrix for each of the equal blocks of heads, or None. variance_s is NumPy's.
+
+    Shapes: M [g,d,g,d] = E[x x^T], mean [g,d], F [g/blocks,d,g/blocks,d] each -> encoder and basis [g d, g, d],
+    variance [g d].
     """
     g, d = mean_gd.shape
     mean_x = mean_gd.reshape(-1).double()
     C_xx = M_gdgd.reshape(g * d, g * d).double() - torch.outer(mean_x, mean_x)
-    eye_xx = torch.eye(g * d, dtype=torch.float64, device=C_xx.device)
-    C_xx = C_xx + FLOOR * (C_xx.trace() / (g * d)).clamp(min=1e-30) * eye_xx
-    F_xx = eye_xx / C_xx.trace() if F_gdgd is None else F_gdgd.reshape(g * d, g * d).double()
-    root_xx, inverse_xx = symmetric_root(F_xx)
+    root_xx, inverse_xx = torch.zeros_like(C_xx), torch.zeros_like(C_xx)
+    n = g * d // len(F)
+    eye_xx = torch.eye(n, dtype=torch.float64, device=C_xx.device)
+    for index, F_gdgd in enumerate(F):
+        at = slice(index * n, (index + 1) * n)
+        C_xx[at, at] += FLOOR * (C_xx[at, at].trace() / n).clamp(min=1e-30) * eye_xx
+        F_xx = eye_xx / C_xx[at, at].trace() if F_gdgd is None else F_gdgd.reshape(n, n).double()
+        root_xx[at, at], inverse_xx[at, at] = symmetric_root(F_xx)
     values, U_xs = torch.linalg.eigh(root_xx @ C_xx @ root_xx)
     variance_s = values.flip(0).clamp(min=1e-12 * max(float(values[-1]), 1e-30))
     U_sx = steady_signs(U_xs.flip(-1).mT)
@@ -49,10 +58,10 @@ def truncate_weighted(
     """
     g = mean_gd.shape[0]
     if mode == "latent":
-        found = [spectrum(M_gdgd, mean_gd, F_gdgd)]
+        found = [spectrum(M_gdgd, mean_gd, [F_gdgd])]
     else:
         found = [
-            spectrum(M_gdgd[one, :, one], mean_gd[one], None if F_gdgd is None else F_gdgd[one, :, one])
+            spectrum(M_gdgd[one, :, one], mean_gd[one], [None if F_gdgd is None else F_gdgd[one, :, one]])
             for one in (slice(head, head + 1) for head in range(g))
         ]
     encoders, bases = [], []

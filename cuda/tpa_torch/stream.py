@@ -31,7 +31,7 @@ from tpa_ref.stream import (
 
 from .calibrate import THROUGH
 from .checkpoint import cast, load
-from .model import convert_layer, layer_spectra
+from .model import convert_layer, layer_spectrum
 
 __all__ = [
     "Work",
@@ -68,7 +68,7 @@ def convert_checkpoint(
     """
     target = check_folder(target)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True, device=device)
-    steps = Steps(THROUGH, layer_spectra, convert_layer, cast, save_file, load_states, to_numpy, torch.from_numpy)
+    steps = Steps(THROUGH, layer_spectrum, convert_layer, cast, save_file, load_states, to_numpy, torch.from_numpy)
     return convert_on_disk(steps, dense, path, target, tpa, calibration, max_tokens, progress)
 
 

@@ -23,7 +23,7 @@ from tpa_ref.trace import Tracer, wants_whole_arrays
 from .. import cache as kv
 from ..quantize import GROUP
 
-STORED = ("float32", "bfloat16", "int8", "int4", "spectral")
+STORED = ("float32", "bfloat16", "int8", "int4", "spectral", "shared")
 
 
 @lru_cache(maxsize=1)
@@ -58,10 +58,12 @@ def capability(device: int) -> tuple[int, int]:
 
 
 def readable(config: GemmaConfig, how: Any) -> bool:
-    """Head sizes are powers of two, as Gemma's all are (half of one is a side of a matrix product)."""
+    """Head sizes are powers of two, as Gemma's all are (half of one is a side of a matrix product). What is predicted
+    from words is left to PyTorch.
+    """
     d = config.head_dim
     flat = how.mode != "fixed-a" or how.dtype not in ("int8", "int4") or d >= GROUP  # its R rows are read as one
-    return how.dtype in STORED and d >= 32 and d & (d - 1) == 0 and flat
+    return how.dtype in STORED and d >= 32 and d & (d - 1) == 0 and flat and how.predictor is None
 
 
 @dataclass(frozen=True)

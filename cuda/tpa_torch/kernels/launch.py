@@ -114,7 +114,8 @@ def segment(
     """One segment of keys: output [b,h,e] and log-sum-exp [b,h] (base 2), float32."""
     d = Q_bhd.shape[-1]
     how_k, how_v = (as_rows(how, g) for how in held.how)
-    k, v = (side(stored, how, g, d) for stored, how in zip(held.stored, (how_k, how_v), strict=True))
+    k = side(held.stored[0], how_k, g, d)
+    v = k if how_v.dtype == "shared" else side(held.stored[1], how_v, g, d)
     k = replace(k, form="rebuilt") if how_k.mode in ("fixed-b", "latent") else k
     Q_bhd, scale = absorbed(Q_bhd, how_k, g, scale)
     partial, lse = attend(
@@ -188,20 +189,16 @@ def fields(stored: dict[str, Tensor], how: Factorization) -> tuple[str, Pointers
 def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the bits of each coefficient are, and its levels.
 
-    For the p-th plane that a coefficient has bits in: the byte of the token, the shift within it, a mask, and the
+    For the p-th digit of a coefficient: the byte of the token, the shift within it, a mask, and the
     shift within the code; a mask of 0 where there is none. -> int32 [p,4,R], float32 [3,R] (s, kappa, offset).
     """
     found = torch.zeros(3, 4, max(1, len(widths)), dtype=torch.int32)
     taken = [0] * len(widths)
-    start = 0
-    for bits, columns, shifts in quantize.plane_columns(widths):
-        length = -(-len(columns) * bits // 8)
-        for number, (column, shift) in enumerate(zip(columns.tolist(), shifts.tolist(), strict=True)):
-            slot, byte = divmod(number, length)
-            place = torch.tensor([start + byte, slot * bits, (1 << bits) - 1, shift], dtype=torch.int32)
+    for part in quantize.digits(widths):
+        for byte, column, left in zip(part.byte.tolist(), part.column.tolist(), part.left.tolist(), strict=True):
+            place = torch.tensor([byte, part.shift, (1 << part.bits) - 1, left], dtype=torch.int32)
             found[taken[column], :, column] = place
             taken[column] += 1
-        start += length
     packing = quantize.packing(widths, device)
     levels = torch.stack([packing.scale_s, packing.kappa_s, packing.offset_s]) if widths else torch.zeros(3, 1)
     return found[: max(1, *taken, 1)].contiguous().to(device), levels.contiguous().to(device)
