@@ -561,23 +561,23 @@ def saved(tmp_path, folder):
 def test_a_newer_format_is_refused(backend, tmp_path, saved):
     """Another version of a folder, a .safetensors and a .pt, dense or TPA: both versions are named."""
     content = json.loads((saved / "config.json").read_text())
-    content["tpa"]["version"] = 3
+    content["tpa"]["version"] = 4
     (saved / "config.json").write_text(json.dumps(content))
-    refused(lambda: backend.load(saved), saved, "version 3", "2")
+    refused(lambda: backend.load(saved), saved, "version 4", "3")
 
     dense = backend.load(write_folder(tmp_path / "dense"))
     path = backend.save(dense, tmp_path / "one.safetensors")
     with safe_open(path, "numpy") as handle:
         metadata = handle.metadata()
     save_file(load_file(path), path, metadata | {"version": "1"})
-    refused(lambda: backend.load(path), path, "version 1", "2")
+    refused(lambda: backend.load(path), path, "version 1", "3")
 
     if small.has_torch():
         import torch
 
         path = backend.save(dense, tmp_path / "one.pt")
         torch.save(torch.load(path, weights_only=True) | {"version": 1}, path)
-        refused(lambda: backend.load(path), path, "version 1", "2")
+        refused(lambda: backend.load(path), path, "version 1", "3")
 
 
 def tamper(saved, change):

@@ -89,8 +89,8 @@ def test_rows_that_stop(monkeypatch):
 def writes_of_every_row(patch):
     right = graph.NewTokens.__init__
 
-    def init(self, model, cache, position_b, runs_b):
-        right(self, model, cache, position_b, runs_b)
+    def init(self, model, cache, position_b, runs_b, *text):
+        right(self, model, cache, position_b, runs_b, *text)
         self.runs_b = torch.ones_like(runs_b)
 
     patch(graph.NewTokens, "__init__", init)

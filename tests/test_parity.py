@@ -182,9 +182,11 @@ def test_calibrate(twins):
         converted.append(backend.convert(model, backend.TPAConfig(mode="latent"), moments[-1]))
     assert moments[0].tokens == moments[1].tokens == 101
     for layer in range(numpy.config.num_layers):
-        for ours, theirs in zip(moments[1].of_layer(layer), moments[0].of_layer(layer), strict=True):
-            for name in ("M_gdgd", "mean_gd", "F_gdgd"):
-                assert relative(getattr(ours, name), getattr(theirs, name)) < TOLERANCE["float64"], (layer, name)
+        ours, theirs = (found.of_layer(layer).arrays() for found in moments[::-1])
+        assert set(ours) == set(theirs) == {"M", "mean", "N", "F.k", "F.v"}
+        for name in ours:
+            assert relative(ours[name], theirs[name]) < TOLERANCE["float64"], (layer, name)
+    assert relative(moments[1].words.S_zz, moments[0].words.S_zz) < TOLERANCE["float64"]
     assert_same_runs(*converted, tokens_bq)
     uncalibrated = tpa_ref.convert(numpy, tpa_ref.TPAConfig(mode="latent"))
     assert relative(converted[0](tokens_bq), uncalibrated(tokens_bq)) > 1e-3  # the text has an effect
@@ -196,7 +198,7 @@ def test_calibrate_after_a_forward_pass(twins):
     torch.tokenizer = Bytes()
     torch(tokens_bq)
     again = BACKENDS[1].calibrate(torch, TEXT, max_tokens=tokens_bq.shape[1] - 1)
-    assert again.of_layer(0)[0].F_gdgd is not None
+    assert again.of_layer(0).F[0] is not None
 
 
 def test_evaluate(twins):
@@ -255,6 +257,7 @@ ONE_SIDED = {
     "factorize.contextual_factors": "`truncate_contextual` without the error, which would make a GPU wait",
     "model.Model.rope_table": "the Triton kernels read cosines and sines apart",
     "model.Model.rope_turns": "tables are kept on the device",
+    "model.Model.words": "words are looked up once for all layers of a kind (`model.Views`)",
     "model.Model.views": "the reference makes tables and masks anew in every layer",
     "model.Views": "the same",
     "model.eigen_device": "NumPy has one device",
@@ -264,6 +267,7 @@ ONE_SIDED = {
     "quantize.Packing": "what packing needs of the widths is kept on the device",
     "quantize.Piece": "what unpacking needs of the widths is kept",
     "quantize.unpacking": "the same",
+    "words.WordTable": "the scales of the embedding's rows are kept",
     "stream.to_numpy": "NumPy's own are arrays already",
     "sensitivity.gelu_tanh_backward": "autograd knows it",
     "sensitivity.mlp_backward": "the same",

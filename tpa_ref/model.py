@@ -162,8 +162,7 @@ class Model:
 
         # 1) project; Gemma norms Q and K per head, before RoPE
         Q_bqhd = trace("attn.Q_bqhd", rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, config.rms_eps))
-        K_bkgd = trace("attn.K_bkgd", rms_norm(einsum("bkm,gdm->bkgd", a_bqm, w.WK_gdm), w.k_norm_d, config.rms_eps))
-        V_bkge = trace("attn.V_bkge", einsum("bkm,gem->bkge", a_bqm, w.WV_gem))
+        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
         Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
 
         # 2) factorize; RoPE acts on b where b is what is cached
@@ -222,6 +221,13 @@ class Model:
             return einsum("bqm,hdm->bqhd", a_bqm, w.WQ_hdm)
         A_rh, W_rdm = factors
         return einsum("rh,bqrd->bqhd", A_rh, einsum("bqm,rdm->bqrd", a_bqm, W_rdm))
+
+    def project_keys_and_values(
+        self, a_bkm: np.ndarray, layer: int, w: LayerWeights, trace: Tracer
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """K = norm(W_K x), before RoPE, and V = W_V x."""
+        K_bkgd = rms_norm(einsum("bkm,gdm->bkgd", a_bkm, w.WK_gdm), w.k_norm_d, self.config.rms_eps)
+        return trace("attn.K_bkgd", K_bkgd), trace("attn.V_bkge", einsum("bkm,gem->bkge", a_bkm, w.WV_gem))
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""

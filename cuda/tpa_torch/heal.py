@@ -41,15 +41,18 @@ from .norm import rms_norm
 WINDOW = 512
 ROWS = 256  # positions whose logits are held at once
 STATES = 0.1  # weight of the error of the states beside the KL
+CHECKED = 8  # windows that are kept aside
+CHECKS = 10
 
 
 @dataclass
 class Healing:
-    """How a healing went: the loss of every step (KL in nats, state error), and what it was run with."""
+    """How a healing went: the loss of every step (KL in nats, state error), and the checks between them."""
 
     steps: int = 0
     kl: list[float] = field(default_factory=list)
     states: list[float] = field(default_factory=list)
+    checked: list[tuple[int, float]] = field(default_factory=list)  # (steps done, KL on the windows kept aside)
 
 
 def heal(
@@ -66,16 +69,24 @@ def heal(
 ) -> Model:
     """A healed copy of a converted model. What was trained is described above; the history is `healed.healing`.
 
+    The last windows of the text are not trained on. KL is checked there ten times, and the best state so far, the one
+    before the first step included, is what is returned.
+
     text_or_path: text that neither planning nor evaluation uses. steps of `batch` windows each. learning_rate: relative
     change of a weight per step, at most, falling to zero. state: a file to go on from after an interruption. progress:
     wraps the steps, for instance `tqdm.tqdm`.
     """
     check_pair(tpa, dense, steps, batch, learning_rate)
     windows = [window for window in text_windows(dense, text_or_path, max_tokens, WINDOW) if len(window) > 1]
+    aside = windows[len(windows) - min(CHECKED, len(windows) // 4) :]
+    windows = windows[: len(windows) - len(aside)]
     student = Student(tpa)
+    best = Best(student)
     optimizer = torch.optim.AdamW(student.trained(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     history = Healing(steps)
-    first = load_state(state, student, optimizer, history, tpa) if state else 0
+    first = load_state(state, student, optimizer, history, best, tpa) if state else 0
+    if first == 0:
+        best.check(history, 0, dense, aside)
     draws = batches(windows, batch, seed)
     for step in progress(range(steps)):
         chosen = next(draws)
@@ -93,8 +104,11 @@ def heal(
         optimizer.step()
         history.kl.append(kl)
         history.states.append(states)
+        if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
+            best.check(history, step + 1, dense, aside)
         if state and ((step + 1) % 20 == 0 or step + 1 == steps):
-            save_state(state, student, optimizer, history, tpa)
+            save_state(state, student, optimizer, history, best, tpa)
+    best.restore()
     healed = student.model()
     healed.healing = history
     return healed
@@ -199,6 +213,29 @@ class Student:
             weights.vision = tpa.weights.vision
         factors = [self.factors(layer) for layer in layers]
         return type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, factors, tpa.query_factors, tpa.stored_dtype)
+
+
+class Best:
+    """The weights with the least KL on the windows kept aside, so far."""
+
+    def __init__(self, student: Student):
+        self.student, self.kl = student, math.inf
+        self.theta: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def check(self, history: Healing, step: int, dense: Model, windows: list[list[int]]) -> None:
+        """Measure, and keep the weights if they are the best; without windows the last ones are."""
+        kl = [float(losses(self.student, dense, window)[0]) for window in windows]
+        found = sum(kl) / len(kl) if kl else -float(step)
+        history.checked += [(step, found)] if kl else []
+        if found < self.kl:
+            self.kl, self.theta = found, {name: x.detach().clone() for name, x in self.student.theta.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the student the best weights back."""
+        for name, value in self.theta.items():
+            self.student.theta[name].copy_(value)
 
 
 def cached(
@@ -323,8 +360,8 @@ class ThroughCache(Model):
         self.how, self.sinks, self.Z_bqz = how, sinks, Z_bqz
         self._turns = dense._turns  # made once for all layers
 
-    def project_keys_and_values(self, a_bqm: Tensor, layer: int, w: LayerWeights, trace: Any) -> tuple[Tensor, Tensor]:
-        K_bkgd, V_bkge = super().project_keys_and_values(a_bqm, layer, w, trace)
+    def project_keys_and_values(self, a_bkm: Tensor, layer: int, w: LayerWeights, trace: Any) -> tuple[Tensor, Tensor]:
+        K_bkgd, V_bkge = super().project_keys_and_values(a_bkm, layer, w, trace)
         return cached(K_bkgd, V_bkge, self.how, self.sinks, self.Z_bqz)
 
 
@@ -339,18 +376,19 @@ def divergence(dense: Model, x_bqm: Tensor, teacher_bqm: Tensor) -> Tensor:
 # ---- going on after an interruption ----
 
 
-def save_state(path: str | Path, student: Student, optimizer: Any, history: Healing, tpa: Model) -> None:
+def save_state(path: str | Path, student: Student, optimizer: Any, history: Healing, best: Best, tpa: Model) -> None:
     content = {
         "theta": {name: value.detach() for name, value in student.theta.items()},
         "optimizer": optimizer.state_dict(),
         "history": vars(history),
+        "best": {"kl": best.kl, "theta": best.theta},
         "tpa": repr(tpa.tpa),
     }
     with replacing(Path(path)) as temporary:
         torch.save(content, temporary)
 
 
-def load_state(path: str | Path, student: Student, optimizer: Any, history: Healing, tpa: Model) -> int:
+def load_state(path: str | Path, student: Student, optimizer: Any, history: Healing, best: Best, tpa: Model) -> int:
     """The step to go on with: 0 where there is no state; another conversion's or another length's is refused."""
     if not Path(path).is_file():
         return 0
@@ -364,6 +402,8 @@ def load_state(path: str | Path, student: Student, optimizer: Any, history: Heal
                 value.copy_(content["theta"][name])
         optimizer.load_state_dict(content["optimizer"])
         history.kl, history.states = content["history"]["kl"], content["history"]["states"]
+        history.checked = content["history"]["checked"]
+        best.kl, best.theta = content["best"]["kl"], content["best"]["theta"]
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError, UnpicklingError) as problem:
         raise TPAError(f"heal: {path} holds no state of a healing: {str(problem).splitlines()[0]}") from None
     return len(history.kl)

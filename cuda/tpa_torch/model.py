@@ -302,11 +302,11 @@ class Model:
         return torch.einsum("rh,bqrd->bqhd", A_rh, _project(a_bqm, W_rdm))
 
     def project_keys_and_values(
-        self, a_bqm: Tensor, layer: int, w: LayerWeights, trace: Tracer
+        self, a_bkm: Tensor, layer: int, w: LayerWeights, trace: Tracer
     ) -> tuple[Tensor, Tensor]:
         """K = norm(W_K x), before RoPE, and V = W_V x."""
-        K_bkgd = trace("attn.K_bkgd", rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, self.config.rms_eps))
-        return K_bkgd, trace("attn.V_bkge", _project(a_bqm, w.WV_gem))
+        K_bkgd = rms_norm(_project(a_bkm, w.WK_gdm), w.k_norm_d, self.config.rms_eps)
+        return trace("attn.K_bkgd", K_bkgd), trace("attn.V_bkge", _project(a_bkm, w.WV_gem))
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""

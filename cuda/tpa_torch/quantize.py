@@ -17,6 +17,7 @@ from tpa_ref.quantize import (
     HALF_MAX,
     MAX_WIDTH,
     PLANES,
+    Digits,
     digits,
     levels,
     odd_compander,
@@ -30,6 +31,7 @@ __all__ = [
     "GROUP",
     "MAX_WIDTH",
     "PLANES",
+    "Digits",
     "dequantize",
     "dequantize_int4",
     "dequantize_int8",
@@ -207,7 +209,7 @@ def unpacking(widths: tuple[int, ...]) -> list[Piece]:
             rows, coefficients = slice(byte, byte + len(run)), slice(column, column + len(run))
             mask = ((1 << part.bits) - 1) << left
             pieces.append(Piece(rows, coefficients, part.shift - left, mask, left == 0))
-    return pieces
+    return sorted(pieces, key=lambda piece: not piece.first)
 
 
 def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
