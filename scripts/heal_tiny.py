@@ -28,10 +28,10 @@ from tpa_ref.memory import windowed_bytes  # noqa: E402
 from tpa_torch.heal import heal  # noqa: E402
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
-SETTINGS = {  # with the learning rate: the less there is to heal, the smaller the steps must be
-    "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.01),
-    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003),
-    "spectral, rate 1.0": (TPAConfig(rate=1.0, context=CONTEXT), 0.001),
+SETTINGS = {  # with the learning rate and the steps: the less there is to heal, the smaller the steps must be
+    "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500),
+    "spectral without words, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT, predict=False), 0.004, 1000),
+    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.001, 200),
 }
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default=str(ROOT / "runs" / "heal"), help="where the states of the training lie")
     parser.add_argument("--out", default=str(ROOT / "results" / "heal"), help="without suffix: .json, .md, .png")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, help="instead of those of each setting")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--eval-tokens", type=int, default=8_192)
     parser.add_argument("--only", type=int, metavar="N", help="train this setting, and write no results")
@@ -50,7 +50,8 @@ def main() -> None:
     moments = tpa_torch.calibrate(dense, read_text(cli.TINY / "calibration.txt"), cache_dir=work)
     text, unseen = training_text(work), read_text(cli.TINY / "evaluation.txt")
     rows = []
-    for number, (name, (config, learning_rate)) in enumerate(SETTINGS.items()):
+    for number, (name, (config, learning_rate, steps)) in enumerate(SETTINGS.items()):
+        steps = args.steps or steps
         if args.only is not None and number != args.only:
             continue
         start = time.perf_counter()
@@ -59,7 +60,7 @@ def main() -> None:
             before,
             dense,
             text,
-            steps=args.steps,
+            steps=steps,
             batch=args.batch,
             learning_rate=learning_rate,
             state=work / f"{number}.pt",
@@ -74,7 +75,7 @@ def main() -> None:
                 "before": tpa_torch.evaluate(dense, before, unseen, args.eval_tokens, recall_prompts=4),
                 "after": tpa_torch.evaluate(dense, healed, unseen, args.eval_tokens, recall_prompts=4),
                 "training_kl": healed.healing.kl,
-                "steps": args.steps,
+                "steps": steps,
                 "tokens_a_step": args.batch * 512,
                 "seconds": time.perf_counter() - start,
             }

@@ -41,6 +41,7 @@ from .norm import rms_norm
 WINDOW = 512
 ROWS = 256  # positions whose logits are held at once
 STATES = 0.1  # weight of the error of the states beside the KL
+WIDE = 1024  # hidden size from which on activations are computed again on the way back
 CHECKED = 8  # windows that are kept aside
 CHECKS = 10
 
@@ -315,8 +316,7 @@ def rounded(x: Tensor, how: Factorization) -> Tensor:
 
 def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, Tensor]:
     """(mean KL(dense || student) in nats, mean relative error of the states behind attention) of one window."""
-    from torch.utils.checkpoint import checkpoint  # which takes a second to import
-
+    run = recomputed if dense.config.hidden_size >= WIDE else lambda step, *arguments: step(*arguments)
     tokens_bq = np.array([window])
     views = dense.views(np.arange(len(window))[None])
     with torch.no_grad():
@@ -329,15 +329,20 @@ def losses(student: Student, dense: Model, window: list[int]) -> tuple[Tensor, T
     x_bqm, errors = dense.embed(tokens_bq), []
     Z_bqz = words.window_words(x_bqm)
     for layer in range(dense.config.num_layers):
-        x_bqm, error = checkpoint(
-            student_block, student, dense, layer, x_bqm, views, targets[layer], Z_bqz, use_reentrant=False
-        )
+        x_bqm, error = run(student_block, student, dense, layer, x_bqm, views, targets[layer], Z_bqz)
         errors.append(error)
     x_bqm = rms_norm(x_bqm, dense.weights.final_norm_m, dense.config.rms_eps)
     total = x_bqm.new_zeros((), dtype=torch.float32)
     for part_bqm, part_teacher_bqm in zip(x_bqm.split(ROWS, 1), teacher_bqm.split(ROWS, 1), strict=True):
-        total = total + checkpoint(divergence, dense, part_bqm, part_teacher_bqm, use_reentrant=False)
+        total = total + run(divergence, dense, part_bqm, part_teacher_bqm)
     return total / len(window), torch.stack(errors).mean()
+
+
+def recomputed(step: Callable, *arguments: Any) -> Any:
+    """The result of a step whose activations are not kept for the way back but computed again."""
+    from torch.utils.checkpoint import checkpoint  # which takes a second to import
+
+    return checkpoint(step, *arguments, use_reentrant=False)
 
 
 def student_block(
