@@ -68,7 +68,7 @@ def filled(how, lengths, slots, windowed, size=1.0, seed=0):
     K, V = (torch.randn((len(lengths), max(lengths), G, D), generator=rng).to(DEVICE) for _ in "KV")
     K = K * size
     t = np.arange(max(lengths))
-    new = [kv.store(factorize.encode(X, one), one) for X, one in zip((K, V), how, strict=True)]
+    new = [kv.store(parts, one) for parts, one in zip(factorize.encode_pair(K, V, how), how, strict=True)]
     held.write(tuple(new), np.where(t < np.array(lengths)[:, None], t, -1))
     return held
 
@@ -85,8 +85,7 @@ def expected(Q, held, lengths, window, asking=None):
     position = torch.from_numpy(kv.slot_positions(held._filled(lengths), lengths, held.slots)).to(DEVICE)
     query = torch.from_numpy((lengths - 1 if asking is None else np.array(asking))[:, None]).to(DEVICE)
     parts = [
-        {name: x.double() for name, x in kv.load(side, how, G, D).items()}
-        for side, how in zip(held.read(lengths), held.how, strict=True)
+        {name: x.double() for name, x in side.items()} for side in kv.load_pair(held.read(lengths), held.how, G, D)
     ]
     cos, sin = (x.double()[position.clamp(min=0)] for x in tables())
     L = attention.scores(Q.double(), parts[0], held.how[0], G, (cos, sin), SCALE)
@@ -193,6 +192,21 @@ def test_no_coefficient_at_all(sides):
     """A spectral side that no bit was given holds nothing but its mean."""
     none, some = spectral(()), spectral(seed=2)
     assert error((none if "k" in sides else some, none if "v" in sides else some), (17, 5)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, ()])
+def test_coefficients_of_both(widths):
+    """V shares the coefficients of K and holds nothing of its own."""
+    how = spectral(widths), replace(spectral(widths, seed=1), dtype="shared", widths=())
+    assert filled(how, (9,), 48, False).stored[1] == {}
+    assert error(how, (37, 9)) < TOLERANCE["float32"]
+
+
+def test_words_are_left_to_pytorch(config):
+    """A cache that is predicted from words is not read by the kernels."""
+    k, v = spectral(), replace(spectral(seed=1), dtype="shared", widths=())
+    assert kernels.readable(config, k) and kernels.readable(config, v)
+    assert not kernels.readable(config, replace(k, predictor=torch.zeros(8, G, D)))
 
 
 def test_full_rank_fixed_a_is_read_as_heads():

@@ -267,6 +267,7 @@ ONE_SIDED = {
     "quantize.Packing": "what packing needs of the widths is kept on the device",
     "quantize.Piece": "what unpacking needs of the widths is kept",
     "quantize.unpacking": "the same",
+    "words.Words": "the same",
     "words.WordTable": "the scales of the embedding's rows are kept",
     "stream.to_numpy": "NumPy's own are arrays already",
     "sensitivity.gelu_tanh_backward": "autograd knows it",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -377,7 +377,7 @@ class Views:
         self._step: kernels.Step | None = None
         self._turns: dict[tuple[bool, str], Tensor] = {}
         self._seen: dict[tuple, Tensor | None] = {}
-        self._words: dict[tuple[bool, str], Callable[..., Tensor]] = {}
+        self._words: dict[tuple[bool, str], words.Words] = {}
 
     def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or b,q,d/2] of the queries, which are new keys too."""
@@ -407,15 +407,14 @@ class Views:
                 self._turns[kind] = turns[torch.from_numpy(np.maximum(positions, 0)).to(turns.device)]
         return self._turns[kind]
 
-    def words(self, layer: int, positions_bk: np.ndarray, name: str) -> Callable[..., Tensor]:
+    def words(self, layer: int, positions_bk: np.ndarray, name: str) -> words.Words:
         """z [b,k,2m] of positions that all layers of a kind have under a name, as a function of a slice of them."""
         kind = self.model.config.is_global[layer], name
         if kind not in self._words:
             assert self.text_bt is not None
             found = words.with_previous(self.text_bt.astype(np.int64), positions_bk)
             own_bk, previous_bk = (torch.from_numpy(numbers_bk).to(self.model.device) for numbers_bk in found)
-            table = self.model.word_table
-            self._words[kind] = lambda keys=slice(None): table(own_bk[:, keys], previous_bk[:, keys])
+            self._words[kind] = words.Words(self.model.word_table, own_bk, previous_bk)
         return self._words[kind]
 
     def words_of(self, layer: int, segment: kv.Segment) -> Tensor | None:

@@ -75,5 +75,25 @@ class WordTable:
         return Z_bknm.flatten(2)
 
 
+class Words:
+    """z of the tokens at some positions, for slices of them. A short text is looked up once for all layers."""
+
+    MOST = 1 << 22  # numbers that are kept
+
+    def __init__(self, table: WordTable, own_bk: Tensor, previous_bk: Tensor):
+        self.table, self.own_bk, self.previous_bk = table, own_bk, previous_bk
+        self._kept: dict[tuple[int | None, int | None], Tensor] = {}
+
+    def __call__(self, keys: slice = slice(None)) -> Tensor:
+        """[b,k,2m] of a slice of the positions."""
+        at = keys.start, keys.stop
+        if at in self._kept:
+            return self._kept[at]
+        made = self.table(self.own_bk[:, keys], self.previous_bk[:, keys])
+        if self.own_bk.numel() * made.shape[-1] <= self.MOST:
+            self._kept[at] = made
+        return made
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
