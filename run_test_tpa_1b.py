@@ -105,6 +105,8 @@ def main() -> None:
             "  note: this model has one KV head; head-rank factors (contextual, fixed-a) cannot make its cache smaller"
         )
     saved = backend.save(tpa, args.output)
+    constants = weights_bytes(dense, tpa)
+    print(f"  constant factors {memory.human(constants['tpa'] - constants['dense'])}, once for all texts")
     print(f"  saved to {saved} ({memory.human(size_on_disk(saved))})")
 
     # memory: what a really filled cache holds, then arithmetic at --context
@@ -158,7 +160,7 @@ def main() -> None:
         "conversion_seconds": conversion_seconds,
         "kv": memory.kv_report(config, measured, context, tpa_bytes),
         "peak_memory_bytes": peak.bytes,
-        "weights_bytes": weights_bytes(dense, tpa),
+        "weights_bytes": constants,
         "quality": quality,
         "speed": speed,
         "text": {"prompt": args.prompt, **texts},
@@ -214,8 +216,8 @@ def greedy_steps(model: Any, cache: Any, token: int, steps: int) -> None:
 def weights_bytes(dense: Any, tpa: Any) -> dict[str, int]:
     """Bytes of the weights in memory; TPA adds its constant factors and, with a q rank, exchanges W_Q."""
     size = cli.parameter_count(dense.config) * dense.weights.embed_vm.dtype.itemsize
-    constants = [x for pair in tpa.factors for how in pair for x in how.constants().values() if x is not None]
-    extra = sum(x.nbytes for x in constants)
+    arrays = [x for pair in tpa.factors for how in pair for x in how.constants().values() if x is not None]
+    extra = sum(x.nbytes for x in arrays)
     for query, block in zip(tpa.query_factors, dense.weights.layers, strict=True):
         if query is not None:
             extra += query[0].nbytes + query[1].nbytes - block.WQ_hdm.nbytes

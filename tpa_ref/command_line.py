@@ -92,7 +92,7 @@ def add_tpa_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--predict",
         action=argparse.BooleanOptionalAction,
-        help="code only what the tokens do not tell of K and V (default: yes up to a hidden size of 512)",
+        help="code only what the words do not tell of K and V (default: up to a hidden size of 512, without images)",
     )
     group.add_argument("--mode", choices=MODES, help="for K and V, instead of a rate")
     group.add_argument("--k-mode", choices=MODES)

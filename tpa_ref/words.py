@@ -144,8 +144,10 @@ def without_words(
 
 
 def affordable(config: GemmaConfig) -> bool:
-    """Are the maps of all layers, 2 m times 2 g d numbers each, small beside the model?"""
-    return config.hidden_size <= AFFORDABLE
+    """Are the maps of all layers, 2 m times 2 g d numbers each, small beside the model? And is all of a text words? The
+    places of an image have none, so what is left of them is larger than the bits are made for.
+    """
+    return config.hidden_size <= AFFORDABLE and config.vision is None
 
 
 def token_bytes(vocab_size: int) -> int:
