@@ -79,7 +79,7 @@ def truncate_contextual(X_bkgd, rank):
     "the damage metric dropped": (
         "04_from_gemma_to_tpa.ipynb",
         "spectral",
-        "\n_right = spectrum\ndef spectrum(M, mean, F):\n    return _right(M, mean, None)\n",
+        "\n_right = spectrum\ndef spectrum(M, mean, F):\n    return _right(M, mean, [None] * len(F))\n",
     ),
     "water-filling that ignores how many tokens a layer holds": (
         "04_from_gemma_to_tpa.ipynb",
@@ -94,6 +94,25 @@ def allocate(variances, entries, bits):
         "04_from_gemma_to_tpa.ipynb",
         "quantize",
         "\ndef levels(width):\n    return np.linspace(-2.5, 2.5, 1 << width, dtype=np.float32)\n",
+    ),
+    "words of the wrong token": (
+        "04_from_gemma_to_tpa.ipynb",
+        "words",
+        """
+_right = with_previous
+def with_previous(text_bt, positions_bk):
+    after_bk, own_bk = _right(text_bt, np.minimum(positions_bk + 1, text_bt.shape[1] - 1))
+    return own_bk, after_bk
+""",
+    ),
+    "a fit that flatters itself": (
+        "04_from_gemma_to_tpa.ipynb",
+        "words",
+        """
+_right = fit
+def fit(N_xz, F_xx, words, damage):
+    return _right(N_xz, F_xx, WordMoments(words.mean_z, words.S_zz, 10**9), damage)
+""",
     ),
     "the mean of V forgotten": (
         "05_at_scale.ipynb",
