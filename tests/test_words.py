@@ -194,6 +194,19 @@ def test_predict_needs_moments_of_the_words(backend, random_gemma):
     assert all(how.predictor is None for pair in tpa.factors for how in pair)
 
 
+def test_a_text_is_read_for_words_where_they_are_asked_for(backend, random_gemma, monkeypatch):
+    """`convert` calibrates with or without them, as the configuration says; factors of fixed rank do not use them."""
+    gemma = random_gemma(2, 4, 16, 11)
+    model = backend.load(gemma.path)
+    model.tokenizer = Bytes()
+    of = submodule(backend, "model")
+    found, right = [], of.calibrate
+    monkeypatch.setattr(of, "calibrate", lambda *args, **more: found.append(more["predict"]) or right(*args, **more))
+    for config in (TPAConfig(rate=1.0), TPAConfig(rate=1.0, predict=False), TPAConfig(mode="latent")):
+        backend.convert(model, config, TEXT[:200] + "\n")
+    assert found == [True, False, False]
+
+
 def test_default_is_where_the_maps_are_small():
     """Published sizes want to be asked; ids of their vocabularies take four bytes."""
     assert words.affordable(GemmaConfig.tiny()) and not words.affordable(GemmaConfig.gemma3_1b())

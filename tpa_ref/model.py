@@ -307,8 +307,9 @@ def convert(
     progress: wraps the layers, for instance `tqdm.tqdm`.
     """
     converted = begin_conversion(model, tpa)
-    moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
-    return converted_by(layer_spectrum, convert_layer, converted, moments, progress)
+    if isinstance(calibration, str):
+        calibration = calibrate(model, calibration, predict=predicts(converted))
+    return converted_by(layer_spectrum, convert_layer, converted, calibration, progress)
 
 
 def converted_by(
@@ -410,6 +411,12 @@ def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text:
     if text is not None and moments.N_gdz is not None:
         M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
     return replace(spectral.spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
+
+
+def predicts(converted: Any) -> bool:
+    """Are K and V to be predicted from the words?"""
+    asked = converted.tpa.predict
+    return converted.tpa.spectral and (words.affordable(converted.config) if asked is None else asked)
 
 
 def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from . import formats, words
+from . import formats
 from .calibrate import (
     SENSITIVITY_TOKENS,
     THROUGH,
@@ -56,7 +56,7 @@ from .checkpoint import (
 )
 from .config import GemmaConfig, TPAConfig, chosen_layers
 from .errors import TPAError
-from .model import begin_conversion, convert_layer, layer_spectrum, spend_bits, wants_bits, words_of
+from .model import begin_conversion, convert_layer, layer_spectrum, predicts, spend_bits, wants_bits, words_of
 from .spectral import Spectrum
 from .weights import is_vision, stored_name
 from .words import WordMoments
@@ -153,12 +153,6 @@ def convert_on_disk(
             write_shard(folder, dense.config.num_layers + 1, dense.config, tower, steps.save_file)
         finish_folder(folder, target, converted)
     return target
-
-
-def predicts(converted: Any) -> bool:
-    """Are K and V to be predicted from the words?"""
-    asked = converted.tpa.predict
-    return converted.tpa.spectral and (words.affordable(converted.config) if asked is None else asked)
 
 
 def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], predict: bool, progress: Callable) -> None:

@@ -21,6 +21,7 @@ from tpa_ref.model import (
     check_tokens,
     converted_by,
     dense_layer,
+    predicts,
     spend_bits,
     text_positions,
     text_so_far,
@@ -46,6 +47,7 @@ __all__ = [
     "check_tokens",
     "converted_by",
     "dense_layer",
+    "predicts",
     "spend_bits",
     "text_positions",
     "text_so_far",
@@ -471,8 +473,9 @@ def convert(
     progress: wraps the layers, for instance `tqdm.tqdm`.
     """
     converted = begin_conversion(model, tpa)
-    moments = calibrate(model, calibration) if isinstance(calibration, str) else calibration
-    return converted_by(layer_spectrum, convert_layer, converted, moments, progress)
+    if isinstance(calibration, str):
+        calibration = calibrate(model, calibration, predict=predicts(converted))
+    return converted_by(layer_spectrum, convert_layer, converted, calibration, progress)
 
 
 def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, spectrum: Spectrum | None = None) -> None:
