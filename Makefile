@@ -34,7 +34,7 @@ results: .venv/.demo
 	$(BIN)/python scripts/kv_memory.py
 	$(BIN)/python scripts/update_readme.py
 
-# Distil the dense tiny model into three conversions, and measure: 20 minutes on two cores; resumes after an interruption.
+# Distil the dense tiny model into three conversions, and measure: an hour on one core; resumes after an interruption.
 heal: .venv/.demo
 	$(BIN)/python scripts/heal_tiny.py
 	$(BIN)/python scripts/update_readme.py

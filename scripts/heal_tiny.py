@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Heal conversions of the tiny model and show what it gives: results/heal.json, heal.md and heal.png.
 
-    python scripts/heal_tiny.py                     # contextual rank 2 of 4 and rate 0.5; goes on where it was stopped
+    python scripts/heal_tiny.py       # contextual rank 2 of 4, and rate 0.5 with and without words; can be interrupted
 
 Trained on the text that the tiny model was trained on, measured on documents that neither has seen.
 """
@@ -97,8 +97,8 @@ def training_text(work: Path) -> str:
 
 
 HEADER = (
-    "| cache | windowed / TPA | KL before | KL after | removed | top-1 before | after | recall before | after |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| cache | steps | windowed / TPA | KL before | KL after | removed | top-1 before | after | recall before | after |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -106,7 +106,7 @@ def line(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
     removed = 100 * (1 - after["kl"] / before["kl"])
     return (
-        f"| {row['name']} | {row['ratio_vs_windowed']:.1f}x | {before['kl']:.4f} | {after['kl']:.4f} "
+        f"| {row['name']} | {row['steps']:,} | {row['ratio_vs_windowed']:.1f}x | {before['kl']:.4f} | {after['kl']:.4f} "
         f"| {removed:.0f} % | {100 * before['top1']:.1f} % | {100 * after['top1']:.1f} % "
         f"| {100 * before['recall_tpa']:.0f} % | {100 * after['recall_tpa']:.0f} % |"
     )
@@ -115,7 +115,7 @@ def line(row: dict[str, Any]) -> str:
 def markdown(content: dict[str, Any]) -> str:
     first, environment = content["rows"][0], content["environment"]
     note = (
-        f"{first['steps']} steps of {first['tokens_a_step']:,} tokens of the tiny model's training text; "
+        f"Steps of {first['tokens_a_step']:,} tokens of the tiny model's training text; "
         f"{first['before']['tokens']:,} tokens of unseen documents; ratios at {content['context']} tokens, where every "
         f"layer holds as much. torch {environment['torch']}, {environment['processor']}."
     )

@@ -2,7 +2,7 @@
 
 The dense model is the teacher. Trained are only the maps between a token and its cache, and W_O behind it:
 
-    spectral, latent, fixed-b   encoder, basis and mean of K and of V
+    spectral, latent, fixed-b   encoder, basis, mean and map of the words of K and of V
     fixed-a                     the constant A, and W_K, W_V
     contextual                  W_K and W_V, whose product with x is factorized per token (the factors' maps)
 
