@@ -97,7 +97,7 @@ def training_text(work: Path) -> str:
 
 
 HEADER = (
-    "| cache | steps | windowed / TPA | KL before | KL after | removed | top-1 before | after | recall before | after |\n"
+    "| cache | steps | windowed / TPA | KL before | after | removed | top-1 before | after | recall before | after |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -106,8 +106,8 @@ def line(row: dict[str, Any]) -> str:
     before, after = row["before"], row["after"]
     removed = 100 * (1 - after["kl"] / before["kl"])
     return (
-        f"| {row['name']} | {row['steps']:,} | {row['ratio_vs_windowed']:.1f}x | {before['kl']:.4f} | {after['kl']:.4f} "
-        f"| {removed:.0f} % | {100 * before['top1']:.1f} % | {100 * after['top1']:.1f} % "
+        f"| {row['name']} | {row['steps']:,} | {row['ratio_vs_windowed']:.1f}x "
+        f"| {before['kl']:.4f} | {after['kl']:.4f} | {removed:.0f} % | {100 * before['top1']:.1f} % | {100 * after['top1']:.1f} % "
         f"| {100 * before['recall_tpa']:.0f} % | {100 * after['recall_tpa']:.0f} % |"
     )
 
