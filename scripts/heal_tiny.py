@@ -107,7 +107,8 @@ def line(row: dict[str, Any]) -> str:
     removed = 100 * (1 - after["kl"] / before["kl"])
     return (
         f"| {row['name']} | {row['steps']:,} | {row['ratio_vs_windowed']:.1f}x "
-        f"| {before['kl']:.4f} | {after['kl']:.4f} | {removed:.0f} % | {100 * before['top1']:.1f} % | {100 * after['top1']:.1f} % "
+        f"| {before['kl']:.4f} | {after['kl']:.4f} | {removed:.0f} % "
+        f"| {100 * before['top1']:.1f} % | {100 * after['top1']:.1f} % "
         f"| {100 * before['recall_tpa']:.0f} % | {100 * after['recall_tpa']:.0f} % |"
     )
 
