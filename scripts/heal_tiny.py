@@ -30,8 +30,8 @@ from tpa_torch.heal import heal  # noqa: E402
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
 SETTINGS = {  # with the learning rate and the steps: the less there is to heal, the smaller the steps must be
     "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500),
-    "spectral without words, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT, predict=False), 0.003, 200),
-    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.001, 100),
+    "spectral without words, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT, predict=False), 0.004, 300),
+    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003, 300),
 }
 
 

@@ -2,9 +2,9 @@
 
 The dense model is the teacher. Trained are only the maps between a token and its cache, and W_O behind it:
 
+    every mode                  W_K and W_V; in `contextual` their product with x is factorized per token
     spectral, latent, fixed-b   encoder, basis, mean and map of the words of K and of V
-    fixed-a                     the constant A, and W_K, W_V
-    contextual                  W_K and W_V, whose product with x is factorized per token (the factors' maps)
+    fixed-a                     the constant A
 
 everything else stays as it was. The loss is KL(dense || TPA) of the predictions plus the relative error of the states
 behind every attention. Codes are rounded on the way forward and passed through on the way back (straight-through).
@@ -165,7 +165,7 @@ class Student:
             block = tpa.weights.layers[layer]
             self._train(f"{layer}.WO", block.WO_mhe)
             for side, how, W in (("k", how_k, block.WK_gdm), ("v", how_v, block.WV_gem)):
-                if how.mode in ("contextual", "fixed-a"):
+                if how.mode != "dense":
                     self._train(f"{layer}.{side}.W", W)
                 for name, value in how.constants().items():
                     if value is not None and value.numel():
