@@ -371,6 +371,19 @@ def test_a_layer_of_a_plan_may_get_nothing(backend, random_gemma):
     assert np.isfinite(logits).all() and cache.nbytes == 2 * 11 * 32
 
 
+def test_layers_that_stay_dense_need_no_moments(backend, random_gemma):
+    """A complete choice with one spectral layer, and one with V alone: nothing is asked of the others."""
+    gemma = random_gemma(2, 4, 16, 11)
+    model = backend.load(gemma.path)
+    model.tokenizer = Bytes()
+    moments = backend.calibrate(model, TEXT, layers="2", max_tokens=100)
+    alone = LayerConfig("fixed-a", "latent", 2, 8, "int8", "spectral", (), (8,) * 8)
+    for choice in (LayerConfig.spectral((8,) * 32), alone):
+        tpa = backend.convert(model, TPAConfig(per_layer=tuple(choice if n == 2 else None for n in range(7))), moments)
+        assert [how.mode for how, _ in tpa.factors] == ["dense"] * 2 + [choice.k_mode] + ["dense"] * 4
+        assert np.isfinite(to_numpy(tpa(gemma.tokens_bq))).all()
+
+
 def test_no_full_precision_copy_lives_beside_the_cache(tiny):
     """What stays allocated after a prefill is the cache that was counted, and little else."""
     import tracemalloc

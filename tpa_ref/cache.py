@@ -173,8 +173,6 @@ def whole_text(
 
 def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
-    if how.dtype == "shared":
-        return {}
     if how.dtype == "spectral":
         return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
@@ -205,12 +203,15 @@ def load_pair(
     Z_bkz: np.ndarray | None = None,
 ) -> tuple[Parts, Parts]:
     """The parts of K and of V back as numbers, those that V shares with K and the words [b,k,2m] included."""
-    parts_k = load(held[0], how[0], g, d, dtype)
-    parts_v = dict(parts_k) if how[1].dtype == "shared" else load(held[1], how[1], g, d, dtype)
-    for parts, side in zip((parts_k, parts_v), how, strict=True):
-        if side.predictor is not None:
-            parts["Z"] = Z_bkz
-    return parts_k, parts_v
+    parts_k, parts_v = (load(side, one, g, d, dtype) for side, one in zip(held, how, strict=True))
+    return completed(parts_k, parts_v, how, Z_bkz)
+
+
+def completed(parts_k: Parts, parts_v: Parts, how: LayerFactors, Z_bkz: Any) -> tuple[Parts, Parts]:
+    """The parts of K and V with what nobody stored: those that V shares with K, and the words [b,k,2m]."""
+    sides = parts_k, parts_k if how[1].dtype == "shared" else parts_v
+    k, v = (parts if one.predictor is None else parts | {"Z": Z_bkz} for parts, one in zip(sides, how, strict=True))
+    return k, v
 
 
 def part_dtype(part: str, ndim: int, dtype: str) -> str:

@@ -170,7 +170,7 @@ def calibrated(
     check_dense(model)
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
     kept = chosen_layers(layers, model.config)
-    predict = words.affordable(model.config) if predict is None else predict
+    predict = words.wanted(predict, model.config)
     name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
@@ -242,10 +242,8 @@ def through_layer(
     def add(name: str, found: np.ndarray) -> None:
         sums[name] = sums[name] + found if name in sums else found
 
-    watch, block = (
-        Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__}),
-        model.weights.layers[layer],
-    )
+    watch = Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__})
+    block = model.weights.layers[layer]
     behind = []
     for index, x_bqm in enumerate(states):
         positions_bq = np.arange(x_bqm.shape[1])[None]

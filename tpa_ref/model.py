@@ -15,7 +15,7 @@ import numpy as np
 from . import attention, factorize, masks, rope, spectral, vision, words
 from . import cache as kv
 from .calibrate import LayerMoments, Moments, SideMoments, calibrate
-from .config import DEFAULT_CONTEXT, DEFAULT_RATE, GemmaConfig, LayerConfig, TPAConfig, chosen_layers
+from .config import DEFAULT_CONTEXT, DEFAULT_RATE, GemmaConfig, LayerConfig, TPAConfig
 from .errors import TPAError
 from .factorize import Factorization
 from .mlp import mlp
@@ -317,19 +317,23 @@ def converted_by(
 ) -> Any:
     """A begun conversion of either backend, finished."""
     spectra: dict[int, Spectrum] = {}
-    chosen = sorted(chosen_layers(converted.tpa.layers, converted.config))
-    if converted.tpa.spectral:  # all layers share the bits, so all spectra come first
-        text = words_of(converted.tpa, moments)
-        for layer in progress(chosen):
-            spectra[layer] = layer_spectrum(converted, layer, moments.of_layer(layer) if moments else None, text)
-        if wants_bits(converted.tpa):
-            predicted = any(found.predictor_zgd is not None for found in spectra.values())
-            spend_bits(converted, {layer: found.variance_s for layer, found in spectra.items()}, predicted)
+    text = words_of(converted.tpa, moments)
+    for layer in progress(joint_layers(converted)):  # all layers share the bits, so all spectra come first
+        spectra[layer] = layer_spectrum(converted, layer, moments.of_layer(layer) if moments else None, text)
+    if wants_bits(converted.tpa):
+        predicted = any(found.predictor_zgd is not None for found in spectra.values())
+        spend_bits(converted, {layer: found.variance_s for layer, found in spectra.items()}, predicted)
     per_layer, _ = converted.tpa.resolve(converted.config)
     for layer in progress(range(converted.config.num_layers)):
         of_layer = moments.of_layer(layer) if moments and per_layer[layer] else None
         convert_layer(converted, layer, of_layer, spectra.pop(layer, None))
     return converted
+
+
+def joint_layers(converted: Any) -> list[int]:
+    """The layers whose K and V are coded as one vector, by one spectral transform."""
+    per_layer, _ = converted.tpa.resolve(converted.config)
+    return [layer for layer, choice in enumerate(per_layer) if choice and choice.v_dtype == "shared"]
 
 
 def wants_bits(tpa: TPAConfig) -> bool:
@@ -415,8 +419,7 @@ def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text:
 
 def predicts(converted: Any) -> bool:
     """Are K and V to be predicted from the words?"""
-    asked = converted.tpa.predict
-    return converted.tpa.spectral and (words.affordable(converted.config) if asked is None else asked)
+    return converted.tpa.spectral and words.wanted(converted.tpa.predict, converted.config)
 
 
 def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:
@@ -432,12 +435,12 @@ def layer_factors(
 ) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
     full = "float64" if model.dtype == "float64" else "float32"
-    g = model.config.num_kv_heads
     if choice.v_dtype == "shared":
+        g, constant = model.config.num_kv_heads, partial(constant_array, full=full)
         whole = spectrum or layer_spectrum(model, layer, moments)
         return (
-            spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, full),
-            spectral_factors(whole, slice(g, None), "shared", choice.k_widths, full),
+            spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, constant),
+            spectral_factors(whole, slice(g, None), "shared", choice.k_widths, constant),
         )
     k, v = (moments or layer_moments(model, layer)).sides
     return (
@@ -446,25 +449,30 @@ def layer_factors(
     )
 
 
-def spectral_factors(spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], full: str) -> Factorization:
-    """The heads of K, or of V, of a transform, with the coefficients that have any bits."""
-    rank = len(widths)
-    lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
-    basis, encoder, predictor = (
-        None if x is None else np.ascontiguousarray(x[:, heads], full)
-        for x in (spectrum.basis_sgd[:rank], spectrum.encoder_sgd[:rank], spectrum.predictor_zgd)
-    )
+def spectral_factors(
+    spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], constant: Callable[[Any], Any]
+) -> Factorization:
+    """The heads of K, or of V, of a transform, with the coefficients that have any bits.
+
+    constant: makes of a backend's array the one that is kept.
+    """
+    rank, W_zgd = len(widths), spectrum.predictor_zgd
     return Factorization(
         "latent",
         rank,
         dtype,
-        basis,
-        float(np.sqrt(lost / total)) if total > 0 else 0.0,
-        encoder,
-        np.ascontiguousarray(spectrum.mean_gd[heads], full),
+        constant(spectrum.basis_sgd[:rank, heads]),
+        spectral.loss([spectrum.variance_s], rank),
+        constant(spectrum.encoder_sgd[:rank, heads]),
+        constant(spectrum.mean_gd[heads]),
         () if dtype == "shared" else tuple(widths),
-        predictor,
+        None if W_zgd is None else constant(W_zgd[:, heads]),
     )
+
+
+def constant_array(x: np.ndarray, full: str) -> np.ndarray:
+    """An array as it is kept, one piece in full precision."""
+    return np.ascontiguousarray(x, full)
 
 
 def side_factors(
@@ -473,8 +481,9 @@ def side_factors(
     """How K (or V) of one layer is cached by itself. full: the dtype of constant factors."""
     M_gdgd, mean_gd, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
     g, d = mean_gd.shape
+    constant = partial(constant_array, full=full)
     if dtype == "spectral":
-        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, full)
+        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, constant)
     encoder: Any = None
     mean: Any = None
     basis: Any
@@ -483,7 +492,7 @@ def side_factors(
         mean = mean_gd
     else:
         basis, error = factorize.constant_basis(mode, rank, M_gdgd)
-    basis, encoder, mean = (None if x is None else np.ascontiguousarray(x, full) for x in (basis, encoder, mean))
+    basis, encoder, mean = (None if x is None else constant(x) for x in (basis, encoder, mean))
     return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean)
 
 

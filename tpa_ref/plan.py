@@ -242,10 +242,9 @@ class Curve:
 
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""
-        context, choices = self.base.context or DEFAULT_CONTEXT, self.config(rate).per_layer or ()
+        context = self.base.context or DEFAULT_CONTEXT
         entries = [self.model_config.slots(layer, context) for layer in self.layers]
-        widths = [choice.k_widths if (choice := choices[layer]) else () for layer in self.layers]
-        bits = sum(sum(given) * held for given, held in zip(widths, entries, strict=True))
+        bits = sum(sum(given) * held for given, held in zip(self._widths(self.config(rate)), entries, strict=True))
         return spectral.gaussian_bound(list(self.variances.values()), entries, bits)
 
     def rate_of_ratio(self, ratio: float) -> float | None:
@@ -269,11 +268,14 @@ class Curve:
         return low
 
     def _damage(self, config: TPAConfig) -> float:
-        assert config.per_layer is not None
         variances = list(self.variances.values())
-        kept = [choice.k_widths if choice else () for choice in (config.per_layer[layer] for layer in self.layers)]
-        full = [(*w, *[0] * (len(variance) - len(w))) for w, variance in zip(kept, variances, strict=True)]
-        return spectral.damage(variances, full)
+        kept = zip(self._widths(config), variances, strict=True)
+        return spectral.damage(variances, [(*w, *[0] * (len(variance) - len(w))) for w, variance in kept])
+
+    def _widths(self, config: TPAConfig) -> list[tuple[int, ...]]:
+        """Bits of the coefficients that have any, for each converted layer."""
+        assert config.per_layer is not None
+        return [choice.k_widths for choice in config.per_layer if choice]
 
     def _factors(self, config: TPAConfig) -> list[tuple[Factorization, Factorization]]:
         assert config.per_layer is not None

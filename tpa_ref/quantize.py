@@ -199,7 +199,7 @@ def digits(widths: tuple[int, ...]) -> list[Digits]:
     width_s = np.array(widths, int)
     left_s = np.zeros_like(width_s)  # bits that larger digits have taken
     found: list[Digits] = []
-    rest: list[tuple[int, int]] = []  # digits that fill no byte: their size, and whose they are
+    rest: list[tuple[int, int, int]] = []  # digits that fill no byte: their size, whose they are, and `left`
     byte = 0
     for bits in PLANES:
         columns, in_byte = np.flatnonzero(width_s & bits), 8 // bits
@@ -207,12 +207,11 @@ def digits(widths: tuple[int, ...]) -> list[Digits]:
         for slot in range(in_byte if rows else 0):
             here = columns[slot * rows : (slot + 1) * rows]
             found.append(Digits(bits, slot * bits, byte + np.arange(rows), here, left_s[here]))
-        rest += [(bits, int(column)) for column in columns[rows * in_byte :]]
+        rest += [(bits, int(column), int(left_s[column])) for column in columns[rows * in_byte :]]
         byte += rows
         left_s[columns] += bits
     at = 8 * byte
-    for bits, column in rest:
-        left = sum(plane for plane in PLANES if plane > bits and widths[column] & plane)
+    for bits, column, left in rest:
         found.append(Digits(bits, at % 8, np.array([at // 8]), np.array([column]), np.array([left])))
         at += bits
     return found

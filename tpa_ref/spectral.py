@@ -117,8 +117,7 @@ def truncate_weighted(
         deviation_s11 = np.sqrt(one.variance_s)[:rank, None, None]
         encoders.append(one.encoder_sgd[:rank] * deviation_s11)
         bases.append(one.basis_sgd[:rank] / deviation_s11)
-    lost, total = (sum(one.variance_s[start:].sum() for one in found) for start in (rank, 0))
-    error = float(np.sqrt(lost / total)) if total > 0 else 0.0
+    error = loss([one.variance_s for one in found], rank)
     if mode == "latent":
         return encoders[0], bases[0], error
     return (
@@ -126,6 +125,16 @@ def truncate_weighted(
         np.concatenate([x.swapaxes(0, 1) for x in bases]),
         error,
     )
+
+
+def loss(variances: Sequence[np.ndarray], rank: int) -> float:
+    """The share of the damage that coefficients from a rank on carry, as a relative norm.
+
+    >>> loss([np.array([3.0, 1.0])], rank=1)
+    0.5
+    """
+    lost, total = (sum(variance_s[start:].sum() for variance_s in variances) for start in (rank, 0))
+    return float(np.sqrt(lost / total)) if total > 0 else 0.0
 
 
 # ---- how many bits for which coefficient ----

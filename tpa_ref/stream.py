@@ -54,9 +54,18 @@ from .checkpoint import (
     write_index,
     writing,
 )
-from .config import GemmaConfig, TPAConfig, chosen_layers
+from .config import GemmaConfig, TPAConfig
 from .errors import TPAError
-from .model import begin_conversion, convert_layer, layer_spectrum, predicts, spend_bits, wants_bits, words_of
+from .model import (
+    begin_conversion,
+    convert_layer,
+    joint_layers,
+    layer_spectrum,
+    predicts,
+    spend_bits,
+    wants_bits,
+    words_of,
+)
 from .spectral import Spectrum
 from .weights import is_vision, stored_name
 from .words import WordMoments
@@ -129,21 +138,19 @@ def convert_on_disk(
             windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
             measure(steps, work, dense, windows, predicts(converted), progress)
             moments_of, text = work.moments, work.words() if predicts(converted) else None
-        spectra = converted.tpa.spectral
-        chosen = sorted(chosen_layers(converted.tpa.layers, dense.config))
-        if spectra:
-            for layer in progress(chosen):
-                if not work.has("spectrum", layer):
-                    work.put_spectrum(layer, steps.layer_spectrum(converted, layer, moments_of(layer), text), converted)
+        joint = joint_layers(converted)
+        for layer in progress(joint):
+            if not work.has("spectrum", layer):
+                work.put_spectrum(layer, steps.layer_spectrum(converted, layer, moments_of(layer), text), converted)
         if wants_bits(converted.tpa):
-            predicted = any(work.predicted(layer) for layer in chosen)
-            spend_bits(converted, {layer: work.variance(layer) for layer in chosen}, predicted)
+            predicted = any(work.predicted(layer) for layer in joint)
+            spend_bits(converted, {layer: work.variance(layer) for layer in joint}, predicted)
         first = finished_layers(folder, converted)
         per_layer, _ = converted.tpa.resolve(dense.config)
         for layer in progress(range(first, dense.config.num_layers)):
             if per_layer[layer] is None:
                 steps.convert_layer(converted, layer, None)
-            elif per_layer[layer].v_dtype == "shared":
+            elif layer in joint:
                 steps.convert_layer(converted, layer, None, work.spectrum(layer))
             else:
                 steps.convert_layer(converted, layer, moments_of(layer))
@@ -161,11 +168,14 @@ def measure(steps: Steps, work: Work, dense: Any, windows: list[list[int]], pred
     backwards = sensitivity_windows(windows, SENSITIVITY_TOKENS)
     if not work.has("states", 0):
         work.put("states", 0, steps.through.begin(dense, windows))
-    texts = [steps.through.window_words(x_bqm) for x_bqm in work.get("states", 0, dense)] if predict else None
+    missing = [layer for layer in layers if not work.has("moments", layer)]
+    texts = None
+    if predict and missing:
+        texts = [steps.through.window_words(x_bqm) for x_bqm in work.get("states", 0, dense)]
     if texts and not work.has("words", 0):
         work.put_words(steps.through.word_moments(texts))
     for layer in progress(layers):
-        if not work.has("moments", layer):
+        if layer in missing:
             states, found = steps.through.through_layer(dense, layer, work.get("states", layer, dense), texts)
             work.put("states", layer + 1, states)
             work.put_moments("moments", layer, found.arrays())

@@ -77,9 +77,14 @@ class WordMoments:
     tokens: int
 
     @cached_property
+    def covariance(self) -> np.ndarray:
+        """Cov(z), [z,z]."""
+        return self.S_zz - np.outer(self.mean_z, self.mean_z)
+
+    @cached_property
     def axes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Eigenvalues and eigenvectors of the covariance of z."""
-        values, U_zs = np.linalg.eigh(self.S_zz - np.outer(self.mean_z, self.mean_z))
+        """Eigenvalues and eigenvectors of the covariance."""
+        values, U_zs = np.linalg.eigh(self.covariance)
         return np.maximum(values, 0), U_zs
 
 
@@ -136,8 +141,8 @@ def without_words(
     if found is None:
         return M_gdgd, mean_gd, None
     W_xz, inflation = found
-    S_zz, explained_xx = words.S_zz - np.outer(words.mean_z, words.mean_z), W_xz @ N_xz.T
-    C_xx = inflation * (C_xx - explained_xx - explained_xx.T + W_xz @ S_zz @ W_xz.T)
+    explained_xx = W_xz @ N_xz.T
+    C_xx = inflation * (C_xx - explained_xx - explained_xx.T + W_xz @ words.covariance @ W_xz.T)
     mean_x = mean_x - W_xz @ words.mean_z
     M_xx = C_xx + np.outer(mean_x, mean_x)
     return M_xx.reshape(g, d, g, d), mean_x.reshape(g, d), np.ascontiguousarray(W_xz.T).reshape(-1, g, d)
@@ -148,6 +153,11 @@ def affordable(config: GemmaConfig) -> bool:
     places of an image have none, so what is left of them is larger than the bits are made for.
     """
     return config.hidden_size <= AFFORDABLE and config.vision is None
+
+
+def wanted(predict: bool | None, config: GemmaConfig) -> bool:
+    """Whether to predict from words: as asked, else where it is affordable."""
+    return affordable(config) if predict is None else predict
 
 
 def token_bytes(vocab_size: int) -> int:

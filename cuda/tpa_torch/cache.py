@@ -20,6 +20,7 @@ from tpa_ref.cache import (
     Segment,
     Stored,
     cache_bytes,
+    completed,
     exact_slots,
     part_dtype,
     reads_words,
@@ -39,6 +40,7 @@ __all__ = [
     "LayerFactors",
     "Segment",
     "cache_bytes",
+    "completed",
     "exact_slots",
     "part_dtype",
     "reads_words",
@@ -90,8 +92,6 @@ class LayerCache(reference.LayerCache):
 
 def store(parts: Parts, how: Factorization) -> Stored:
     """Quantize every part of new tokens; what comes out is what the cache holds."""
-    if how.dtype == "shared":
-        return {}
     if how.dtype == "spectral":
         return {part: quantize.quantize_spectral(array, how.widths) for part, array in parts.items()}
     return {part: quantize.quantize(array, part_dtype(part, array.ndim, how.dtype)) for part, array in parts.items()}
@@ -119,12 +119,8 @@ def load_pair(
     Z_bkz: torch.Tensor | None = None,
 ) -> tuple[Parts, Parts]:
     """The parts of K and of V back as numbers, those that V shares with K and the words [b,k,2m] included."""
-    parts_k = load(held[0], how[0], g, d, dtype)
-    parts_v = dict(parts_k) if how[1].dtype == "shared" else load(held[1], how[1], g, d, dtype)
-    for parts, side in zip((parts_k, parts_v), how, strict=True):
-        if side.predictor is not None:
-            parts["Z"] = Z_bkz
-    return parts_k, parts_v
+    parts_k, parts_v = (load(side, one, g, d, dtype) for side, one in zip(held, how, strict=True))
+    return completed(parts_k, parts_v, how, Z_bkz)
 
 
 class Cache(reference.Cache):

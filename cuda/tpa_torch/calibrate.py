@@ -87,10 +87,8 @@ def through_layer(
         total = found.cpu().numpy().astype(np.float64)
         sums[name] = sums[name] + total if name in sums else total
 
-    watch, block = (
-        Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__}),
-        model.weights.layers[layer],
-    )
+    watch = Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__})
+    block = model.weights.layers[layer]
     views = {length: model.views(np.arange(length)[None]) for length in {x_bqm.shape[1] for x_bqm in states}}
     behind = []
     for index, x_bqm in enumerate(states):

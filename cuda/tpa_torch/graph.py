@@ -24,7 +24,7 @@ from tpa_ref.weights import LayerWeights
 
 from . import attention, factorize, kernels, masks, rope
 from . import cache as kv
-from .model import Model, _project
+from .model import Model
 from .norm import rms_norm
 
 SQUARINGS = 12  # the Gram matrix to the power 2^12: neighbours a hundredth apart are e^-40 of each other
@@ -168,7 +168,7 @@ class StaticModel(Model):
         how_k, how_v = self.encoders[layer]
         tables_q = views.query_tables(layer)
         Q_bqhd = rope.rotate(rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, eps), *tables_q)
-        K_bkgd, V_bkge = rms_norm(_project(a_bqm, w.WK_gdm), w.k_norm_d, eps), _project(a_bqm, w.WV_gem)
+        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
 
         read = kv.reads_words([(how_k, how_v)])
         Z_bqz = views.words(views.position_b[:, None]) if read else None
@@ -281,8 +281,7 @@ class GraphDecoder:
     def __init__(self, model: Model, cache: kv.Cache, sampling: Sampling | None = None, steps: int = 4096):
         self.model, self.cache, self.sampling = StaticModel(model), cache, sampling or Sampling()
         device = model.device
-        embed_vm = model.weights.embed_vm
-        self.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=embed_vm.dtype, device=device)
+        self.embed_factor = model.embed_factor
         self.stop_s = torch.tensor(sorted(STOP), device=device)
         self.uniform_t = self.sampling.uniform(steps, device)
         self.time = torch.zeros(1, dtype=torch.int64, device=device)
@@ -340,7 +339,7 @@ class GraphDecoder:
             number_b1 = torch.where(self.runs_b, self.token_b + 1, self.text_bt.gather(1, at_b1)[:, 0])[:, None]
             self.text_bt.scatter_(1, at_b1, number_b1)
         tokens = NewTokens(model, self.cache, self.position_b, self.runs_b, self.text_bt)
-        x_bqm = F.embedding(self.token_b.clamp(min=0)[:, None], weights.embed_vm) * self.embed_scale
+        x_bqm = F.embedding(self.token_b.clamp(min=0)[:, None], weights.embed_vm) * self.embed_factor
         for layer, block in enumerate(weights.layers):
             x_bqm = model.block(x_bqm, layer, block, tokens, self.cache, no_trace)  # type: ignore[arg-type]
         self.position_b += self.runs_b

@@ -245,11 +245,10 @@ def cached(
     """What a cache gives back of K (before RoPE) and V, differentiable: two arrays [b,k,g,d]. Z: the words."""
     sides, g = (K_bkgd.float(), V_bkge.float()), K_bkgd.shape[2]
     if how[1].dtype == "shared":
-        parts, _ = factorize.encode_pair(*sides, how, Z_bkz)
-        parts = {part: rounded(x, how[0]) for part, x in parts.items()}
-        if Z_bkz is not None:
-            parts["Z"] = Z_bkz
-        made = [factorize.decode(parts, one, g) for one in how]
+        parts_k, parts_v = factorize.encode_pair(*sides, how, Z_bkz)
+        parts_k = {part: rounded(x, how[0]) for part, x in parts_k.items()}
+        both = kv.completed(parts_k, parts_v, how, Z_bkz)
+        made = [factorize.decode(parts, one, g) for parts, one in zip(both, how, strict=True)]
     else:
         made = [cached_alone(X_bkgd, one) for X_bkgd, one in zip(sides, how, strict=True)]
     if sinks:
@@ -363,7 +362,6 @@ class ThroughCache(Model):
     def __init__(self, dense: Model, how: kv.LayerFactors, sinks: int, Z_bqz: Tensor):
         super().__init__(dense.config, dense.weights, dense.tokenizer)
         self.how, self.sinks, self.Z_bqz = how, sinks, Z_bqz
-        self._turns = dense._turns  # made once for all layers
 
     def project_keys_and_values(self, a_bkm: Tensor, layer: int, w: LayerWeights, trace: Any) -> tuple[Tensor, Tensor]:
         K_bkgd, V_bkge = super().project_keys_and_values(a_bkm, layer, w, trace)

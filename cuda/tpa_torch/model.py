@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from tpa_ref.model import (
     check_tokens,
     converted_by,
     dense_layer,
+    joint_layers,
     predicts,
+    spectral_factors,
     spend_bits,
     text_positions,
     text_so_far,
@@ -47,7 +50,9 @@ __all__ = [
     "check_tokens",
     "converted_by",
     "dense_layer",
+    "joint_layers",
     "predicts",
+    "spectral_factors",
     "spend_bits",
     "text_positions",
     "text_so_far",
@@ -532,11 +537,11 @@ def layer_factors(
 ) -> kv.LayerFactors:
     """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
     full = "float64" if model.dtype == "float64" else "float32"
-    g = model.config.num_kv_heads
     if choice.v_dtype == "shared":
+        g, constant = model.config.num_kv_heads, partial(constant_array, full=full)
         whole = spectrum or layer_spectrum(model, layer, moments)
-        k = spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, full)
-        v = spectral_factors(whole, slice(g, None), "shared", choice.k_widths, full)
+        k = spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, constant)
+        v = spectral_factors(whole, slice(g, None), "shared", choice.k_widths, constant)
     else:
         sides = [
             SideMoments(*(on_device(x, eigen_device(model)) for x in (side.M_gdgd, side.mean_gd, side.F_gdgd)))
@@ -553,25 +558,9 @@ def placed(how: Factorization, device: torch.device) -> Factorization:
     return replace(how, **arrays)
 
 
-def spectral_factors(spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], full: str) -> Factorization:
-    """The heads of K, or of V, of a transform, with the coefficients that have any bits."""
-    rank, kind = len(widths), getattr(torch, full)
-    lost, total = spectrum.variance_s[rank:].sum(), spectrum.variance_s.sum()
-    basis, encoder, predictor = (
-        None if x is None else x[:, heads].to(kind).contiguous()
-        for x in (spectrum.basis_sgd[:rank], spectrum.encoder_sgd[:rank], spectrum.predictor_zgd)
-    )
-    return Factorization(
-        "latent",
-        rank,
-        dtype,
-        basis,
-        float(np.sqrt(lost / total)) if total > 0 else 0.0,
-        encoder,
-        spectrum.mean_gd[heads].to(kind).contiguous(),
-        () if dtype == "shared" else tuple(widths),
-        predictor,
-    )
+def constant_array(x: Tensor, full: str) -> Tensor:
+    """An array as it is kept, one piece in full precision."""
+    return x.to(getattr(torch, full)).contiguous()
 
 
 def side_factors(
@@ -580,8 +569,9 @@ def side_factors(
     """How K (or V) of one layer is cached by itself. full: the dtype of constant factors."""
     M_gdgd, mean_gd, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
     g, d = mean_gd.shape
+    constant = partial(constant_array, full=full)
     if dtype == "spectral":
-        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, full)
+        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, constant)
     encoder: Any = None
     mean: Any = None
     basis: Any
@@ -590,8 +580,7 @@ def side_factors(
         mean = mean_gd
     else:
         basis, error = factorize.constant_basis(mode, rank, M_gdgd)
-    kind = getattr(torch, full)
-    basis, encoder, mean = (None if x is None else x.to(dtype=kind).contiguous() for x in (basis, encoder, mean))
+    basis, encoder, mean = (None if x is None else constant(x) for x in (basis, encoder, mean))
     return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tpa_ref.spectral import FLOOR, Spectrum, allocate, damage, gaussian_bound
+from tpa_ref.spectral import FLOOR, Spectrum, allocate, damage, gaussian_bound, loss
 
 from .factorize import steady_signs
 
-__all__ = ["FLOOR", "Spectrum", "allocate", "damage", "gaussian_bound"]
+__all__ = ["FLOOR", "Spectrum", "allocate", "damage", "gaussian_bound", "loss"]
 
 
 def spectrum(M_gdgd: Tensor, mean_gd: Tensor, F: Sequence[Tensor | None]) -> Spectrum:
@@ -69,8 +69,7 @@ def truncate_weighted(
         deviation_s11 = torch.as_tensor(one.variance_s, device=mean_gd.device).sqrt()[:rank, None, None]
         encoders.append(one.encoder_sgd[:rank] * deviation_s11)
         bases.append(one.basis_sgd[:rank] / deviation_s11)
-    lost, total = (sum(float(one.variance_s[start:].sum()) for one in found) for start in (rank, 0))
-    error = (lost / total) ** 0.5 if total > 0 else 0.0
+    error = loss([one.variance_s for one in found], rank)
     if mode == "latent":
         return encoders[0], bases[0], error
     return torch.cat([x.transpose(0, 1) for x in encoders]), torch.cat([x.transpose(0, 1) for x in bases]), error

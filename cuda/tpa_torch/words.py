@@ -17,6 +17,7 @@ from tpa_ref.words import (
     number_dtype,
     numbered,
     token_bytes,
+    wanted,
     with_previous,
     without_words,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "number_dtype",
     "numbered",
     "token_bytes",
+    "wanted",
     "with_previous",
     "without_words",
 ]
