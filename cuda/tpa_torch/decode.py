@@ -25,6 +25,8 @@ from . import quantize
 from .attention import absorb, mix, split_heads
 from .cache import Stored, part_dtype
 from .factorize import Factorization, part_shapes
+from .kernels import native
+from .kernels.native import Rows
 from .masks import MASKED
 
 TILE_NUMBERS = 1 << 21  # numbers of K or V made at a time: 8 MB of float32
@@ -87,7 +89,7 @@ def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Sc
     work = torch.bfloat16 if dtype == torch.bfloat16 and _in_bfloat16(keys) else torch.float32
     K, V = (_side(held, how, g, d, work, scratch) for held, how in _sides(keys))
     for side in (K, V):
-        side.words = keys.words
+        side.words, side.queries, side.rounded = keys.words, Q_bgxd.shape[2], dtype == torch.bfloat16
     V.shared = K if V.how.dtype == "shared" else None
     asked = K.ask(Q_bgxd)
     partials = []
@@ -132,8 +134,10 @@ def _merged(partials: list[Partial]) -> Partial:
 # ---- products of few rows ----
 
 
-def _dot(Q_bxd: Tensor, K_bkd: Tensor) -> Tensor:
+def _dot(Q_bxd: Tensor, K_bkd: Tensor | Rows) -> Tensor:
     """[b,x,d] . [b,k,d] -> [b,x,k] in float32."""
+    if isinstance(K_bkd, Rows):
+        return native.dot(Q_bxd, K_bkd)
     if K_bkd.dtype == torch.bfloat16:
         return _product(Q_bxd.to(K_bkd.dtype), K_bkd.mT).float()
     if Q_bxd.shape[1] > FEW_ROWS:
@@ -141,8 +145,10 @@ def _dot(Q_bxd: Tensor, K_bkd: Tensor) -> Tensor:
     return torch.bmm(K_bkd, Q_bxd.mT).mT.contiguous()
 
 
-def _weigh(P_bxk: Tensor, V_bke: Tensor) -> Tensor:
+def _weigh(P_bxk: Tensor, V_bke: Tensor | Rows) -> Tensor:
     """[b,x,k] . [b,k,e] -> [b,x,e] in float32."""
+    if isinstance(V_bke, Rows):
+        return native.weigh(P_bxk, V_bke)
     if V_bke.dtype == torch.bfloat16:
         return _product(P_bxk.to(V_bke.dtype), V_bke).float()
     x = P_bxk.shape[1]
@@ -190,6 +196,8 @@ class _Side:
     part: str
     words: Callable[[slice], Tensor] | None = None
     shared: Any = None  # the side whose coefficients these are, too
+    queries: int = 1  # x
+    rounded: bool = False  # is the model in bfloat16, so that what a basis makes of codes may be, too?
 
     @property
     def numbers_per_key(self) -> int:
@@ -211,9 +219,13 @@ class _Side:
         """Values [b,g,x,e] of such sums."""
         return Y_bgxu
 
+    def stored(self, part: str, tile: slice) -> dict[str, Tensor]:
+        """A tile of a part as it lies in memory: [b,k,n] as [b,n,k], [b,k,s,n] as [b,s,k,n]."""
+        return {name: _tokens_last(array[:, tile]) for name, array in self.held[part].items()}
+
     def numbers(self, part: str, tile: slice) -> Tensor:
-        """A tile of a part: [b,k,n] as [b,n,k], [b,k,s,n] as [b,s,k,n]."""
-        fields = {name: _tokens_last(array[:, tile]) for name, array in self.held[part].items()}
+        """The same as numbers."""
+        fields = self.stored(part, tile)
         if self.how.dtype == "spectral":
             return _unpacked(fields["codes"], self.how.widths, self.scratch)
         array = fields.get("x", fields.get("codes"))
@@ -222,9 +234,23 @@ class _Side:
             return array
         if "x" in fields:
             return self.scratch(part, array, array.shape, self.work).copy_(array)
-        kind = part_dtype(part, array.ndim, self.how.dtype)
-        n = part_shapes(self.how.mode, self.how.rank, self.g, self.d)[part][-1]
-        return _dequantized(fields, kind, n, self.scratch, part)
+        return _dequantized(fields, *self._kind(part, array), self.scratch, part)
+
+    def rows(self, tile: slice, queries: int) -> Tensor | Rows:
+        """A tile of rows [b,s,k,n] for products with so many queries: as they are stored where that is faster."""
+        fields = self.stored(self.part, tile)
+        array = fields.get("x", fields.get("codes"))
+        assert array is not None
+        kind, n = self._kind(self.part, array)
+        few = kind != "bfloat16" or queries <= FEW_ROWS
+        return Rows(fields, kind, n) if few and Rows.takes(fields, kind, n) else self.numbers(self.part, tile)
+
+    def _kind(self, part: str, array: Tensor) -> tuple[str, int]:
+        """(dtype, numbers in a row) of a stored part."""
+        return (
+            part_dtype(part, array.ndim, self.how.dtype),
+            part_shapes(self.how.mode, self.how.rank, self.g, self.d)[part][-1],
+        )
 
 
 def _tokens_last(array: Tensor) -> Tensor:
@@ -259,23 +285,24 @@ class _Heads(_Side):
 
     @property
     def numbers_per_key(self) -> int:
-        return 0 if self.work == torch.bfloat16 else self.g * self.d
+        nothing_made = self.work == torch.bfloat16 or isinstance(self.rows(slice(0, 0), self.queries), Rows)
+        return 0 if nothing_made else self.g * self.d
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
-        K_bgkd = self.numbers(self.part, tile)
+        K_bgkd = self.rows(tile, self.queries)
         return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1)).unflatten(0, asked.shape[:2])
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        V_bgke = self.numbers(self.part, tile)
+        V_bgke = self.rows(tile, self.queries)
         return _weigh(P_bgxk.flatten(0, 1), V_bgke.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
 
 
 class _Contextual(_Side):
     """Eq. (A.2), (A.3): a product with every b, shared by all heads; a weighs the logits or the probabilities."""
 
-    def factors(self, tile: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    def factors(self, tile: slice) -> Iterator[tuple[Tensor, Tensor | Rows]]:
         """a [b,g,1,k] in float32 and b [b,k,d] of each rank."""
-        B_bskd = self.numbers("B", tile)
+        B_bskd = self.rows(tile, self.g * self.queries)
         A_bsg1k = self.numbers("A", tile).float().unflatten(1, (self.how.rank, self.g))[:, :, :, None]
         return zip(A_bsg1k.unbind(1), B_bskd.unbind(1), strict=True)
 
@@ -316,14 +343,14 @@ class _FixedA(_Side):
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         L_byk = None
-        for Q_byd, B_bkd in zip(asked.unbind(1), self.numbers("B", tile).unbind(1), strict=True):
+        for Q_byd, B_bkd in zip(asked.unbind(1), self.rows(tile, self.g * self.queries).unbind(1), strict=True):
             of_rank = _dot(Q_byd, B_bkd)
             L_byk = of_rank if L_byk is None else L_byk.add_(of_rank)
         assert L_byk is not None
         return L_byk.unflatten(1, (self.g, -1))
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        P_byk, B_buke = P_bgxk.flatten(1, 2), self.numbers("B", tile)
+        P_byk, B_buke = P_bgxk.flatten(1, 2), self.rows(tile, self.g * self.queries)
         return torch.cat([_weigh(P_byk, B_bke) for B_bke in B_buke.unbind(1)], -1).unflatten(1, (self.g, -1))
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
@@ -334,8 +361,8 @@ class _FixedA(_Side):
 class _Basis(_Side):
     """`fixed-b` and `latent`: K is rebuilt and rotated tile by tile, V is summed in coefficients.
 
-    Features i and i + d/2 lie side by side in the rebuilt K (and in the query), so that a rotation is one complex
-    product in place. Scales of spectral levels are part of the basis.
+    Without compiled functions, features i and i + d/2 lie side by side in the rebuilt K (and in the query), so that a
+    rotation is one complex product in place. Scales of spectral levels are part of the basis.
     """
 
     @property
@@ -361,8 +388,15 @@ class _Basis(_Side):
         if self.shared is not None:  # K has just made the same numbers of this tile
             return self.shared.made
         C = self.numbers(self.part, tile)
+        if self._in_bfloat16:
+            C = self.scratch("rounded", C, C.shape, torch.bfloat16).copy_(C)
         self.made = C if self.how.mode == "fixed-b" else C.mT[:, None]
         return self.made
+
+    @property
+    def _in_bfloat16(self) -> bool:
+        """Is K rebuilt in bfloat16, as the dense model makes it? Not where the words are added to it."""
+        return self.rounded and self.how.predictor is None and self._natively
 
     def words_of(self, tile: slice) -> Tensor:
         """z of a tile, [b,k,z]; V reads what K has just looked up."""
@@ -373,29 +407,42 @@ class _Basis(_Side):
         return self.looked_up
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:
-        return _pairs_together(Q_bgxd)
+        return Q_bgxd if self._natively else _pairs_together(Q_bgxd)
+
+    @property
+    def _natively(self) -> bool:
+        return self.d % (2 * native.LANES) == 0 and self.how.basis.device.type == "cpu" and native.available()
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
-        B_gsd, mean_g1d, W_gzd = self.scratch.constant("K", self.how.basis, self._interleaved)
+        made = self._basis if self._natively else self._interleaved
+        B_gsd, mean_g1d, W_gzd = self.scratch.constant("K", self.how.basis, made)
         C_bgks = self.coefficients(tile)
         b, _, k, _ = C_bgks.shape
-        K_bgkd = self.scratch("K", asked, (b, self.g, k, self.d))
+        K_bgkd = self.scratch("K", asked, (b, self.g, k, self.d), C_bgks.dtype)
+        if C_bgks.dtype == torch.bfloat16:
+            B_gsd = self.scratch.constant("K in bfloat16", B_gsd, B_gsd.bfloat16)
         for row, C_gks in enumerate(C_bgks):
             torch.bmm(C_gks.expand(self.g, -1, -1), B_gsd, out=K_bgkd[row])
         if W_gzd is not None:
             for K_gkd, Z_kz in zip(K_bgkd, self.words_of(tile), strict=True):
                 K_gkd.baddbmm_(Z_kz.expand(self.g, -1, -1), W_gzd)
+        if self._natively:
+            return native.dot_rotated(asked, K_bgkd.transpose(1, 2), mean_g1d, turns_bkp[:, tile])
         if mean_g1d is not None:
             K_bgkd.add_(mean_g1d)
         torch.view_as_complex(K_bgkd.unflatten(-1, (-1, 2))).mul_(turns_bkp[:, None, tile])
         return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1)).unflatten(0, asked.shape[:2])
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        C_bgku = self.coefficients(tile)
         if self.how.mode == "fixed-b":
-            return _weigh(P_bgxk.flatten(0, 1), C_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
+            A_bgku = self.rows(tile, self.queries)
+            return _weigh(P_bgxk.flatten(0, 1), A_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
         P_byk = P_bgxk.flatten(1, 2)
-        Y_byu = _weigh(P_byk, C_bgku[:, 0])
+        codes_bck = self.stored(self.part, tile)["codes"] if self.how.dtype == "spectral" else None
+        if codes_bck is not None and native.codes_take(codes_bck):
+            Y_byu = native.weigh_codes(P_byk, codes_bck, tuple(self.how.widths), self.rounded)
+        else:
+            Y_byu = _weigh(P_byk, self.coefficients(tile)[:, 0])
         if self.how.predictor is not None:  # words are coefficients like others
             Y_byu = torch.cat([Y_byu, _weigh(P_byk, self.words_of(tile))], -1)
         return Y_byu.unflatten(1, (self.g, -1))
@@ -423,8 +470,10 @@ def _pairs_together(X_gsd: Tensor) -> Tensor:
 def _unpacked(codes_bck: Tensor, widths: tuple[int, ...], scratch: Scratch) -> Tensor:
     """Packed codes [b,bytes,k] -> t (1 + kappa t^2) [b,s,k] in float32: the levels without their scales."""
     b, _, k = codes_bck.shape
-    how = quantize.packing(tuple(widths), codes_bck.device)
     shape = b, len(widths), k
+    if native.codes_take(codes_bck):
+        return native.levels(codes_bck, tuple(widths), scratch("levels", codes_bck, shape, torch.float32))
+    how = quantize.packing(tuple(widths), codes_bck.device)
     codes_bsk = scratch("codes", codes_bck, shape)
     for piece in how.pieces:
         digits = codes_bck[:, piece.rows]

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from tpa_ref.weights import LayerWeights
 
+from .linear import linear
+
 
 def mlp(a_bqm: Tensor, w: LayerWeights) -> Tensor:
     """Gated MLP: W_down (gelu(W_gate x) * W_up x)."""
-    return F.linear(gelu_tanh(F.linear(a_bqm, w.W_gate_fm)) * F.linear(a_bqm, w.W_up_fm), w.W_down_mf)
+    return linear(gelu_tanh(linear(a_bqm, w.W_gate_fm)) * linear(a_bqm, w.W_up_fm), w.W_down_mf)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

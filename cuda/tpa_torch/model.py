@@ -40,6 +40,7 @@ from tpa_ref.words import WordMoments
 from . import attention, decode, factorize, kernels, masks, prefill, rope, spectral, vision, words
 from . import cache as kv
 from .calibrate import calibrate
+from .linear import linear
 from .mlp import mlp
 from .norm import rms_norm
 
@@ -168,7 +169,7 @@ class Model:
     @torch.inference_mode()
     def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
         """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v], at least float32."""
-        L_bqv = F.linear(x_bqm, self.weights.embed_vm)
+        L_bqv = linear(x_bqm, self.weights.embed_vm)
         return trace("logits_bqv", L_bqv if self.dtype == "float64" else L_bqv.float())
 
     def block(
@@ -216,7 +217,7 @@ class Model:
             segments = cache.layers[layer].segments(new, exact_tokens, views.positions_bq, cache.lengths_b)
             if kernels.serve(self, layer, views, cache, trace):
                 O_bqhe = trace("attn.O_bqhe", kernels.attend(Q_bqhd, self, layer, cache, views.step(cache)))
-                return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+                return linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
         # 4) attention on the factors, one softmax over the keys of all segments
         if wants_whole_arrays(trace) or self.dtype == "float64" or torch.is_grad_enabled():
@@ -225,7 +226,7 @@ class Model:
             O_bqhe = self._attend_decoding(Q_bqhd, layer, segments, views, exact)
         else:
             O_bqhe = self._attend_prefilling(Q_bqhd, layer, segments, views, exact)
-        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+        return linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
 
     def _attend_plainly(
         self, Q_bqhd: Tensor, layer: int, segments: list[kv.Segment], views: Views, exact: kv.Exact, trace: Tracer
@@ -462,7 +463,7 @@ class Views:
 
 def _project(a_bqm: Tensor, W_hdm: Tensor) -> Tensor:
     """[b,q,m] through [h,d,m] -> [b,q,h,d]."""
-    return F.linear(a_bqm, W_hdm.flatten(0, 1)).unflatten(-1, W_hdm.shape[:2])
+    return linear(a_bqm, W_hdm.flatten(0, 1)).unflatten(-1, W_hdm.shape[:2])
 
 
 def _to_numpy(x: Any) -> Any:
