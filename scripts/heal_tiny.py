@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Heal conversions of the tiny model and show what it gives: results/heal.json, heal.md and heal.png.
 
-    python scripts/heal_tiny.py       # contextual rank 2 of 4, and rate 0.5 with and without words; can be interrupted
+    python scripts/heal_tiny.py       # contextual rank 2 of 4, and three ways at rate 0.5; can be interrupted
 
 Trained on the text that the tiny model was trained on, measured on documents that neither has seen.
 """
@@ -28,10 +28,12 @@ from tpa_ref.memory import windowed_bytes  # noqa: E402
 from tpa_torch.heal import heal  # noqa: E402
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
-SETTINGS = {  # with the learning rate and the steps: the less there is to heal, the smaller the steps must be
-    "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500),
-    "spectral without words, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT, predict=False), 0.004, 300),
-    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003, 300),
+CONSTANT = TPAConfig(rate=0.5, context=CONTEXT, predict=False)
+SETTINGS = {  # with the learning rate, the steps (the less there is to heal, the smaller they must be), and `words`
+    "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500, False),
+    "spectral without words, rate 0.5": (CONSTANT, 0.004, 300, False),
+    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003, 300, False),
+    "spectral without words, rate 0.5, given maps of the words": (CONSTANT, 0.003, 300, True),
 }
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     moments = tpa_torch.calibrate(dense, read_text(cli.TINY / "calibration.txt"), cache_dir=work)
     text, unseen = training_text(work), read_text(cli.TINY / "evaluation.txt")
     rows = []
-    for number, (name, (config, learning_rate, steps)) in enumerate(SETTINGS.items()):
+    for number, (name, (config, learning_rate, steps, words)) in enumerate(SETTINGS.items()):
         steps = args.steps or steps
         if args.only is not None and number != args.only:
             continue
@@ -65,6 +67,7 @@ def main() -> None:
             learning_rate=learning_rate,
             state=work / f"{number}.pt",
             progress=cli.progress_bar(name),
+            words=words,
         )
         if args.only is not None:
             continue

@@ -343,7 +343,8 @@ class _FixedA(_Side):
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         L_byk = None
-        for Q_byd, B_bkd in zip(asked.unbind(1), self.rows(tile, self.g * self.queries).unbind(1), strict=True):
+        ranks: Any = self.rows(tile, self.g * self.queries).unbind(1)
+        for Q_byd, B_bkd in zip(asked.unbind(1), ranks, strict=True):
             of_rank = _dot(Q_byd, B_bkd)
             L_byk = of_rank if L_byk is None else L_byk.add_(of_rank)
         assert L_byk is not None
@@ -388,8 +389,9 @@ class _Basis(_Side):
         if self.shared is not None:  # K has just made the same numbers of this tile
             return self.shared.made
         C = self.numbers(self.part, tile)
-        if self._in_bfloat16:
-            C = self.scratch("rounded", C, C.shape, torch.bfloat16).copy_(C)
+        dtype = torch.bfloat16 if self._in_bfloat16 else C.dtype
+        if C.dtype != dtype or not C.is_contiguous():  # rows as far apart as a whole cache fall on the same cache lines
+            C = self.scratch("coefficients", C, C.shape, dtype).copy_(C)
         self.made = C if self.how.mode == "fixed-b" else C.mT[:, None]
         return self.made
 
@@ -421,8 +423,9 @@ class _Basis(_Side):
         K_bgkd = self.scratch("K", asked, (b, self.g, k, self.d), C_bgks.dtype)
         if C_bgks.dtype == torch.bfloat16:
             B_gsd = self.scratch.constant("K in bfloat16", B_gsd, B_gsd.bfloat16)
-        for row, C_gks in enumerate(C_bgks):
-            torch.bmm(C_gks.expand(self.g, -1, -1), B_gsd, out=K_bgkd[row])
+        for K_gkd, C_gks in zip(K_bgkd, C_bgks, strict=True):
+            for head, B_sd in enumerate(B_gsd):  # one matrix after the other: in bfloat16 twice as fast as in a batch
+                torch.mm(C_gks[head % len(C_gks)], B_sd, out=K_gkd[head])
         if W_gzd is not None:
             for K_gkd, Z_kz in zip(K_bgkd, self.words_of(tile), strict=True):
                 K_gkd.baddbmm_(Z_kz.expand(self.g, -1, -1), W_gzd)

@@ -7,6 +7,7 @@
 // On AVX-512 sixteen numbers are one register; elsewhere they are a short loop that the compiler makes vectors of.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -16,6 +17,9 @@
 #define TPA_AVX512 1
 #if defined(__AVX512BF16__)
 #define TPA_BF16_DOT 1
+#endif
+#if defined(__AVX512VNNI__)
+#define TPA_INT16_DOT 1
 #endif
 #endif
 
@@ -120,6 +124,33 @@ void dot(const R& K, const float* Q, float* L, int64_t first, int64_t last, int6
     }
 }
 
+#if TPA_INT16_DOT
+// The same of int8 keys, in whole numbers: each group of 64 of a query is rounded to 16 bits, a hundred times finer than
+// its keys. Q16 [x,d], and its steps [x,groups]; whole groups only.
+template <int X>
+void dot_int8(const Rows<INT8>& K, const int16_t* Q16, const float* steps, float* L, int64_t first, int64_t last,
+              int64_t keys, int64_t d) {
+    const int64_t groups = d / GROUP;
+    for (int64_t k = first; k < last; k++) {
+        F total[X];
+        for (int x = 0; x < X; x++) total[x] = zero();
+        for (int64_t group = 0; group < groups; group++) {
+            const uint8_t* p = K.key(k) + group * GROUP;
+            const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+            const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32)));
+            const float scale = from_half(K.scale[k * K.step + group]);
+            for (int x = 0; x < X; x++) {
+                const int16_t* q = Q16 + x * d + group * GROUP;
+                __m512i found = _mm512_dpwssd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(q));
+                found = _mm512_dpwssd_epi32(found, high, _mm512_loadu_si512(q + 32));
+                total[x] = fma(_mm512_cvtepi32_ps(found), all(scale * steps[x * groups + group]), total[x]);
+            }
+        }
+        for (int x = 0; x < X; x++) L[x * keys + k] = sum(total[x]);
+    }
+}
+#endif
+
 // Y[x,d] += sum_k P[x,k] V[k,d] of X queries.
 template <int X, int D, class R>
 void weigh(const R& V, const float* P, float* Y, int64_t first, int64_t last, int64_t keys, int64_t d) {
@@ -194,59 +225,59 @@ struct Coefficient {
 struct Codes {
     const uint8_t* at;  // [bytes, keys], rows `row` apart
     int64_t row;
-
-    int code(const Coefficient& c, int64_t k) const {
-        int found = 0;
-        for (int i = 0; i < c.pieces; i++) found |= (at[c.row[i] * row + k] >> c.shift[i] & c.mask[i]) << c.left[i];
-        return found;
-    }
 };
 
-#if TPA_AVX512
-inline __m512i codes_16(const Codes& codes, const Coefficient& c, int64_t k, __mmask16 here) {
-    __m512i found = _mm512_setzero_si512();
-    for (int i = 0; i < c.pieces; i++) {
-        const uint8_t* p = codes.at + c.row[i] * codes.row + k;
-        __m512i digits = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, p));
-        digits = _mm512_and_si512(_mm512_srl_epi32(digits, _mm_cvtsi32_si128(c.shift[i])), _mm512_set1_epi32(c.mask[i]));
-        found = _mm512_or_si512(found, _mm512_sll_epi32(digits, _mm_cvtsi32_si128(c.left[i])));
-    }
-    return found;
-}
-inline F levels_16(const __m512i codes, const float* table, int width) {
-    if (width <= 4) return _mm512_permutexvar_ps(codes, _mm512_loadu_ps(table));
-    if (width == 5) return _mm512_permutex2var_ps(_mm512_loadu_ps(table), codes, _mm512_loadu_ps(table + 16));
-    return _mm512_i32gather_ps(codes, table, 4);
-}
-#endif
-
-// The levels of coefficient c at keys first ... last - 1.
-void levels(const Codes& codes, const Coefficient& c, const float* table, int64_t first, int64_t last, float* out) {
-#if TPA_AVX512
-    for (int64_t k = first; k < last; k += W) {
-        const __mmask16 here = last - k >= W ? 0xffff : (1u << (last - k)) - 1;
-        _mm512_mask_storeu_ps(out + k - first, here, levels_16(codes_16(codes, c, k, here), table, c.width));
-    }
-#else
-    for (int64_t k = first; k < last; k++) out[k - first] = table[codes.code(c, k)];
-#endif
-}
-
-constexpr int64_t TABLE = 256;   // levels of a width
+constexpr int64_t TABLE = 256;     // levels of a width
 constexpr int64_t STRETCH = 2048;  // keys whose weights stay in the second cache
 
-// Y[y,s] += sum_k P[y,k] level(s,k) for one stretch of keys; P is padded with zeros to whole registers.
+// The codes of coefficient c at `count` keys from `first` on, a byte each; zeros behind them up to a multiple of 64.
+void unpack(const Codes& codes, const Coefficient& c, int64_t first, int64_t count, uint8_t* out) {
+    for (int i = 0; i < c.pieces; i++) {
+        const uint8_t* p = codes.at + c.row[i] * codes.row + first;
+#if TPA_AVX512
+        const __m128i right = _mm_cvtsi32_si128(c.shift[i]), left = _mm_cvtsi32_si128(c.left[i]);
+        const __m512i mask = _mm512_set1_epi8(char(c.mask[i]));
+        for (int64_t k = 0; k < count; k += 64) {  // what a shift of two bytes brings from one into the other is masked
+            const __mmask64 here = count - k >= 64 ? ~0ull : (1ull << (count - k)) - 1;
+            __m512i x = _mm512_and_si512(_mm512_srl_epi16(_mm512_maskz_loadu_epi8(here, p + k), right), mask);
+            x = _mm512_sll_epi16(x, left);
+            if (i) x = _mm512_or_si512(x, _mm512_loadu_si512(out + k));
+            _mm512_storeu_si512(out + k, x);
+        }
+#else
+        for (int64_t k = 0; k < count; k++) {
+            const int digits = (p[k] >> c.shift[i] & c.mask[i]) << c.left[i];
+            out[k] = uint8_t(i ? out[k] | digits : digits);
+        }
+        std::fill(out + count, out + (count + 63) / 64 * 64, uint8_t(0));
+#endif
+    }
+}
+
+// Sixteen levels, by their codes.
+inline F levels(const uint8_t* codes, const float* table, int width) {
+#if TPA_AVX512
+    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    if (width <= 4) return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
+    if (width == 5) return _mm512_permutex2var_ps(_mm512_loadu_ps(table), at, _mm512_loadu_ps(table + 16));
+    return _mm512_i32gather_ps(at, table, 4);
+#else
+    (void)width;
+    return each([=](int i) { return table[codes[i]]; });
+#endif
+}
+
+// Y[y,s] += sum_k P[y,k] level(s,k) of one stretch of keys; P is padded with zeros to whole registers.
 template <int Y>
 void weigh_codes_in_float32(const Codes& codes, const Coefficient* of, int64_t coefficients, const float* tables,
                             const float* P, int64_t padded, int64_t first, int64_t keys, float* out, int64_t row) {
-    float numbers[STRETCH];
+    uint8_t at[STRETCH];
     for (int64_t s = 0; s < coefficients; s++) {
-        levels(codes, of[s], tables + of[s].width * TABLE, first, first + keys, numbers);
-        std::fill(numbers + keys, numbers + padded, 0.0f);
+        unpack(codes, of[s], first, keys, at);
         F total[Y];
         for (int y = 0; y < Y; y++) total[y] = zero();
         for (int64_t k = 0; k < padded; k += W) {
-            const F x = load(numbers + k);
+            const F x = levels(at + k, tables + of[s].width * TABLE, of[s].width);
             for (int y = 0; y < Y; y++) total[y] = fma(x, load(P + y * STRETCH + k), total[y]);
         }
         for (int y = 0; y < Y; y++) out[y * row + s] += sum(total[y]);
@@ -254,41 +285,41 @@ void weigh_codes_in_float32(const Codes& codes, const Coefficient* of, int64_t c
 }
 
 #if TPA_BF16_DOT
-// The same with weights and levels rounded to bfloat16, twice as many at a time: for models in bfloat16.
+inline __m512bh levels_in_bf16(const uint8_t* codes, const uint16_t* table, int width) {
+    const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes)), low = _mm512_loadu_si512(table);
+    if (width <= 5) return (__m512bh)_mm512_permutexvar_epi16(at, low);
+    if (width == 6) return (__m512bh)_mm512_permutex2var_epi16(low, at, _mm512_loadu_si512(table + 32));
+    uint16_t x[32];
+    for (int i = 0; i < 32; i++) x[i] = table[codes[i]];
+    return (__m512bh)_mm512_loadu_si512(x);
+}
+
+// The same with weights and levels rounded to bfloat16, twice as many at a time, of two coefficients: for models in
+// bfloat16.
 template <int Y>
 void weigh_codes_in_bf16(const Codes& codes, const Coefficient* of, int64_t coefficients, const uint16_t* tables,
                          const uint16_t* P, int64_t padded, int64_t first, int64_t keys, float* out, int64_t row) {
-    for (int64_t s = 0; s < coefficients; s++) {
-        const Coefficient& c = of[s];
-        const uint16_t* table = tables + c.width * TABLE;
-        const __m512i low = _mm512_loadu_si512(table), high = _mm512_loadu_si512(table + 32);
-        F total[Y];
-        for (int y = 0; y < Y; y++) total[y] = zero();
+    uint8_t at[2][STRETCH];
+    for (int64_t s = 0; s < coefficients; s += 2) {
+        const int64_t other = std::min(s + 1, coefficients - 1);
+        const Coefficient &one = of[s], &two = of[other];
+        unpack(codes, one, first, keys, at[0]);
+        unpack(codes, two, first, keys, at[1]);
+        F total[Y][2];
+        for (int y = 0; y < Y; y++) total[y][0] = total[y][1] = zero();
         for (int64_t k = 0; k < padded; k += 2 * W) {
-            const __mmask32 here = keys - k >= 32 ? ~0u : (1u << (keys - k)) - 1;
-            __m512i found = _mm512_setzero_si512();
-            for (int i = 0; i < c.pieces; i++) {
-                const uint8_t* p = codes.at + c.row[i] * codes.row + first + k;
-                __m512i digits = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(here, p));
-                digits = _mm512_and_si512(_mm512_srl_epi16(digits, _mm_cvtsi32_si128(c.shift[i])),
-                                          _mm512_set1_epi16(short(c.mask[i])));
-                found = _mm512_or_si512(found, _mm512_sll_epi16(digits, _mm_cvtsi32_si128(c.left[i])));
+            const __m512bh x0 = levels_in_bf16(at[0] + k, tables + one.width * TABLE, one.width);
+            const __m512bh x1 = levels_in_bf16(at[1] + k, tables + two.width * TABLE, two.width);
+            for (int y = 0; y < Y; y++) {
+                const __m512bh p = (__m512bh)_mm512_loadu_si512(P + y * STRETCH + k);
+                total[y][0] = _mm512_dpbf16_ps(total[y][0], x0, p);
+                total[y][1] = _mm512_dpbf16_ps(total[y][1], x1, p);
             }
-            __m512i x;
-            if (c.width <= 5) {
-                x = _mm512_permutexvar_epi16(found, low);
-            } else if (c.width == 6) {
-                x = _mm512_permutex2var_epi16(low, found, high);
-            } else {
-                uint16_t at[32], x_at[32];
-                _mm512_storeu_si512(at, found);
-                for (int i = 0; i < 32; i++) x_at[i] = table[at[i]];
-                x = _mm512_loadu_si512(x_at);
-            }
-            for (int y = 0; y < Y; y++)
-                total[y] = _mm512_dpbf16_ps(total[y], (__m512bh)x, (__m512bh)_mm512_loadu_si512(P + y * STRETCH + k));
         }
-        for (int y = 0; y < Y; y++) out[y * row + s] += sum(total[y]);
+        for (int y = 0; y < Y; y++) {
+            out[y * row + s] += sum(total[y][0]);
+            if (other > s) out[y * row + other] += sum(total[y][1]);
+        }
     }
 }
 #endif
@@ -325,6 +356,29 @@ void tpa_linear(const uint16_t* weights, const float* x, float* y, int64_t rows,
 // L[b,x,k] = sum_d K[b,k,d] Q[b,x,d].
 void tpa_dot(const Array* K, const float* Q, float* L, int64_t batch, int64_t x, int64_t keys, int64_t d, int64_t threads) {
     const int64_t blocks = (keys + ROWS - 1) / ROWS;
+#if TPA_INT16_DOT
+    if (K->kind == INT8 && d % GROUP == 0) {
+        const int64_t groups = d / GROUP;
+        std::vector<int16_t> Q16(batch * x * d);
+        std::vector<float> steps(batch * x * groups);
+        for (size_t group = 0; group < steps.size(); group++) {
+            const float* q = Q + group * GROUP;
+            float most = 0;
+            for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(q[i]));
+            steps[group] = most / 32767;
+            for (int i = 0; i < GROUP; i++) Q16[group * GROUP + i] = most > 0 ? int16_t(std::lrint(q[i] / most * 32767)) : 0;
+        }
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t item = 0; item < batch * blocks; item++) {
+            const int64_t b = item / blocks, first = item % blocks * ROWS, last = std::min(keys, first + ROWS);
+            in_blocks(x, [&](int64_t q, auto X) {
+                dot_int8<decltype(X)::value>(rows_of<INT8>(*K, b), &Q16[(b * x + q) * d], &steps[(b * x + q) * groups],
+                                             L + (b * x + q) * keys, first, last, keys, d);
+            });
+        }
+        return;
+    }
+#endif
     of_kind(K->kind, [&](auto kind) {
         constexpr Kind KIND = Kind(decltype(kind)::value);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -371,7 +425,16 @@ void tpa_levels(const uint8_t* codes, int64_t batch_stride, int64_t row, const C
     for (int64_t item = 0; item < batch * coefficients; item++) {
         const int64_t b = item / coefficients, s = item % coefficients;
         const Codes here{codes + b * batch_stride, row};
-        levels(here, of[s], tables + of[s].width * TABLE, 0, keys, out + item * keys);
+        uint8_t at[STRETCH];
+        for (int64_t first = 0; first < keys; first += STRETCH) {
+            const int64_t count = std::min(STRETCH, keys - first);
+            float* const to = out + item * keys + first;
+            unpack(here, of[s], first, count, at);
+            const float* table = tables + of[s].width * TABLE;
+            int64_t k = 0;
+            for (; k + W <= count; k += W) save(to + k, levels(at + k, table, of[s].width));
+            for (; k < count; k++) to[k] = table[at[k]];
+        }
     }
 }
 
