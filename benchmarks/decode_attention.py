@@ -6,7 +6,8 @@
 
 Caches are random and full, batch 1, queries in float32 for a float32 cache and in bfloat16 for the others. "Best dense"
 is the fastest of four ways in the same precision: torch's fused attention with shared heads, the same with the queries
-of a head folded into one matrix, two matrix products, and this project's. The floor is the larger of bytes / measured read bandwidth and FLOPs / measured matrix rate.
+of a head folded into one matrix, two matrix products, and this project's. The floor is the larger of bytes / measured
+read bandwidth and FLOPs / measured matrix rate.
 """
 
 from __future__ import annotations

@@ -20,17 +20,19 @@ from tpa_ref.factorize import Factorization, part_shapes  # noqa: E402
 from tpa_torch import cache, decode, prefill  # noqa: E402
 from tpa_torch import model as torch_model  # noqa: E402
 
-B, H, G, D = 2, 8, 4, 16
+B, H, G, D = 2, 8, 4, 32
 RANKS = {"dense": 0, "contextual": 3, "fixed-a": 2, "fixed-b": 5, "latent": 13}
 KINDS = [*RANKS, "fixed-a exact", "fixed-a pairs"]
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 WIDTHS = (8, 7, 7, 6, 5, 5, 4, 4, 3, 2, 2, 1, 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Several tiles even of short texts, and a last one that is not full."""
+@pytest.fixture(autouse=True, params=["compiled", "PyTorch"])
+def small_tiles(request, monkeypatch):
+    """Several tiles even of short texts, and a last one that is not full; with compiled products and without."""
     monkeypatch.setattr(decode, "MOST_KEYS", 16)
+    if request.param == "PyTorch":
+        monkeypatch.setenv("TPA_NATIVE", "0")
 
 
 def factors(kind: str, dtype: str, rng) -> Factorization:

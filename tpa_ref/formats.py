@@ -134,7 +134,8 @@ def _open_safetensors(path: Path, files: list[Path]) -> Container:
     holder: dict[str, Path] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        handle = _handle(file, "numpy")
+        handles = Handles(file)
+        handle = handles("numpy")
         metadata = handle.metadata() or metadata
         for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
             if key in holder:
@@ -142,7 +143,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> Container:
             holder[key] = file
             view = handle.get_slice(key)
             dtype = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-            entries[key] = Entry(tuple(view.get_shape()), dtype, _reader(file, key))
+            entries[key] = Entry(tuple(view.get_shape()), dtype, _reader(handles, key))
     if metadata.get("format") != FORMAT:
         return Container(entries, *_beside(path if path.is_dir() else path.parent))
     check_version(path, metadata.get("version"))
@@ -153,24 +154,32 @@ def _open_safetensors(path: Path, files: list[Path]) -> Container:
     return Container(entries, parse_json(metadata.get("config", ""), path), proto)
 
 
-def _reader(file: Path, key: str) -> Callable[[str], Any]:
+def _reader(handles: Handles, key: str) -> Callable[[str], Any]:
     def read(framework: str) -> Any:
         try:
-            return _handle(file, framework).get_tensor(key)
+            return handles(framework).get_tensor(key)
         except SafetensorError as problem:
-            raise TPAError(f"load: {key} of {file} cannot be read: {problem}") from None
+            raise TPAError(f"load: {key} of {handles.file} cannot be read: {problem}") from None
 
     return read
 
 
-def _handle(file: Path, framework: str) -> Any:
-    """A file's tensors, mapped and not read. Opening parses a short header, so nothing is kept open between reads."""
-    try:
-        return safe_open(file, framework)
-    except SafetensorError as problem:
-        raise TPAError(f"load: {file} is truncated or not a safetensors file: {problem}") from None
-    except OSError as problem:
-        raise TPAError(f"load: cannot read {file}: {problem.strerror or problem}") from None
+class Handles:
+    """A file's tensors, mapped and not read: opened once for each framework, and closed with the last reader."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._opened: dict[str, Any] = {}
+
+    def __call__(self, framework: str) -> Any:
+        try:
+            if framework not in self._opened:
+                self._opened[framework] = safe_open(self.file, framework)
+            return self._opened[framework]
+        except SafetensorError as problem:
+            raise TPAError(f"load: {self.file} is truncated or not a safetensors file: {problem}") from None
+        except OSError as problem:
+            raise TPAError(f"load: cannot read {self.file}: {problem.strerror or problem}") from None
 
 
 def _beside(folder: Path) -> tuple[dict[str, Any] | None, bytes | None]:

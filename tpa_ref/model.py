@@ -395,13 +395,24 @@ def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, sp
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
-def layer_moments(model: Model, layer: int) -> LayerMoments:
-    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V."""
+def learns(choice: LayerConfig, g: int, d: int) -> bool:
+    """Do constant factors of a layer depend on its K and V? `contextual` has none, and at full rank they are units."""
+    full = {"contextual": 0, "fixed-a": g, "fixed-b": d, "latent": g * d}
+    sides = (choice.k_mode, choice.k_rank, choice.k_dtype), (choice.v_mode, choice.v_rank, choice.v_dtype)
+    return any(dtype == "spectral" or rank < full[mode] for mode, rank, dtype in sides)
+
+
+def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -> LayerMoments:
+    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
+
+    choice: of how they are cached; where that makes nothing of the moments, they are zeros.
+    """
     w = model.weights.layers[layer]
     g, d = w.WK_gdm.shape[:2]
     M_gdgd = np.zeros((2 * g, d, 2 * g, d))
-    M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
-    M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
+    if choice is None or learns(choice, g, d):
+        M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
+        M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
     return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
 
 
@@ -442,7 +453,7 @@ def layer_factors(
             spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, constant),
             spectral_factors(whole, slice(g, None), "shared", choice.k_widths, constant),
         )
-    k, v = (moments or layer_moments(model, layer)).sides
+    k, v = (moments or layer_moments(model, layer, choice)).sides
     return (
         side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, k, full),
         side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, v, full),

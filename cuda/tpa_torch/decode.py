@@ -243,7 +243,9 @@ class _Side:
         assert array is not None
         kind, n = self._kind(self.part, array)
         few = kind != "bfloat16" or queries <= FEW_ROWS
-        return Rows(fields, kind, n) if few and Rows.takes(fields, kind, n) else self.numbers(self.part, tile)
+        if few and Rows.takes(fields, kind, n):
+            return Rows(fields, kind, n, self.rounded)
+        return self.numbers(self.part, tile)
 
     def _kind(self, part: str, array: Tensor) -> tuple[str, int]:
         """(dtype, numbers in a row) of a stored part."""

@@ -23,6 +23,7 @@ from tpa_ref.model import (
     converted_by,
     dense_layer,
     joint_layers,
+    learns,
     predicts,
     spectral_factors,
     spend_bits,
@@ -496,14 +497,18 @@ def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, sp
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
-def layer_moments(model: Model, layer: int) -> LayerMoments:
-    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V."""
+def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -> LayerMoments:
+    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
+
+    choice: of how they are cached; where that makes nothing of the moments, they are zeros.
+    """
     w, device = model.weights.layers[layer], eigen_device(model)
     g, d = w.WK_gdm.shape[:2]
     norm = w.attn_norm_m.to(device)
     M_gdgd = torch.zeros((2 * g, d, 2 * g, d), dtype=torch.float64, device=device)
-    M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
-    M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem.to(device), norm)
+    if choice is None or learns(choice, g, d):
+        M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
+        M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem.to(device), norm)
     return LayerMoments(M_gdgd, torch.zeros((2 * g, d), dtype=torch.float64, device=device))
 
 
@@ -546,7 +551,7 @@ def layer_factors(
     else:
         sides = [
             SideMoments(*(on_device(x, eigen_device(model)) for x in (side.M_gdgd, side.mean_gd, side.F_gdgd)))
-            for side in (moments or layer_moments(model, layer)).sides
+            for side in (moments or layer_moments(model, layer, choice)).sides
         ]
         k = side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, sides[0], full)
         v = side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, sides[1], full)

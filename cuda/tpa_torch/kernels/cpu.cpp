@@ -353,11 +353,13 @@ void tpa_linear(const uint16_t* weights, const float* x, float* y, int64_t rows,
     }
 }
 
-// L[b,x,k] = sum_d K[b,k,d] Q[b,x,d].
-void tpa_dot(const Array* K, const float* Q, float* L, int64_t batch, int64_t x, int64_t keys, int64_t d, int64_t threads) {
+// L[b,x,k] = sum_d K[b,k,d] Q[b,x,d]. rounded: queries of int8 keys in 16 bits, where the machine multiplies those.
+void tpa_dot(const Array* K, const float* Q, float* L, int64_t batch, int64_t x, int64_t keys, int64_t d,
+             int64_t rounded, int64_t threads) {
     const int64_t blocks = (keys + ROWS - 1) / ROWS;
+    (void)rounded;
 #if TPA_INT16_DOT
-    if (K->kind == INT8 && d % GROUP == 0) {
+    if (rounded && K->kind == INT8 && d % GROUP == 0) {
         const int64_t groups = d / GROUP;
         std::vector<int16_t> Q16(batch * x * d);
         std::vector<float> steps(batch * x * groups);

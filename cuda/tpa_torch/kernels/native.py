@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,13 @@ def library() -> ctypes.CDLL | None:
         return None
     for flags in FOR_THIS_MACHINE:
         try:
-            return loaded(built(compiler, [*FLAGS, *flags]))
-        except (OSError, subprocess.SubprocessError):
+            path = built(compiler, [*FLAGS, *flags])
+            try:
+                return loaded(path)
+            except (OSError, AttributeError):  # damaged since
+                path.unlink()
+                return loaded(built(compiler, [*FLAGS, *flags]))
+        except (OSError, AttributeError, subprocess.SubprocessError):
             continue
     return None
 
@@ -117,7 +122,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     arguments = {
         "tpa_linear": [pointer] * 3 + [whole] * 4,
-        "tpa_dot": [pointer] * 3 + [whole] * 5,
+        "tpa_dot": [pointer] * 3 + [whole] * 6,
         "tpa_weigh": [pointer] * 3 + [whole] * 5,
         "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer] + [whole] * 4,
         "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 5 + [whole] * 6,
@@ -183,6 +188,7 @@ class Rows:
     fields: dict[str, Tensor]
     kind: str
     n: int
+    rounded: bool = False  # may queries be rounded to 16 bits, in a model that rounds them to 8 anyway?
 
     @staticmethod
     def takes(fields: dict[str, Tensor], kind: str, n: int) -> bool:
@@ -199,13 +205,13 @@ class Rows:
 
     def flatten(self, start: int, end: int) -> Rows:
         """As of a tensor: two leading axes become one."""
-        return Rows({name: x.flatten(start, end) for name, x in self.fields.items()}, self.kind, self.n)
+        return replace(self, fields={name: x.flatten(start, end) for name, x in self.fields.items()})
 
     def unbind(self, axis: int) -> Iterator[Rows]:
         """As of a tensor: each rank, or head, by itself."""
         parts = {name: x.unbind(axis) for name, x in self.fields.items()}
         count = len(next(iter(parts.values())))
-        return (Rows({name: x[i] for name, x in parts.items()}, self.kind, self.n) for i in range(count))
+        return (replace(self, fields={name: x[i] for name, x in parts.items()}) for i in range(count))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -233,7 +239,7 @@ def dot(Q_bxd: Tensor, K: Rows) -> Tensor:
     b, k, d = K.shape
     x = Q_bxd.shape[1]
     L_bxk = torch.empty(b, x, k)
-    _call("tpa_dot", ctypes.byref(K._array()), Q_bxd.float().contiguous(), L_bxk, b, x, k, d)
+    _call("tpa_dot", ctypes.byref(K._array()), Q_bxd.float().contiguous(), L_bxk, b, x, k, d, int(K.rounded))
     return L_bxk
 
 

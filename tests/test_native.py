@@ -1,0 +1,246 @@
+"""The compiled products for CPUs against float64 NumPy, in both builds: the one for this machine, and a plain one.
+
+Where nothing can be compiled, PyTorch computes the same (`test_decode` runs both ways).
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import relative
+
+torch = pytest.importorskip("torch")
+
+from tpa_ref import quantize as reference  # noqa: E402
+from tpa_ref import rope  # noqa: E402
+from tpa_torch import quantize  # noqa: E402
+from tpa_torch.kernels import native  # noqa: E402
+from tpa_torch.linear import linear  # noqa: E402
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Compiles the source, perhaps with a change in it, and loads it."""
+
+    def make(name, *flags, change=("", "")):
+        folder = tmp_path_factory.mktemp(name)
+        text = native.SOURCE.read_text()
+        assert change[0] in text
+        source = folder / "cpu.cpp"
+        source.write_text(text.replace(*change) if change[0] else text)
+        patch = pytest.MonkeyPatch()
+        patch.setattr(native, "SOURCE", source)
+        patch.setattr(native, "cache_folder", lambda: folder)
+        try:
+            found = native.loaded(native.built(COMPILER, [*native.FLAGS, "-march=native", "-fopenmp", *flags]))
+        finally:
+            patch.undo()
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def builds(build):
+    return {"of this machine": native.library(), "plain": build("plain", "-DTPA_PLAIN", "-O1")}
+
+
+@pytest.fixture(params=["of this machine", "plain"])
+def library(request, builds, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: builds[request.param])
+    return builds[request.param]
+
+
+def rows(kind, shape, rng, rounded=False):
+    """(Rows, the same numbers in float64)."""
+    fields = quantize.quantize(torch.from_numpy(rng.normal(size=shape).astype(np.float32)), kind)
+    numbers = quantize.dequantize(fields, kind, shape[-1]).double().numpy()
+    assert native.Rows.takes(fields, kind, shape[-1])
+    return native.Rows(fields, kind, shape[-1], rounded), numbers
+
+
+def random(rng, *shape):
+    return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+
+
+SHAPES = [(1, 1, 1, 16), (2, 3, 31, 32), (3, 8, 33, 64), (1, 19, 300, 80), (4, 2, 2100, 256), (1, 1, 65, 144)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_products_with_stored_rows(library, kind, threads):
+    """Queries and keys of any number, batches, groups of a head that are not whole."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for b, x, k, d in SHAPES:
+            rng = np.random.default_rng(d)
+            stored, numbers = rows(kind, (b, k, d), rng)
+            Q, P = random(rng, b, x, d), random(rng, b, x, k)
+            assert relative(native.dot(Q, stored), Q.double().numpy() @ numbers.transpose(0, 2, 1)) < 3e-6
+            assert relative(native.weigh(P, stored), P.double().numpy() @ numbers) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_tile_out_of_a_cache(library, kind):
+    """Rows that do not lie one behind the other: some keys of a longer cache, one rank of several."""
+    rng = np.random.default_rng(0)
+    whole, numbers = rows(kind, (2, 4, 90, 64), rng)
+    tile = native.Rows({name: x[:, :, 17:60] for name, x in whole.fields.items()}, kind, 64)
+    Q, P = random(rng, 2, 4, 64), random(rng, 2, 4, 43)
+    for rank, part in enumerate(tile.unbind(1)):
+        expected = numbers[:, rank, 17:60]
+        assert relative(native.dot(Q, part), Q.double().numpy() @ expected.transpose(0, 2, 1)) < 3e-6
+        assert relative(native.weigh(P, part), P.double().numpy() @ expected) < 1e-5
+
+
+def test_queries_in_16_bits(library):
+    """Of int8 keys, in models of bfloat16: a hundred times finer than bfloat16 itself. A group of zeros stays zero."""
+    rng = np.random.default_rng(0)
+    stored, numbers = rows("int8", (2, 70, 128), rng, rounded=True)
+    Q = random(rng, 2, 5, 128) * 100
+    Q[:, 0, :64] = 0
+    assert relative(native.dot(Q, stored), Q.double().numpy() @ numbers.transpose(0, 2, 1)) < 5e-5
+    assert relative(native.dot(0 * Q, stored)[:, :1] + 1, np.ones((2, 1, 70))) == 0
+
+
+def packed(widths, b, k, rng):
+    """(codes [b,bytes,k], levels without their scales [b,s,k] by the reference)."""
+    C_bks = rng.normal(size=(b, k, len(widths))).astype(np.float32)
+    codes = quantize.quantize_spectral(torch.from_numpy(C_bks), widths)["codes"]
+    scales = np.array([reference.odd_compander(width)[0] for width in widths])
+    made = quantize.dequantize_spectral({"codes": codes}, widths).double().numpy() / scales
+    return codes.mT.contiguous(), made.transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("b,y,k", [(1, 1, 1), (2, 3, 63), (1, 9, 64), (2, 8, 2100)])
+def test_packed_codes(library, b, y, k, rounded):
+    """Every width, alone and in pieces, more coefficients than one and an odd number of them."""
+    rng = np.random.default_rng(k)
+    for widths in ((3,), tuple(rng.integers(1, 9, 37)), (8, 7, 6, 5, 4, 3, 2, 1)):
+        widths = tuple(int(width) for width in widths)
+        codes, expected = packed(widths, b, k, rng)
+        out = torch.full((b, len(widths), k), float("nan"))
+        assert relative(native.levels(codes, widths, out), expected) < 1e-6
+        P = random(rng, b, y, k).abs()
+        sums = np.einsum("byk,bsk->bys", P.double().numpy(), expected)
+        error = np.abs(native.weigh_codes(P, codes, widths, rounded).double().numpy() - sums)
+        size = np.einsum("byk,bsk->bys", P.double().numpy(), np.abs(expected))
+        assert (error <= (2.0**-7 if rounded else 1e-5) * size + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows_of_turns", [1, 2])
+def test_rebuilt_keys_are_turned(library, dtype, rows_of_turns):
+    """Mean, RoPE and product in one pass, as `rope.rotate` does it; heads lie before keys or behind."""
+    rng = np.random.default_rng(0)
+    b, g, x, k, d = 2, 3, 2, 70, 64
+    K = random(rng, b, g, k, d).to(getattr(torch, dtype)).transpose(1, 2)
+    mean, Q = random(rng, g, d), random(rng, b, g, x, d)
+    positions = np.arange(k)[None] + np.array([[0], [5]])[:rows_of_turns]
+    tables = rope.rope_tables(positions, d, 10_000.0)
+    turns = torch.complex(*(torch.from_numpy(table.astype(np.float32)) for table in tables))
+    for centre in (None, mean):
+        whole = K.double().numpy() + (0 if centre is None else centre.double().numpy())
+        turned = rope.rotate(whole, *tables)
+        expected = np.einsum("bgxd,bkgd->bgxk", Q.double().numpy(), turned)
+        assert relative(native.dot_rotated(Q, K, centre, turns), expected) < 3e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 4, 1152), (3, 1, 160)])
+def test_a_matrix_times_few_rows(library, shape):
+    """As `torch.nn.functional.linear` in bfloat16: sums in float32, one rounding at the end."""
+    rng = np.random.default_rng(0)
+    x, W = random(rng, *shape).bfloat16(), random(rng, 77, shape[-1]).bfloat16()
+    with torch.inference_mode():
+        assert native.linear_takes(x, W)
+        got = linear(x, W)
+    exact = x.double() @ W.double().T
+    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-4).all()
+    assert not native.linear_takes(x, W), "a gradient may be wanted"
+    with torch.inference_mode():
+        assert not native.linear_takes(x.float(), W.float())
+        assert not native.linear_takes(x.repeat(1, 9, 1), W)
+        assert not native.linear_takes(x, W[:, :-1])
+
+
+# ---- can it be seen? ----
+
+MISTAKES = {
+    "scale of the first group": ("scale[k * step + j / GROUP]", "scale[k * step]"),
+    "halves of a byte": ("_mm_slli_epi16(two, 4)", "_mm_slli_epi16(two, 8)"),
+    "a piece of a code": ("_mm512_sll_epi16(x, left)", "x"),
+    "turned the wrong way": ("times(times(two, all(-1)), s)", "times(two, s)"),
+    "the last keys": ("last = std::min(keys, first + ROWS)", "last = std::min(keys / ROWS * ROWS, first + ROWS)"),
+}
+
+
+@pytest.mark.skipif(not native.has_bf16_dot(), reason="the plain build has other lines")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_source_is_seen(build, monkeypatch, name):
+    wrong = build("wrong", change=MISTAKES[name])
+    monkeypatch.setattr(native, "library", lambda: wrong)
+    checks = {
+        "scale of the first group": lambda: test_products_with_stored_rows(wrong, "int8", 1),
+        "halves of a byte": lambda: test_products_with_stored_rows(wrong, "int4", 1),
+        "a piece of a code": lambda: test_packed_codes(wrong, 2, 3, 63, False),
+        "turned the wrong way": lambda: test_rebuilt_keys_are_turned(wrong, "float32", 1),
+        "the last keys": lambda: test_products_with_stored_rows(wrong, "bfloat16", 1),
+    }
+    with pytest.raises(AssertionError):
+        checks[name]()
+
+
+# ---- where it cannot be compiled ----
+
+
+@pytest.fixture
+def anew():
+    """Looks for a library again, before and after."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_pytorch_computes(anew, monkeypatch, tmp_path):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.library() is None and not native.available()
+    x, W = torch.ones(1, 16).bfloat16(), torch.ones(3, 16).bfloat16()
+    with torch.inference_mode():
+        assert linear(x, W).tolist() == [[16, 16, 16]]
+
+
+def test_a_compiler_that_fails_is_no_error(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library() is None and not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(anew, monkeypatch, tmp_path):
+    """The second process finds the file of the first; a damaged one is made again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library() is not None
+    (made,) = (tmp_path / "tpa_torch").iterdir()
+    native.library.cache_clear()
+    stamp = made.stat().st_mtime_ns
+    assert native.library() is not None and made.stat().st_mtime_ns == stamp
+    native.library.cache_clear()
+    damaged = made.with_name("damaged")
+    damaged.write_bytes(made.read_bytes()[:1000])
+    damaged.replace(made)
+    assert native.library() is not None and made.stat().st_mtime_ns != stamp
+    assert [file for file in (tmp_path / "tpa_torch").iterdir()] == [made]
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("TPA_NATIVE", "0")
+    assert not native.available()
