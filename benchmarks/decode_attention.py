@@ -174,7 +174,7 @@ def row(
     took = min(ways.values())
     size = context * sum(token_bytes(one, config) for one in how)
     flop = context * sum(flops(one, config, is_key) for one, is_key in zip(how, (True, False), strict=True))
-    rate = machine["bfloat16_flop_per_s" if name == "dense" and dtype == "bfloat16" else "float32_flop_per_s"]
+    rate = machine["float32_flop_per_s" if dtype == "float32" else "bfloat16_flop_per_s"]
     floor = max(size / machine["read_bytes_per_s"], flop / rate)
     return {
         "variant": variant,

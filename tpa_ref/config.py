@@ -499,12 +499,28 @@ class LayerConfig:
         """`latent`, K and V as one vector, with a width for every coefficient; none at all leaves the mean alone."""
         return cls("latent", "latent", len(widths), len(widths), "spectral", "shared", tuple(widths))
 
+    def with_widths(self, widths: tuple[int, ...]) -> LayerConfig:
+        """The same with the bits of the coefficients chosen: of K and V, or of V alone."""
+        if self.v_dtype == "shared":
+            return self.spectral(widths)
+        return dataclasses.replace(self, v_rank=len(widths), v_widths=tuple(widths))
+
+    def learns(self, config: GemmaConfig) -> bool:
+        """Do constant factors depend on K and V? `contextual` has none, and at full rank they are units."""
+        sides = (self.k_mode, self.k_rank, self.k_dtype), (self.v_mode, self.v_rank, self.v_dtype)
+        return any(
+            dtype in ("spectral", "shared") or (mode != "contextual" and rank < exact_rank(mode, config))
+            for mode, rank, dtype in sides
+        )
+
 
 @dataclass(frozen=True)
 class TPAConfig:
     """How to convert a model. Nothing given: the spectral cache at a rate of 2 bits, 8x smaller than bfloat16.
 
     rate: mean bits per number of dense K and V, in (0, 8]; they are spent where the model feels them (`spectral`).
+    With a k_mode other than latent (k_rank, default exact; k_dtype, default int8) it is V's alone: the fast cache,
+    since nothing costs more time than K that must be rebuilt.
     Instead of a rate, factors of fixed rank:
     mode (or k_mode, v_mode): contextual, fixed-a, fixed-b, latent. Ranks given without a mode mean `contextual`.
     k_rank, v_rank: default half of the exact rank of the mode, at least 1. Larger than exact is clamped.
@@ -568,6 +584,10 @@ class TPAConfig:
         if not (number and 0 < self.rate <= MAX_RATE):
             raise TPAError(f"tpa config: rate must lie in (0, {MAX_RATE}] bits per number, got {self.rate!r}")
         given = [name for name in FORM if getattr(self, name) is not None]
+        if self.codes_v_alone and not set(given) - {"k_mode", "k_rank", "k_dtype"}:
+            if self.predict:
+                raise TPAError(f"tpa config: words predict K and V together, not V beside k_mode {self.k_mode!r}")
+            return
         if (given and {self.mode, self.k_mode, self.v_mode} - {None, "latent"}) or set(given) - set(FORM[:3]):
             raise TPAError(
                 f"tpa config: a rate chooses latent, its ranks and its bits, so it excludes {given[-1]}, "
@@ -580,6 +600,11 @@ class TPAConfig:
         if self.per_layer is not None:
             return any("spectral" in (choice.k_dtype, choice.v_dtype) for choice in self.per_layer if choice)
         return self.rate is not None or all(getattr(self, name) is None for name in FORM)
+
+    @property
+    def codes_v_alone(self) -> bool:
+        """Is the rate spent on V alone, beside a K of fixed rank?"""
+        return self.rate is not None and self.k_mode not in (None, "latent")
 
     @property
     def exact_tokens(self) -> tuple[int, int]:
@@ -596,15 +621,18 @@ class TPAConfig:
                 )
             return self.per_layer, []
         chosen = chosen_layers(self.layers, config)
+        notes: list[str] = []
         if self.spectral:  # widths follow from the spectra of all layers
             exact = exact_rank("latent", config)
             layer = LayerConfig("latent", "latent", 2 * exact, 2 * exact, "spectral", "shared")
-            return tuple(layer if index in chosen else None for index in range(config.num_layers)), []
+            if self.codes_v_alone and self.k_mode:
+                k_rank = _clamp("k_rank", self.k_rank or exact_rank(self.k_mode, config), self.k_mode, config, notes)
+                layer = LayerConfig(self.k_mode, "latent", k_rank, exact, self.k_dtype or "int8", "spectral")
+            return tuple(layer if index in chosen else None for index in range(config.num_layers)), notes
         ranks_given = self.k_rank is not None or self.v_rank is not None
         mode = self.mode or ("contextual" if ranks_given else "latent")
         k_mode, v_mode = self.k_mode or mode, self.v_mode or mode
         dtype = self.kv_dtype or "bfloat16"
-        notes: list[str] = []
         layer = LayerConfig(
             k_mode=k_mode,
             v_mode=v_mode,

@@ -331,9 +331,17 @@ def converted_by(
 
 
 def joint_layers(converted: Any) -> list[int]:
-    """The layers whose K and V are coded as one vector, by one spectral transform."""
+    """The layers that need a spectral transform, of K and V as one vector or of V alone."""
     per_layer, _ = converted.tpa.resolve(converted.config)
-    return [layer for layer, choice in enumerate(per_layer) if choice and choice.v_dtype == "shared"]
+    return [layer for layer, choice in enumerate(per_layer) if choice and choice.v_dtype in ("shared", "spectral")]
+
+
+def codes_v_alone(model: Any, layer: int) -> bool:
+    """Is only V of a layer spectral?"""
+    if model.tpa is None:
+        return False
+    choice = model.tpa.resolve(model.config)[0][layer]
+    return choice is not None and choice.v_dtype == "spectral"
 
 
 def wants_bits(tpa: TPAConfig) -> bool:
@@ -356,15 +364,14 @@ def allocated(
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
     layers = sorted(variances)
     entries = [config.slots(layer, context) for layer in layers]
-    numbers = sum(entries) * 2 * config.num_kv_heads * config.head_dim
+    sides = 1 if tpa.codes_v_alone else 2
+    numbers = sum(entries) * sides * config.num_kv_heads * config.head_dim
     text = 8 * context * words.token_bytes(config.vocab_size) if predicted else 0
     bits = max(0, (tpa.rate or DEFAULT_RATE) * numbers - text)
     widths = spectral.allocate([variances[layer] for layer in layers], entries, bits)
-    chosen = {
-        layer: LayerConfig.spectral(tuple(width for width in found if width))
-        for layer, found in zip(layers, widths, strict=True)
-    }
-    return tuple(chosen.get(layer) for layer in range(config.num_layers))
+    given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
+    per_layer, _ = replace(tpa, per_layer=None).resolve(config)
+    return tuple(choice and choice.with_widths(given[layer]) for layer, choice in enumerate(per_layer))
 
 
 def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
@@ -395,13 +402,6 @@ def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, sp
         converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
 
 
-def learns(choice: LayerConfig, g: int, d: int) -> bool:
-    """Do constant factors of a layer depend on its K and V? `contextual` has none, and at full rank they are units."""
-    full = {"contextual": 0, "fixed-a": g, "fixed-b": d, "latent": g * d}
-    sides = (choice.k_mode, choice.k_rank, choice.k_dtype), (choice.v_mode, choice.v_rank, choice.v_dtype)
-    return any(dtype == "spectral" or rank < full[mode] for mode, rank, dtype in sides)
-
-
 def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -> LayerMoments:
     """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
 
@@ -410,18 +410,21 @@ def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -
     w = model.weights.layers[layer]
     g, d = w.WK_gdm.shape[:2]
     M_gdgd = np.zeros((2 * g, d, 2 * g, d))
-    if choice is None or learns(choice, g, d):
+    if choice is None or choice.learns(model.config):
         M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
         M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
     return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
 
 
 def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text: WordMoments | None = None) -> Spectrum:
-    """The spectral transform of K and V of one layer. moments None: from the weights alone.
+    """The spectral transform of K and V of one layer, or of V alone. moments None: from the weights alone.
 
     text: moments of the words, where K and V are predicted from them.
     """
     moments = moments or layer_moments(model, layer)
+    if codes_v_alone(model, layer):
+        V = moments.sides[1]
+        return spectral.spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
     M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
     if text is not None and moments.N_gdz is not None:
         M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
@@ -430,7 +433,8 @@ def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text:
 
 def predicts(converted: Any) -> bool:
     """Are K and V to be predicted from the words?"""
-    return converted.tpa.spectral and words.wanted(converted.tpa.predict, converted.config)
+    tpa = converted.tpa
+    return tpa.spectral and not tpa.codes_v_alone and words.wanted(tpa.predict, converted.config)
 
 
 def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:
@@ -438,7 +442,7 @@ def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:
     found = moments.words if moments else None
     if tpa.predict and found is None:
         raise TPAError("convert: predict wants moments of the words: calibrate on a text, with predict=True")
-    return None if tpa.predict is False else found
+    return None if tpa.predict is False or tpa.codes_v_alone else found
 
 
 def layer_factors(
@@ -454,10 +458,11 @@ def layer_factors(
             spectral_factors(whole, slice(g, None), "shared", choice.k_widths, constant),
         )
     k, v = (moments or layer_moments(model, layer, choice)).sides
-    return (
-        side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, k, full),
-        side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, v, full),
-    )
+    how_k = side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, k, full)
+    if spectrum is None:
+        return how_k, side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, v, full)
+    constant = partial(constant_array, full=full)
+    return how_k, spectral_factors(spectrum, slice(0, None), "spectral", choice.v_widths, constant)
 
 
 def spectral_factors(

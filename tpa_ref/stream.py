@@ -58,6 +58,7 @@ from .config import GemmaConfig, TPAConfig
 from .errors import TPAError
 from .model import (
     begin_conversion,
+    codes_v_alone,
     convert_layer,
     joint_layers,
     layer_spectrum,
@@ -151,7 +152,8 @@ def convert_on_disk(
             if per_layer[layer] is None:
                 steps.convert_layer(converted, layer, None)
             elif layer in joint:
-                steps.convert_layer(converted, layer, None, work.spectrum(layer))
+                of_k = moments_of(layer) if codes_v_alone(converted, layer) else None
+                steps.convert_layer(converted, layer, of_k, work.spectrum(layer))
             else:
                 steps.convert_layer(converted, layer, moments_of(layer))
             write_part(folder, layer + 1, converted, layer_part(converted, layer, steps.cast), steps.save_file)

@@ -93,7 +93,7 @@ def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Sc
     V.shared = K if V.how.dtype == "shared" else None
     asked = K.ask(Q_bgxd)
     partials = []
-    for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_key)):
+    for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_value)):
         L_bgxk = K.scores(asked, tile, keys.turns_bkp)
         if keys.seen_bqk is not None:
             unseen_bqk = ~keys.seen_bqk[:, :, tile]
@@ -201,7 +201,13 @@ class _Side:
 
     @property
     def numbers_per_key(self) -> int:
+        """How many numbers are made of a token for its score."""
         return self.how.rank * self.d
+
+    @property
+    def numbers_per_value(self) -> int:
+        """The same of a token's value."""
+        return self.numbers_per_key
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:
         """What of the queries does not change from tile to tile."""
@@ -372,6 +378,12 @@ class _Basis(_Side):
     def numbers_per_key(self) -> int:
         words = 0 if self.how.predictor is None else len(self.how.predictor)
         return max(self.g * self.d, self.how.rank, words)
+
+    @property
+    def numbers_per_value(self) -> int:
+        if self.how.dtype == "spectral" and native.codes_take(self.stored(self.part, slice(0, 0))["codes"]):
+            return 0  # codes are weighed as they are
+        return self.numbers_per_key
 
     def _basis(self) -> tuple[Tensor | None, ...]:
         """basis [g,s,d], mean [g,1,d] and predictor [g,z,d]."""

@@ -20,10 +20,10 @@ from tpa_ref.model import (
     begin_conversion,
     check_cache,
     check_tokens,
+    codes_v_alone,
     converted_by,
     dense_layer,
     joint_layers,
-    learns,
     predicts,
     spectral_factors,
     spend_bits,
@@ -506,7 +506,7 @@ def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -
     g, d = w.WK_gdm.shape[:2]
     norm = w.attn_norm_m.to(device)
     M_gdgd = torch.zeros((2 * g, d, 2 * g, d), dtype=torch.float64, device=device)
-    if choice is None or learns(choice, g, d):
+    if choice is None or choice.learns(model.config):
         M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
         M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem.to(device), norm)
     return LayerMoments(M_gdgd, torch.zeros((2 * g, d), dtype=torch.float64, device=device))
@@ -524,11 +524,16 @@ def on_device(x: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text: WordMoments | None = None) -> Spectrum:
-    """The spectral transform of K and V of one layer. moments None: from the weights alone.
+    """The spectral transform of K and V of one layer, or of V alone. moments None: from the weights alone.
 
     text: moments of the words, where K and V are predicted from them.
     """
     device, moments = eigen_device(model), moments or layer_moments(model, layer)
+    if codes_v_alone(model, layer):
+        V = moments.sides[1]
+        return spectral.spectrum(
+            on_device(V.M_gdgd, device), on_device(V.mean_gd, device), [on_device(V.F_gdgd, device)]
+        )
     M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
     if text is not None and moments.N_gdz is not None:
         M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
@@ -554,7 +559,11 @@ def layer_factors(
             for side in (moments or layer_moments(model, layer, choice)).sides
         ]
         k = side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, sides[0], full)
-        v = side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, sides[1], full)
+        if spectrum is None:
+            v = side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, sides[1], full)
+        else:
+            constant = partial(constant_array, full=full)
+            v = spectral_factors(spectrum, slice(0, None), "spectral", choice.v_widths, constant)
     return placed(k, model.device), placed(v, model.device)
 
 

@@ -228,7 +228,7 @@ struct Codes {
 };
 
 constexpr int64_t TABLE = 256;     // levels of a width
-constexpr int64_t STRETCH = 2048;  // keys whose weights stay in the second cache
+constexpr int64_t STRETCH = 512;  // keys whose weights, of eight queries, stay in the first cache
 
 // The codes of coefficient c at `count` keys from `first` on, a byte each; zeros behind them up to a multiple of 64.
 void unpack(const Codes& codes, const Coefficient& c, int64_t first, int64_t count, uint8_t* out) {
