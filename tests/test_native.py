@@ -72,7 +72,7 @@ SHAPES = [(1, 1, 1, 16), (2, 3, 31, 32), (3, 8, 33, 64), (1, 19, 300, 80), (4, 2
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_products_with_stored_rows(library, kind, threads):
     """Queries and keys of any number, batches, groups of a head that are not whole."""
     before = torch.get_num_threads()
@@ -88,7 +88,7 @@ def test_products_with_stored_rows(library, kind, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_a_tile_out_of_a_cache(library, kind):
     """Rows that do not lie one behind the other: some keys of a longer cache, one rank of several."""
     rng = np.random.default_rng(0)

@@ -1,8 +1,9 @@
 // Products with numbers that are stored in few bits, on a CPU. Compiled by `native.py` with the machine's own compiler.
 //
-// PyTorch multiplies float32 as fast as a CPU can; of bfloat16, int8, int4 and packed codes it first makes an array of
-// float32, which costs more than the product. These functions read them as they lie, once, and make numbers in
-// registers. Letters as everywhere: b batch (or batch times heads), k keys, d head size, x or y queries, s coefficients.
+// Of int8, int4 and packed codes PyTorch first makes an array of float32, which costs more than the product; and its
+// products with a few queries take two to five times as long as reading the keys, since the libraries behind it copy them
+// into another order first. These functions read what is stored as it lies, once, and make numbers in registers. Letters
+// as everywhere: b batch (or batch times heads), k keys, d head size, x or y queries, s coefficients.
 //
 // On AVX-512 sixteen numbers are one register; elsewhere they are a short loop that the compiler makes vectors of.
 

@@ -1,4 +1,4 @@
-"""The functions of `cpu.cpp`: products with bfloat16, int8, int4 and packed codes that are read as they lie in memory.
+"""The functions of `cpu.cpp`: products with numbers and packed codes that are read as they lie in memory.
 
 They are compiled once, at the first use, by the machine's C++ compiler for the machine's own processor, and kept in
 ~/.cache/tpa_torch ($XDG_CACHE_HOME). Where there is no compiler, or with TPA_NATIVE=0, `available` says no and PyTorch
@@ -196,7 +196,7 @@ class Rows:
         array = fields.get("x", fields.get("codes"))
         return (
             array is not None
-            and kind in ("bfloat16", "int8", "int4")
+            and kind in ("float32", "bfloat16", "int8", "int4")
             and array.device.type == "cpu"
             and n % LANES == 0
             and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in fields.values())
