@@ -33,6 +33,8 @@ from tpa_torch.generate import prefill
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "contextual, exact": {"mode": "contextual", "k_rank": 99, "v_rank": 99},
+    "exact int8 K and V": {"mode": "fixed-a", "k_rank": 99, "v_rank": 99, "kv_dtype": "int8"},
+    "exact int8 K, spectral V rate 2": {"k_mode": "fixed-a", "rate": 2.0},
     "fixed-a int8 K, latent int8 V": {"k_mode": "fixed-a", "k_rank": 99, "v_mode": "latent", "kv_dtype": "int8"},
     "latent int8": {"mode": "latent", "kv_dtype": "int8"},
     "spectral rate 2": {"rate": 2.0},

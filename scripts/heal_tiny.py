@@ -129,7 +129,8 @@ def markdown(content: dict[str, Any]) -> str:
 def draw(content: dict[str, Any], path: str) -> None:
     """KL of the training windows over the steps, smoothed, with the unseen KL before and after."""
     figure, axis = plots.new_figure(1, width=6.4)
-    for row, style, colour in zip(content["rows"], ("-", "--", ":"), (plots.INK["tpa"], plots.INK["full"], "#5b6a78")):
+    looks = ("-", plots.INK["tpa"]), ("--", plots.INK["full"]), (":", "#5b6a78"), ("-", "#2f6f9f")
+    for row, (style, colour) in zip(content["rows"], looks, strict=True):
         kl, smooth = row["training_kl"], []
         for value in kl:
             smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)

@@ -58,6 +58,7 @@ NAMES = {
     ("fixed-a", 4, "int8"): "dense cache, int8",
     ("fixed-a", 4, "int4"): "dense cache, int4",
 }
+BESIDE = (3.0, 2.0, 1.0)  # rates of V alone, beside exact K in int8
 BUDGETS = (4, 8, 12, 16, 24, 32, 48, 64)  # spectral, planned to be so many times smaller than windowed at CONTEXT
 # (label, context, kv budget, KL that is asked for)
 CLAIMS = [
@@ -82,6 +83,7 @@ def main() -> None:
     bench = Bench(args, work)
     print(HEADER)
     fixed = [bench.fixed(*setting) for setting in FIXED]
+    fixed += [bench.beside(rate) for rate in BESIDE]
     spectral = [bench.planned(CONTEXT, budget, predict) for predict in (False, True) for budget in BUDGETS]
     claims = [
         bench.planned(context, budget) | {"label": label, "budget": budget, "asked": kl}
@@ -123,6 +125,10 @@ class Bench:
         name = NAMES.get((mode, rank, dtype), mode)
         config = TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype=dtype)
         return self._measured(config, CONTEXT, {"name": name, "mode": mode, "rank": rank, "dtype": dtype})
+
+    def beside(self, rate: float) -> dict[str, Any]:
+        about = {"name": "exact int8 K, spectral V", "mode": "latent", "rank": None, "dtype": f"8, {rate:g} bits"}
+        return self._measured(TPAConfig(k_mode="fixed-a", rate=rate, context=CONTEXT), CONTEXT, about)
 
     def planned(self, context: int, budget: float, predict: bool = True) -> dict[str, Any]:
         base = TPAConfig(rate=1.0, predict=predict)
@@ -280,6 +286,7 @@ def draw_pareto(content: dict[str, Any], path: str) -> None:
         "fixed-a": ("v", "#8a97a3"),
         "fixed-b": ("D", "#2f6f9f"),
         "latent": ("o", "#7a5195"),
+        "exact int8 K": ("X", "#a3be8c"),
         "spectral without words": ("P", "#d08770"),
         "spectral": ("*", plots.INK["tpa"]),
     }
@@ -287,8 +294,9 @@ def draw_pareto(content: dict[str, Any], path: str) -> None:
         rows = [row for row in content["rows"] if row["name"].split(",")[0] == name and row["kl"] > 1e-6]
         points = np.array([[row["ratio_vs_windowed"], row["kl"]] for row in rows])
         size = {"*": 11, "P": 7}.get(marker, 5)
-        joined = "-" if marker in "*P" else ""
-        axis.plot(*points.T, marker + joined, color=colour, label=name, ms=size, lw=1.2)
+        joined = "-" if marker in "*PX" else ""
+        label = "exact int8 K, spectral V" if name == "exact int8 K" else name
+        axis.plot(*points.T, marker + joined, color=colour, label=label, ms=size, lw=1.2)
     ratio, predicted, bound = np.array(content["bound"]).T
     axis.plot(ratio, predicted, "--", color=plots.INK["tpa"], lw=1, label="spectral, predicted damage")
     axis.plot(ratio, bound, ":", color="#000000", lw=1.2, label="Gaussian rate-distortion bound")

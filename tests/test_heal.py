@@ -64,6 +64,18 @@ def test_healing_lowers_the_kl(tiny, name, learning_rate, tmp_path):
     )
 
 
+def test_healing_begins_with_maps_of_the_words(tiny):
+    """Constant means become maps of the words: that alone takes most of the KL, and the text is kept from then on."""
+    dense, moments, text = tiny
+    tpa = tpa_torch.convert(dense, CONFIGS["spectral without words"], moments)
+    healed = heal(tpa, dense, text, steps=1, batch=1, learning_rate=1e-4, words=True)
+    before, after = (tpa_torch.evaluate(dense, model, text, 1024, recall_prompts=0)["kl"] for model in (tpa, healed))
+    assert after < 0.6 * before
+    assert tpa.tpa.predict is False and healed.tpa.predict and healed.factors[5][0].predictor is not None
+    with pytest.raises(TPAError, match="spectral"):
+        heal(tpa_torch.convert(dense, CONFIGS["contextual"], moments), dense, text, steps=1, words=True)
+
+
 def test_healing_goes_on_where_it_was_stopped(tiny, tmp_path):
     """Stopped after its state was written and called again: the same weights as in one go."""
     dense, moments, text = tiny

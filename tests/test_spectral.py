@@ -14,6 +14,7 @@ from tpa_ref import quantize, spectral
 from tpa_ref.calibrate import read_text
 from tpa_ref.command_line import TINY
 from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.errors import TPAError
 from tpa_ref.memory import windowed_bytes
 
 RATE = {"rate": 1.5, "context": 60}
@@ -309,6 +310,37 @@ def test_twins_store_the_same_codes(spectral_pair, choices):
         assert v_n == v_t == {}  # K and V are one vector
         np.testing.assert_array_equal(to_numpy(k_t["C"]["codes"]), k_n["C"]["codes"])
     np.testing.assert_array_equal(cache_n.text_bt, cache_t.text_bt)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"k_mode": "fixed-a"}, {"k_mode": "contextual", "k_rank": 3, "k_dtype": "bfloat16", "recent": 5}],
+    ids=str,
+)
+def test_v_alone_beside_k_of_fixed_rank(spectral_pair, choices, tmp_path):
+    """Both backends store the same; the rate is V's; it is saved and loaded."""
+    numpy, torch, tokens_bq = spectral_pair(**choices)
+    (cache_n, logits_n), (cache_t, logits_t) = (run_cached(model, tokens_bq, (20, 8, 17)) for model in (numpy, torch))
+    assert relative(logits_t, logits_n) < 1e-9
+    assert cache_n.nbytes == cache_t.nbytes == cache_n.nbytes_at(64, batch=2) and cache_n.text_bt is None
+    for (how_k, how_v), (_, held_v) in zip(numpy.factors, (layer.stored for layer in cache_n.layers), strict=True):
+        assert (how_k.mode, how_k.dtype) == (choices["k_mode"], choices.get("k_dtype", "int8"))
+        assert (how_v.mode, how_v.dtype, list(held_v)) == ("latent", "spectral", ["C"])
+    config, context = numpy.config, RATE["context"]
+    slots = [config.slots(layer, context) for layer in range(config.num_layers)]
+    bits = sum(sum(how.widths) * held for (_, how), held in zip(numpy.factors, slots, strict=True))
+    numbers = sum(slots) * config.num_kv_heads * config.head_dim
+    assert 0.9 * RATE["rate"] <= bits / numbers <= 1.1 * RATE["rate"]  # whole bytes, and there are few
+    numpy.tokenizer = None
+    again = tpa_ref.load(tpa_ref.save(numpy, tmp_path / "saved"), dtype="float64")
+    assert again.tpa == numpy.tpa and relative(again(tokens_bq), numpy(tokens_bq)) < 1e-9
+
+
+def test_words_predict_no_v_alone():
+    with pytest.raises(TPAError, match="words predict K and V together"):
+        TPAConfig(k_mode="fixed-a", rate=1.0, predict=True)
+    with pytest.raises(TPAError, match="excludes v_rank"):
+        TPAConfig(k_mode="fixed-a", v_rank=3, rate=1.0)
 
 
 @pytest.mark.parametrize("choices", [{}, {"sinks": 0}, {"recent": 7}, {"sinks": 2, "recent": 64}], ids=str)

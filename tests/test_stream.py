@@ -25,6 +25,7 @@ CHOICES = {
     "default": None,
     "contextual, q_rank": TPAConfig(k_rank=1, v_rank=2, q_rank=2),
     "some layers": TPAConfig(mode="fixed-b", layers="5,6", kv_dtype="int4"),
+    "V alone": TPAConfig(k_mode="fixed-a", k_rank=2, rate=2.0),
 }
 
 
