@@ -242,3 +242,22 @@ def test_bfloat16_is_ml_dtypes_bfloat16():
     import tpa_ref.quantize
 
     assert tpa_ref.quantize.quantize(np.ones(3, np.float32), "bfloat16")["x"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_few_tokens_are_packed_as_many(tokens):
+    """A single token takes another way to the same bytes; numbers that lie on a threshold, and beyond all, too."""
+    torch = pytest.importorskip("torch")
+    from tpa_ref import quantize
+    from tpa_torch import quantize as twin
+
+    rng = np.random.default_rng(tokens)
+    for widths in ((5,), (8, 1, 7, 3, 3, 2, 6, 4, 5, 1), tuple(int(width) for width in rng.integers(1, 9, 61))):
+        C = rng.normal(size=(1, tokens, len(widths))).astype(np.float32)
+        for column, width in enumerate(widths):
+            C[0, 0, column] = rng.choice(quantize.thresholds(width))
+        C[0, -1, 0] = rng.choice([-1e30, 1e30])
+        expected = quantize.quantize_spectral(C, widths)["codes"]
+        got = twin.quantize_spectral(torch.from_numpy(C), widths)["codes"]
+        np.testing.assert_array_equal(got.numpy(), expected)
+        assert got.dtype == torch.uint8

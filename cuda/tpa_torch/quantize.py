@@ -136,6 +136,8 @@ def _ungrouped(groups: Tensor, n: int) -> Tensor:
 
 # ---- spectral: each coefficient has its own width, from 0 to 8 bits ----
 
+FEW_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -212,8 +214,48 @@ def unpacking(widths: tuple[int, ...]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: not piece.first)
 
 
+@dataclass(frozen=True)
+class AtOnce:
+    """What packing of a few tokens needs, all widths and digits in one: thresholds [R,255], infinite where there are
+    no more; and for every piece of a code its column, shifts, mask and byte.
+    """
+
+    thresholds_st: Tensor
+    column: Tensor
+    left: Tensor
+    mask: Tensor
+    shift: Tensor
+    byte: Tensor
+
+
+@lru_cache(maxsize=512)
+def at_once(widths: tuple[int, ...], device: torch.device) -> AtOnce:
+    """Made once for each layer and device."""
+    most = (1 << max(widths, default=0)) - 1
+    thresholds_st = np.full((len(widths), most), np.inf, np.float32)
+    for coefficient, width in enumerate(widths):
+        thresholds_st[coefficient, : (1 << width) - 1] = thresholds(width)
+    parts = digits(widths)
+    joined = [
+        np.concatenate([np.zeros(0, np.int64), *(np.broadcast_to(make(part), part.byte.shape) for part in parts)])
+        for make in (
+            lambda part: part.column,
+            lambda part: part.left,
+            lambda part: (1 << part.bits) - 1,
+            lambda part: part.shift,
+            lambda part: part.byte,
+        )
+    ]
+    return AtOnce(
+        torch.from_numpy(thresholds_st).to(device),
+        *(torch.from_numpy(array.astype(np.int64)).to(device) for array in joined),
+    )
+
+
 def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
     """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
+    if C_bks.shape[:-1].numel() <= FEW_TOKENS:
+        return _quantize_few(C_bks, widths)
     how = packing(widths, C_bks.device)
     codes = torch.zeros(C_bks.shape, dtype=torch.uint8, device=C_bks.device)
     for columns, edges in how.runs:
@@ -222,6 +264,15 @@ def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tenso
     for mask, shift, byte, columns, left in how.parts:
         packed[..., byte] |= ((codes[..., columns] >> left) & mask) << shift
     return {"codes": packed}
+
+
+def _quantize_few(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
+    """The same in a handful of steps, which is what a single token waits for."""
+    how = at_once(widths, C_bks.device)
+    codes = (C_bks.float()[..., None] > how.thresholds_st).sum(-1)
+    pieces = ((codes[..., how.column] >> how.left) & how.mask) << how.shift
+    packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
+    return {"codes": packed.index_add_(-1, how.byte, pieces).to(torch.uint8)}
 
 
 def unpack_spectral(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
