@@ -95,7 +95,7 @@ def exact_latent(g: int, d: int) -> Tensor:
 
 def _leading(M: Tensor, rank: int) -> tuple[Tensor, float]:
     """(leading eigenvectors as rows, largest entry positive; relative error of leaving out the others)."""
-    values, U = torch.linalg.eigh((M + M.mT) / 2)
+    values, U = torch.linalg.eigh((M + M.mT).double() / 2)
     kept = float(values.flip(0)[:rank].sum())
     return steady_signs(U.flip(-1)[:, :rank].mT), _relative_error(kept, float(values.sum()))
 
@@ -135,11 +135,10 @@ def second_moment(X_bkgd: Tensor) -> Tensor:
 
 def moment_from_weights(W_gdm: Tensor, input_norm_m: Tensor, k_norm_d: Tensor | None = None) -> Tensor:
     """Second moment of K (or V) from the weights alone: the normed input is taken as white noise times 1 + w."""
-    dtype = torch.float64 if W_gdm.dtype == torch.float64 else torch.float32  # half the time, here and in `_leading`
-    W_gdm = W_gdm.to(dtype) * (1 + input_norm_m.to(dtype))
+    W_gdm = W_gdm.double() * (1 + input_norm_m.double())
     if k_norm_d is not None:
         rms_g = W_gdm.square().sum(-1).mean(-1).sqrt()
-        W_gdm = W_gdm / rms_g.clamp(min=1e-30)[:, None, None] * (1 + k_norm_d.to(dtype))[:, None]
+        W_gdm = W_gdm / rms_g.clamp(min=1e-30)[:, None, None] * (1 + k_norm_d.double())[:, None]
     return torch.einsum("gdm,jcm->gdjc", W_gdm, W_gdm)
 
 

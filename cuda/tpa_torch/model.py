@@ -505,12 +505,11 @@ def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -
     w, device = model.weights.layers[layer], eigen_device(model)
     g, d = w.WK_gdm.shape[:2]
     norm = w.attn_norm_m.to(device)
-    full = torch.float64 if model.dtype == "float64" else torch.float32
-    M_gdgd = torch.zeros((2 * g, d, 2 * g, d), dtype=full, device=device)
+    M_gdgd = torch.zeros((2 * g, d, 2 * g, d), dtype=torch.float64, device=device)
     if choice is None or choice.learns(model.config):
         M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm.to(device), norm, w.k_norm_d.to(device))
         M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem.to(device), norm)
-    return LayerMoments(M_gdgd, torch.zeros((2 * g, d), dtype=full, device=device))
+    return LayerMoments(M_gdgd, torch.zeros((2 * g, d), dtype=torch.float64, device=device))
 
 
 def eigen_device(model: Model) -> torch.device:
