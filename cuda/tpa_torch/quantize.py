@@ -215,7 +215,7 @@ def unpacking(widths: tuple[int, ...]) -> list[Piece]:
 
 
 @dataclass(frozen=True)
-class AtOnce:
+class _AtOnce:
     """What packing of a few tokens needs, all widths and digits in one: thresholds [R,255], infinite where there are
     no more; and for every piece of a code its column, shifts, mask and byte.
     """
@@ -229,7 +229,7 @@ class AtOnce:
 
 
 @lru_cache(maxsize=512)
-def at_once(widths: tuple[int, ...], device: torch.device) -> AtOnce:
+def _at_once(widths: tuple[int, ...], device: torch.device) -> _AtOnce:
     """Made once for each layer and device."""
     most = (1 << max(widths, default=0)) - 1
     thresholds_st = np.full((len(widths), most), np.inf, np.float32)
@@ -246,7 +246,7 @@ def at_once(widths: tuple[int, ...], device: torch.device) -> AtOnce:
             lambda part: part.byte,
         )
     ]
-    return AtOnce(
+    return _AtOnce(
         torch.from_numpy(thresholds_st).to(device),
         *(torch.from_numpy(array.astype(np.int64)).to(device) for array in joined),
     )
@@ -268,7 +268,7 @@ def quantize_spectral(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tenso
 
 def _quantize_few(C_bks: Tensor, widths: tuple[int, ...]) -> dict[str, Tensor]:
     """The same in a handful of steps, which is what a single token waits for."""
-    how = at_once(widths, C_bks.device)
+    how = _at_once(widths, C_bks.device)
     codes = (C_bks.float()[..., None] > how.thresholds_st).sum(-1)
     pieces = ((codes[..., how.column] >> how.left) & how.mask) << how.shift
     packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
