@@ -17,6 +17,7 @@ import common
 import numpy as np
 import torch
 from common import Clock, cli, describe, fill, publish, table
+from end_to_end import SETTINGS as WHOLE
 from end_to_end import STEPS
 
 import tpa_torch
@@ -27,10 +28,10 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "contextual R=2 int8": {"mode": "contextual", "k_rank": 2, "v_rank": 2, "kv_dtype": "int8"},
     "fixed-a R=2 int8": {"mode": "fixed-a", "k_rank": 2, "v_rank": 2, "kv_dtype": "int8"},
-    "exact int8 K and V": {"mode": "fixed-a", "k_rank": 99, "v_rank": 99, "kv_dtype": "int8"},
-    "exact int8 K, spectral V rate 2": {"k_mode": "fixed-a", "rate": 2.0},
-    "exact int8 K, latent int8 V": {"k_mode": "fixed-a", "k_rank": 99, "v_mode": "latent", "kv_dtype": "int8"},
-    "spectral rate 2": {"rate": 2.0},
+    "exact int8 K and V": WHOLE["exact int8 K and V"],
+    "exact int8 K, spectral V rate 2": WHOLE["exact int8 K, spectral V rate 2"],
+    "exact int8 K, latent int8 V": WHOLE["fixed-a int8 K, latent int8 V"],
+    "spectral rate 2": WHOLE["spectral rate 2"],
     "spectral rate 1": {"rate": 1.0},
 }
 

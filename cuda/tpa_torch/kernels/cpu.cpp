@@ -335,7 +335,6 @@ uint16_t to_bf16(float x) {  // to the nearest, ties to even
 
 extern "C" {
 
-int tpa_version() { return 1; }
 int tpa_has_bf16_dot() {
 #if TPA_BF16_DOT
     return 1;
