@@ -30,7 +30,8 @@ WIDTHS = (8, 7, 7, 6, 5, 5, 4, 4, 3, 2, 2, 1, 1, 1)
 @pytest.fixture(autouse=True, params=["compiled", "PyTorch"])
 def small_tiles(request, monkeypatch):
     """Several tiles even of short texts, and a last one that is not full; with compiled products and without."""
-    monkeypatch.setattr(decode, "MOST_KEYS", 16)
+    monkeypatch.setattr(decode, "MOST_MADE", 16)
+    monkeypatch.setattr(decode, "MOST_READ", 16)
     if request.param == "PyTorch":
         monkeypatch.setenv("TPA_NATIVE", "0")
 

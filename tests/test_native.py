@@ -68,7 +68,18 @@ def random(rng, *shape):
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
 
 
-SHAPES = [(1, 1, 1, 16), (2, 3, 31, 32), (3, 8, 33, 64), (1, 19, 300, 80), (4, 2, 2100, 256), (1, 1, 65, 144)]
+SHAPES = [  # b, x, k, d
+    (1, 1, 1, 16),
+    (2, 3, 31, 32),
+    (3, 8, 33, 64),
+    (1, 19, 300, 80),
+    (4, 2, 2100, 256),
+    (1, 1, 65, 144),
+    (2, 16, 16, 256),  # many queries: sixteen side by side, twice sixteen, more
+    (1, 32, 1000, 128),
+    (1, 41, 47, 64),
+    (1, 17, 70, 320),  # longer than a block has room for
+]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -101,14 +112,57 @@ def test_a_tile_out_of_a_cache(library, kind):
         assert relative(native.weigh(P, part), P.double().numpy() @ expected) < 1e-5
 
 
-def test_queries_in_16_bits(library):
-    """Of int8 keys, in models of bfloat16: a hundred times finer than bfloat16 itself. A group of zeros stays zero."""
-    rng = np.random.default_rng(0)
-    stored, numbers = rows("int8", (2, 70, 128), rng, rounded=True)
-    Q = random(rng, 2, 5, 128) * 100
-    Q[:, 0, :64] = 0
-    assert relative(native.dot(Q, stored), Q.double().numpy() @ numbers.transpose(0, 2, 1)) < 5e-5
-    assert relative(native.dot(0 * Q, stored)[:, :1] + 1, np.ones((2, 1, 70))) == 0
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("x", [2, 6, 12, 24, 32])
+def test_in_models_of_bfloat16(library, kind, x):
+    """Few queries of int8 and int4 are rounded to 16 bits, many and their keys to bfloat16. Blocks not full."""
+    rng = np.random.default_rng(x)
+    for b, k, d in ((2, 70, 128), (1, 33, 256), (1, 15, 64), (2, 31, 80)):
+        stored, numbers = rows(kind, (b, k, d), rng, rounded=True)
+        Q, P = random(rng, b, x, d) * 100, random(rng, b, x, k)
+        Q[:, 0, :64] = 0
+        P[:, 0] = 0
+        part = 2.0**-8 if x >= 8 else 1e-4 if kind.startswith("int") else 1e-6
+        for got, one, other in (
+            (native.dot(Q, stored), Q.double().numpy(), numbers.transpose(0, 2, 1)),
+            (native.weigh(P, stored), P.double().numpy(), numbers),
+        ):
+            error, size = np.abs(got.double().numpy() - one @ other), np.abs(one) @ np.abs(other)
+            assert (error <= 2 * part * size + 1e-9).all()
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("g,n,k", [(1, 1, 5), (4, 2, 33), (16, 2, 48)])
+def test_weights_of_keys(library, kind, rounded, g, n, k):
+    """A factor of every key and KV head, out of a longer cache; and logits that are added to others."""
+    rng = np.random.default_rng(g)
+    b, d = 2, 64
+    stored, numbers = rows(kind, (b, k, d), rng, rounded)
+    A = random(rng, b, 3, g, k + 9)[:, 1, :, 4 : k + 4]
+    A_bxk = A.double().numpy().repeat(n, 1)
+    Q, P, L = random(rng, b, g * n, d), random(rng, b, g * n, k), random(rng, b, g * n, k)
+    bound = 1e-2 if rounded else 1e-5
+    logits = A_bxk * (Q.double().numpy() @ numbers.transpose(0, 2, 1))
+    assert relative(native.dot(Q, stored, A_bgk=A), logits) < bound
+    expected = L.double().numpy() + logits
+    assert relative(native.dot(Q, stored, L, A, add=True), expected) < bound
+    assert relative(L, expected) < bound, "added in place"
+    assert relative(native.weigh(P, stored, A), (P.double().numpy() * A_bxk) @ numbers) < bound
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 1000])
+def test_exponentials(library, k):
+    """To the last places of float32, as far down as it goes; in place."""
+    rng = np.random.default_rng(k)
+    L = random(rng, 2, 3, k) * 40
+    L[0, 0, 0], L[1, 2] = 90, torch.finfo(torch.float32).min
+    highest = L.amax(-1, keepdim=True)
+    expected = np.exp((L - highest).double().numpy())
+    largest, total = native.exponentials(L)
+    assert torch.equal(largest, highest)
+    assert np.allclose(L.double().numpy(), expected, rtol=3e-6, atol=1e-44)
+    assert np.allclose(total.double().numpy(), expected.sum(-1, keepdims=True), rtol=1e-6)
 
 
 def packed(widths, b, k, rng):
@@ -180,7 +234,12 @@ MISTAKES = {
     "halves of a byte": ("_mm_slli_epi16(two, 4)", "_mm_slli_epi16(two, 8)"),
     "a piece of a code": ("_mm512_sll_epi16(x, left)", "x"),
     "turned the wrong way": ("times(times(two, all(-1)), s)", "times(two, s)"),
-    "the last keys": ("last = std::min(keys, first + ROWS)", "last = std::min(keys / ROWS * ROWS, first + ROWS)"),
+    "the last keys": ("last = std::min(keys, first + BLOCK)", "last = std::min(keys / BLOCK * BLOCK, first + BLOCK)"),
+    "second sixteen queries": ("with + i * width + v * W", "with + i * width"),
+    "every other key": ("_mm512_slli_epi32(_mm512_cvtepu16_epi32(V.in_bf16(k + 1, j)), 16)", "_mm512_setzero_si512()"),
+    "order of unpacked columns": ("0, 4, 1, 5, 2, 6, 3, 7", "0, 1, 2, 3, 4, 5, 6, 7"),
+    "weights of another head": ("x / queries * row", "0 * row"),
+    "largest of a row": ("highest = larger(highest, load(at + k))", "highest = load(at + k)"),
 }
 
 
@@ -195,6 +254,11 @@ def test_a_mistake_in_the_source_is_seen(build, monkeypatch, name):
         "a piece of a code": lambda: test_packed_codes(wrong, 2, 3, 63, False),
         "turned the wrong way": lambda: test_rebuilt_keys_are_turned(wrong, "float32", 1),
         "the last keys": lambda: test_products_with_stored_rows(wrong, "bfloat16", 1),
+        "second sixteen queries": lambda: test_products_with_stored_rows(wrong, "float32", 1),
+        "every other key": lambda: test_in_models_of_bfloat16(wrong, "bfloat16", 12),
+        "order of unpacked columns": lambda: test_in_models_of_bfloat16(wrong, "int4", 2),
+        "weights of another head": lambda: test_weights_of_keys(wrong, "float32", False, 4, 2, 33),
+        "largest of a row": lambda: test_exponentials(wrong, 1000),
     }
     with pytest.raises(AssertionError):
         checks[name]()

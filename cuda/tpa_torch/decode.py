@@ -1,14 +1,14 @@
 """Attention of a few queries over a long cache, as fast as a CPU reads it. The equations are those of `attention`.
 
-One pass over tiles of keys: a tile is made numbers (dequantized, unpacked, K rebuilt) in memory that stays in the
-processor's cache and is used again for the next tile, scored, and its values summed. Every tile has a softmax with a
-maximum of its own; at the end the tiles of all segments are merged by their maxima, so nothing overflows and no row of
-logits is ever whole.
+One pass over tiles of keys. Compiled functions (`kernels/native.py`) read a tile as it lies; without them, or if K is
+rebuilt, it is made numbers in memory that stays in the processor's cache and is used again for the next one. Every tile
+has a softmax with a maximum of its own; at the end the tiles of all segments are merged by their maxima: nothing
+overflows.
 
-The queries of a KV head are the rows of one matrix: x is (n, q), the query heads of a KV head times the queries. How a
-product of few rows is written decides its speed (measured on AVX-512): keys times queries is up to three times as fast
-as queries times keys, and the weighted sum of values wants at least four rows. `benchmarks/decode_attention.py` shows
-what comes of it.
+The queries of a KV head are the rows of one matrix: x is (n, q), the query heads of a KV head times the queries. How
+PyTorch is asked for a product of few rows decides its speed (measured on AVX-512): keys times queries is up to three
+times as fast as queries times keys, and the weighted sum of values wants at least four rows.
+`benchmarks/decode_attention.py` shows what comes of it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from .kernels import native
 from .kernels.native import Rows
 from .masks import MASKED
 
-TILE_NUMBERS = 1 << 21  # numbers of K or V made at a time: 8 MB of float32
-MOST_KEYS = 4096
+TILE_NUMBERS = 1 << 21  # logits, or numbers of K or V, made at a time: 8 MB of float32
+MOST_MADE = 4096  # keys of a tile of which numbers are made, and of one that is read as it lies
+MOST_READ = 1 << 16
 FEW_QUERIES = 8  # from here on K and V are better formed whole
 FEW_ROWS = 8
 Partial = tuple[Tensor, Tensor, Tensor]  # largest logit and sum of exp [b,g,x,1], weighted sum of values [b,g,x,e]
@@ -89,18 +90,19 @@ def _segment(Q_bgxd: Tensor, dtype: torch.dtype, keys: Keys, q: int, scratch: Sc
     work = torch.bfloat16 if dtype == torch.bfloat16 and _in_bfloat16(keys) else torch.float32
     K, V = (_side(held, how, g, d, work, scratch) for held, how in _sides(keys))
     for side in (K, V):
-        side.words, side.queries, side.rounded = keys.words, Q_bgxd.shape[2], dtype == torch.bfloat16
+        side.words, side.rounded = keys.words, dtype == torch.bfloat16
     V.shared = K if V.how.dtype == "shared" else None
     asked = K.ask(Q_bgxd)
     partials = []
-    for tile in _tiles(keys.turns_bkp.shape[1], b * max(K.numbers_per_key, V.numbers_per_value)):
+    made = max(K.numbers_per_key, V.numbers_per_value)
+    logits = Q_bgxd[0, ..., 0].numel()
+    for tile in _tiles(keys.turns_bkp.shape[1], b * max(made, logits), MOST_MADE if made else MOST_READ):
         L_bgxk = K.scores(asked, tile, keys.turns_bkp)
         if keys.seen_bqk is not None:
             unseen_bqk = ~keys.seen_bqk[:, :, tile]
             L_bgxk.unflatten(2, (-1, q)).masked_fill_(unseen_bqk[:, None, None], MASKED)
-        largest_bgx1 = L_bgxk.amax(-1, keepdim=True)
-        P_bgxk = L_bgxk.sub_(largest_bgx1).exp_()
-        partials.append((largest_bgx1, P_bgxk.sum(-1, keepdim=True), V.values(P_bgxk, tile)))
+        P_bgxk, largest_bgx1, total_bgx1 = _exponentials(L_bgxk)
+        partials.append((largest_bgx1, total_bgx1, V.values(P_bgxk, tile)))
     largest_bgx1, total_bgx1, Y_bgxu = _merged(partials)
     return largest_bgx1, total_bgx1, V.output(Y_bgxu, total_bgx1)
 
@@ -114,11 +116,19 @@ def _sides(keys: Keys) -> Iterator[tuple[Stored, Factorization]]:
     return zip(keys.held, keys.how, strict=True)
 
 
-def _tiles(keys: int, numbers_per_key: int) -> Iterator[slice]:
-    if numbers_per_key == 0:  # nothing is made
-        return iter([slice(0, keys)])
-    size = min(MOST_KEYS, max(64, TILE_NUMBERS // numbers_per_key))
+def _tiles(keys: int, numbers_per_key: int, most: int) -> Iterator[slice]:
+    """Stretches of at most so many keys, of which no more numbers are made than stay in the processor's cache."""
+    size = min(most, max(64, TILE_NUMBERS // numbers_per_key))
     return (slice(start, min(keys, start + size)) for start in range(0, keys, size))
+
+
+def _exponentials(L_bgxk: Tensor) -> Partial:
+    """exp(L - largest logit) in place of L, the largest logit, the sum over k."""
+    if L_bgxk.device.type == "cpu" and L_bgxk.is_contiguous() and native.available():
+        return L_bgxk, *native.exponentials(L_bgxk)
+    largest_bgx1 = L_bgxk.amax(-1, keepdim=True)
+    P_bgxk = L_bgxk.sub_(largest_bgx1).exp_()
+    return P_bgxk, largest_bgx1, P_bgxk.sum(-1, keepdim=True)
 
 
 def _merged(partials: list[Partial]) -> Partial:
@@ -134,10 +144,24 @@ def _merged(partials: list[Partial]) -> Partial:
 # ---- products of few rows ----
 
 
-def _dot(Q_bxd: Tensor, K_bkd: Tensor | Rows) -> Tensor:
-    """[b,x,d] . [b,k,d] -> [b,x,k] in float32."""
+def _dot(
+    Q_bxd: Tensor, K_bkd: Tensor | Rows, scratch: Scratch, A_bgk: Tensor | None = None, L_bxk: Tensor | None = None
+) -> Tensor:
+    """[b,x,d] . [b,k,d] -> [b,x,k] in float32, valid until the next call.
+
+    With A, each key weighs so much for the queries of a KV head; with L, the product is added to it.
+    """
     if isinstance(K_bkd, Rows):
-        return native.dot(Q_bxd, K_bkd)
+        out_bxk = scratch("L", Q_bxd, (*Q_bxd.shape[:2], K_bkd.shape[1]), torch.float32)
+        return native.dot(Q_bxd, K_bkd, out_bxk, A_bgk, add=L_bxk is not None)
+    P_bxk = _keys_times_queries(Q_bxd, K_bkd)
+    if A_bgk is None:
+        return P_bxk if L_bxk is None else L_bxk.add_(P_bxk)
+    P_bgxk = P_bxk.unflatten(1, (A_bgk.shape[1], -1)).mul_(A_bgk[:, :, None])
+    return P_bxk if L_bxk is None else L_bxk.add_(P_bgxk.flatten(1, 2))
+
+
+def _keys_times_queries(Q_bxd: Tensor, K_bkd: Tensor) -> Tensor:
     if K_bkd.dtype == torch.bfloat16:
         return _product(Q_bxd.to(K_bkd.dtype), K_bkd.mT).float()
     if Q_bxd.shape[1] > FEW_ROWS:
@@ -145,10 +169,12 @@ def _dot(Q_bxd: Tensor, K_bkd: Tensor | Rows) -> Tensor:
     return torch.bmm(K_bkd, Q_bxd.mT).mT.contiguous()
 
 
-def _weigh(P_bxk: Tensor, V_bke: Tensor | Rows) -> Tensor:
-    """[b,x,k] . [b,k,e] -> [b,x,e] in float32."""
+def _weigh(P_bxk: Tensor, V_bke: Tensor | Rows, A_bgk: Tensor | None = None) -> Tensor:
+    """[b,x,k] . [b,k,e] -> [b,x,e] in float32; with A, by the KV head of a query."""
     if isinstance(V_bke, Rows):
-        return native.weigh(P_bxk, V_bke)
+        return native.weigh(P_bxk, V_bke, A_bgk)
+    if A_bgk is not None:
+        P_bxk = (P_bxk.unflatten(1, (A_bgk.shape[1], -1)) * A_bgk[:, :, None]).flatten(1, 2)
     if V_bke.dtype == torch.bfloat16:
         return _product(P_bxk.to(V_bke.dtype), V_bke).float()
     x = P_bxk.shape[1]
@@ -196,13 +222,12 @@ class _Side:
     part: str
     words: Callable[[slice], Tensor] | None = None
     shared: Any = None  # the side whose coefficients these are, too
-    queries: int = 1  # x
     rounded: bool = False  # is the model in bfloat16, so that what a basis makes of codes may be, too?
 
     @property
     def numbers_per_key(self) -> int:
         """How many numbers are made of a token for its score."""
-        return self.how.rank * self.d
+        return 0 if isinstance(self.rows(slice(0, 0)), Rows) else self.how.rank * self.d
 
     @property
     def numbers_per_value(self) -> int:
@@ -242,14 +267,13 @@ class _Side:
             return self.scratch(part, array, array.shape, self.work).copy_(array)
         return _dequantized(fields, *self._kind(part, array), self.scratch, part)
 
-    def rows(self, tile: slice, queries: int) -> Tensor | Rows:
-        """A tile of rows [b,s,k,n] for products with so many queries: as they are stored where that is faster."""
+    def rows(self, tile: slice) -> Tensor | Rows:
+        """A tile of rows [b,s,k,n], as they are stored where compiled functions read them."""
         fields = self.stored(self.part, tile)
         array = fields.get("x", fields.get("codes"))
         assert array is not None
         kind, n = self._kind(self.part, array)
-        few = kind != "bfloat16" or queries <= FEW_ROWS
-        if few and Rows.takes(fields, kind, n):
+        if Rows.takes(fields, kind, n):
             return Rows(fields, kind, n, self.rounded)
         return self.numbers(self.part, tile)
 
@@ -293,15 +317,14 @@ class _Heads(_Side):
 
     @property
     def numbers_per_key(self) -> int:
-        nothing_made = self.work == torch.bfloat16 or isinstance(self.rows(slice(0, 0), self.queries), Rows)
-        return 0 if nothing_made else self.g * self.d
+        return 0 if self.work == torch.bfloat16 or isinstance(self.rows(slice(0, 0)), Rows) else self.g * self.d
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
-        K_bgkd = self.rows(tile, self.queries)
-        return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1)).unflatten(0, asked.shape[:2])
+        K_bgkd = self.rows(tile)
+        return _dot(asked.flatten(0, 1), K_bgkd.flatten(0, 1), self.scratch).unflatten(0, asked.shape[:2])
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        V_bgke = self.rows(tile, self.queries)
+        V_bgke = self.rows(tile)
         return _weigh(P_bgxk.flatten(0, 1), V_bgke.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
 
 
@@ -309,28 +332,26 @@ class _Contextual(_Side):
     """Eq. (A.2), (A.3): a product with every b, shared by all heads; a weighs the logits or the probabilities."""
 
     def factors(self, tile: slice) -> Iterator[tuple[Tensor, Tensor | Rows]]:
-        """a [b,g,1,k] in float32 and b [b,k,d] of each rank."""
-        B_bskd = self.rows(tile, self.g * self.queries)
-        A_bsg1k = self.numbers("A", tile).float().unflatten(1, (self.how.rank, self.g))[:, :, :, None]
-        return zip(A_bsg1k.unbind(1), B_bskd.unbind(1), strict=True)
+        """a [b,g,k] in float32 and b [b,k,d] of each rank."""
+        A_bxk = self.numbers("A", tile).float()
+        A_bsgk = (A_bxk if A_bxk.stride(-1) == 1 else A_bxk.contiguous()).unflatten(1, (self.how.rank, self.g))
+        return zip(A_bsgk.unbind(1), self.rows(tile).unbind(1), strict=True)
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:
-        return Q_bgxd / self.how.rank
+        return Q_bgxd.flatten(1, 2) / self.how.rank
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
-        L_bgxk = None
-        for A_bg1k, B_bkd in self.factors(tile):
-            P_bgxk = _dot(asked.flatten(1, 2), B_bkd).unflatten(1, (self.g, -1))
-            L_bgxk = P_bgxk.mul_(A_bg1k) if L_bgxk is None else L_bgxk.addcmul_(P_bgxk, A_bg1k)
-        assert L_bgxk is not None
-        return L_bgxk
+        L_byk = None
+        for A_bgk, B_bkd in self.factors(tile):
+            L_byk = _dot(asked, B_bkd, self.scratch, A_bgk, L_byk)
+        assert L_byk is not None
+        return L_byk.unflatten(1, (self.g, -1))
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
         Y_byd = None
-        for A_bg1k, B_bke in self.factors(tile):
-            W_bgxk = torch.mul(P_bgxk, A_bg1k, out=self.scratch("W", P_bgxk, P_bgxk.shape))
-            W_byk = W_bgxk.flatten(1, 2)
-            Y_byd = _weigh(W_byk, B_bke) if Y_byd is None else Y_byd.add_(_weigh(W_byk, B_bke))
+        for A_bgk, B_bke in self.factors(tile):
+            of_rank = _weigh(P_bgxk.flatten(1, 2), B_bke, A_bgk)
+            Y_byd = of_rank if Y_byd is None else Y_byd.add_(of_rank)
         assert Y_byd is not None
         return Y_byd.unflatten(1, (self.g, -1))
 
@@ -351,15 +372,14 @@ class _FixedA(_Side):
 
     def scores(self, asked: Tensor, tile: slice, turns_bkp: Tensor) -> Tensor:
         L_byk = None
-        ranks: Any = self.rows(tile, self.g * self.queries).unbind(1)
+        ranks: Any = self.rows(tile).unbind(1)
         for Q_byd, B_bkd in zip(asked.unbind(1), ranks, strict=True):
-            of_rank = _dot(Q_byd, B_bkd)
-            L_byk = of_rank if L_byk is None else L_byk.add_(of_rank)
+            L_byk = _dot(Q_byd, B_bkd, self.scratch, L_bxk=L_byk)
         assert L_byk is not None
         return L_byk.unflatten(1, (self.g, -1))
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
-        P_byk, B_buke = P_bgxk.flatten(1, 2), self.rows(tile, self.g * self.queries)
+        P_byk, B_buke = P_bgxk.flatten(1, 2), self.rows(tile)
         return torch.cat([_weigh(P_byk, B_bke) for B_bke in B_buke.unbind(1)], -1).unflatten(1, (self.g, -1))
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
@@ -471,11 +491,12 @@ class _Basis(_Side):
         if mean_g1d is not None:
             K_bkgd.add_(mean_g1d[:, 0])
         torch.view_as_complex(K_bkgd.unflatten(-1, (-1, 2))).mul_(turns_bkp[:, tile, None])
-        return _dot(asked.flatten(0, 1), K_bkgd.transpose(1, 2).flatten(0, 1)).unflatten(0, asked.shape[:2])
+        K_xkd = K_bkgd.transpose(1, 2).flatten(0, 1)
+        return _dot(asked.flatten(0, 1), K_xkd, self.scratch).unflatten(0, asked.shape[:2])
 
     def values(self, P_bgxk: Tensor, tile: slice) -> Tensor:
         if self.how.mode == "fixed-b":
-            A_bgku = self.rows(tile, self.queries)
+            A_bgku = self.rows(tile)
             return _weigh(P_bgxk.flatten(0, 1), A_bgku.flatten(0, 1)).unflatten(0, P_bgxk.shape[:2])
         P_byk = P_bgxk.flatten(1, 2)
         codes_bck = self.stored(self.part, tile)["codes"] if self.how.dtype == "spectral" else None
@@ -495,8 +516,16 @@ class _Basis(_Side):
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
         B_gue, mean_g1e = self.scratch.constant("V", self.how.basis, self._values_basis)
-        O_bgxe = Y_bgxu @ B_gue
+        O_bgxe = self._mixed(Y_bgxu, B_gue)
         return O_bgxe if mean_g1e is None else O_bgxe + total_bgx1 * mean_g1e
+
+
+    def _mixed(self, Y_bgxu: Tensor, B_gue: Tensor) -> Tensor:
+        """Y B: few rows again, and a basis that takes as long to read as thousands of keys."""
+        how = {"x": B_gue}
+        if not (len(Y_bgxu) == 1 and Rows.takes(how, "float32", B_gue.shape[-1])):
+            return Y_bgxu @ B_gue
+        return native.weigh(Y_bgxu[0], Rows(how, "float32", B_gue.shape[-1]))[None]
 
 
 def _pairs_together(X_gsd: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ LANES = 16  # head sizes are multiples of it
 MOST_ROWS = 4  # rows of a matrix product that still only wait for the weights
 # Reordered sums let a compiler make vectors; the rest of -ffast-math would change how the whole process rounds.
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffp-contract=fast"
+    "-std=c++17 -O3 -fPIC -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fno-signed-zeros"
+    " -fassociative-math -ffp-contract=fast"
 ).split()
 FOR_THIS_MACHINE = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
 PATIENCE = 120  # seconds for a compiler
@@ -122,8 +123,9 @@ def loaded(path: Path) -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     arguments = {
         "tpa_linear": [pointer] * 3 + [whole] * 4,
-        "tpa_dot": [pointer] * 3 + [whole] * 6,
-        "tpa_weigh": [pointer] * 3 + [whole] * 5,
+        "tpa_dot": [pointer] * 4 + [whole] * 7,
+        "tpa_weigh": [pointer] * 4 + [whole] * 6,
+        "tpa_exponentials": [pointer] * 3 + [whole] * 3,
         "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer] + [whole] * 4,
         "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 5 + [whole] * 6,
         "tpa_dot_rotated": [whole, pointer] + [whole] * 3 + [pointer, pointer, whole, pointer, pointer] + [whole] * 6,
@@ -188,7 +190,7 @@ class Rows:
     fields: dict[str, Tensor]
     kind: str
     n: int
-    rounded: bool = False  # may queries be rounded to 16 bits, in a model that rounds them to 8 anyway?
+    rounded: bool = False  # may what is multiplied be rounded to 16 bits, in a model that rounds it anyway?
 
     @staticmethod
     def takes(fields: dict[str, Tensor], kind: str, n: int) -> bool:
@@ -234,22 +236,51 @@ class Rows:
         )
 
 
-def dot(Q_bxd: Tensor, K: Rows) -> Tensor:
-    """[b,x,d] . [b,k,d] -> [b,x,k] in float32."""
+class _Weights(ctypes.Structure):
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+    )
+
+
+def _weights(A_bgk: Tensor | None, x: int) -> _Weights:
+    """A factor of every key and KV head; x queries are those of all heads."""
+    if A_bgk is None:
+        return _Weights(None, 0, 0, 1)
+    assert A_bgk.dtype == torch.float32 and (A_bgk.stride(2) == 1 or A_bgk.shape[2] == 1)
+    return _Weights(A_bgk.data_ptr(), A_bgk.stride(0), A_bgk.stride(1), x // A_bgk.shape[1])
+
+
+def dot(Q_bxd: Tensor, K: Rows, L_bxk: Tensor | None = None, A_bgk: Tensor | None = None, add: bool = False) -> Tensor:
+    """[b,x,d] . [b,k,d], times weights A of the keys, -> [b,x,k] in float32; into L, if it is given, or added to it."""
     b, k, d = K.shape
     x = Q_bxd.shape[1]
-    L_bxk = torch.empty(b, x, k)
-    _call("tpa_dot", ctypes.byref(K._array()), Q_bxd.float().contiguous(), L_bxk, b, x, k, d, int(K.rounded))
+    L_bxk = torch.empty(b, x, k) if L_bxk is None else L_bxk
+    assert L_bxk.is_contiguous() and L_bxk.dtype == torch.float32
+    Q_bxd, weights = Q_bxd.float().contiguous(), ctypes.byref(_weights(A_bgk, x))
+    _call("tpa_dot", ctypes.byref(K._array()), Q_bxd, weights, L_bxk, b, x, k, d, int(add), int(K.rounded))
     return L_bxk
 
 
-def weigh(P_bxk: Tensor, V: Rows) -> Tensor:
-    """[b,x,k] . [b,k,e] -> [b,x,e] in float32."""
+def weigh(P_bxk: Tensor, V: Rows, A_bgk: Tensor | None = None) -> Tensor:
+    """[b,x,k], times weights of the keys, . [b,k,e] -> [b,x,e] in float32."""
     b, k, e = V.shape
     x = P_bxk.shape[1]
     Y_bxe = torch.empty(b, x, e)
-    _call("tpa_weigh", ctypes.byref(V._array()), P_bxk.float().contiguous(), Y_bxe, b, x, k, e)
+    P_bxk, weights = P_bxk.float().contiguous(), ctypes.byref(_weights(A_bgk, x))
+    _call("tpa_weigh", ctypes.byref(V._array()), P_bxk, weights, Y_bxe, b, x, k, e, int(V.rounded))
     return Y_bxe
+
+
+def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(L - largest of the row) in place of L [...,k], contiguous; the largest and the sum [...,1]."""
+    assert L.is_contiguous() and L.dtype == torch.float32
+    shape = *L.shape[:-1], 1
+    largest, total = torch.empty(shape), torch.empty(shape)
+    _call("tpa_exponentials", L, largest, total, largest.numel(), L.shape[-1])
+    return largest, total
 
 
 # ---- packed codes of a spectral cache ----
