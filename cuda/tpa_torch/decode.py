@@ -519,7 +519,6 @@ class _Basis(_Side):
         O_bgxe = self._mixed(Y_bgxu, B_gue)
         return O_bgxe if mean_g1e is None else O_bgxe + total_bgx1 * mean_g1e
 
-
     def _mixed(self, Y_bgxu: Tensor, B_gue: Tensor) -> Tensor:
         """Y B: few rows again, and a basis that takes as long to read as thousands of keys."""
         how = {"x": B_gue}
