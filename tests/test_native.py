@@ -246,7 +246,7 @@ MISTAKES = {
 @pytest.mark.skipif(not native.has_bf16_dot(), reason="the plain build has other lines")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_the_source_is_seen(build, monkeypatch, name):
-    wrong = build("wrong", change=MISTAKES[name])
+    wrong = build("wrong", "-O1", change=MISTAKES[name])
     monkeypatch.setattr(native, "library", lambda: wrong)
     checks = {
         "scale of the first group": lambda: test_products_with_stored_rows(wrong, "int8", 1),
