@@ -24,7 +24,8 @@ CHOICES = {
     "spectral with sinks": TPAConfig(mode="latent", rate=3.0),
     "newest exact": TPAConfig(mode="latent", k_rank=20, v_rank=20, kv_dtype="bfloat16", sinks=2, recent=3),
 }
-ROWS = [small.tokens(9)[0].tolist(), small.tokens(3, seed=1)[0].tolist(), small.tokens(6, seed=2)[0].tolist()]
+# Texts of which no number lies between two codes, where the last bit decides which one it gets.
+ROWS = [small.tokens(count, seed=seed)[0].tolist() for count, seed in ((9, 3), (3, 4), (6, 5))]
 
 
 @pytest.fixture(autouse=True)
@@ -56,28 +57,17 @@ def both(model, count, sampling=None, rows=ROWS, max_len=40):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_same_tokens_and_the_same_cache(name, monkeypatch):
-    """Three rows of different length, past the window and around the ring: tokens, lengths, what the cache holds.
-
-    A number between two codes may fall on either side, and the tokens behind it see that: in most texts none does.
-    """
+    """Three rows of different length, past the window and around the ring: tokens, lengths, what the cache holds."""
     never_stop(monkeypatch)
-    model = model_of(name)
-    assert sum(agree(model, seed) for seed in range(0, 9, 3)) >= 2
-
-
-def agree(model, seed):
-    rows = [small.tokens(count, seed=seed + i)[0].tolist() for i, count in enumerate((9, 3, 6))]
-    (tokens, cache), (static_tokens, static_cache) = both(model, 16, rows=rows)
-    assert len(static_tokens) == len(tokens) == 16
+    (tokens, cache), (static_tokens, static_cache) = both(model_of(name), 16)
+    assert static_tokens == tokens and len(tokens) == 16
     assert (static_cache.lengths_b == cache.lengths_b).all()
-    pairs = zip(cache.layers, static_cache.layers, strict=True)
-    return static_tokens == tokens and all(close(*arrays) for layers in pairs for arrays in held(*layers))
-
-
-def close(array, static_array):
-    if array.is_floating_point():
-        return relative(static_array, array) < 1e-2  # rounded to half or bfloat16
-    return (array.int() - static_array.int()).abs().float().mean() < 0.01
+    for layer, static_layer in zip(cache.layers, static_cache.layers, strict=True):
+        for array, static_array in held(layer, static_layer):
+            if array.is_floating_point():
+                assert relative(static_array, array) < 1e-2  # rounded to half or bfloat16
+            else:
+                assert (array.int() - static_array.int()).abs().float().mean() < 0.01
 
 
 def held(layer, other):
