@@ -516,15 +516,11 @@ class _Basis(_Side):
 
     def output(self, Y_bgxu: Tensor, total_bgx1: Tensor) -> Tensor:
         B_gue, mean_g1e = self.scratch.constant("V", self.how.basis, self._values_basis)
-        O_bgxe = self._mixed(Y_bgxu, B_gue)
+        rows = {"x": B_gue}
+        B: Tensor | Rows = Rows(rows, "float32", self.d) if Rows.takes(rows, "float32", self.d) else B_gue
+        O_gye = _weigh(Y_bgxu.transpose(0, 1).flatten(1, 2), B)  # a basis is read as if it were u keys
+        O_bgxe = O_gye.unflatten(1, (len(Y_bgxu), -1)).transpose(0, 1)
         return O_bgxe if mean_g1e is None else O_bgxe + total_bgx1 * mean_g1e
-
-    def _mixed(self, Y_bgxu: Tensor, B_gue: Tensor) -> Tensor:
-        """Y B: few rows again, and a basis that takes as long to read as thousands of keys."""
-        how = {"x": B_gue}
-        if not (len(Y_bgxu) == 1 and Rows.takes(how, "float32", B_gue.shape[-1])):
-            return Y_bgxu @ B_gue
-        return native.weigh(Y_bgxu[0], Rows(how, "float32", B_gue.shape[-1]))[None]
 
 
 def _pairs_together(X_gsd: Tensor) -> Tensor:

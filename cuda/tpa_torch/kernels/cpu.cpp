@@ -45,6 +45,12 @@ inline F zero() { return _mm512_setzero_ps(); }
 inline F all(float x) { return _mm512_set1_ps(x); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void save(float* p, F x) { _mm512_storeu_ps(p, x); }
+// At most sixteen numbers of the `count` that are left, `rest` behind them; and what of sixteen belongs there.
+inline __mmask16 first_of(int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count, 0, W)) - 1); }
+inline F load_of(const float* p, int64_t count, float rest = 0) {
+    return _mm512_mask_loadu_ps(all(rest), first_of(count), p);
+}
+inline void save_of(float* p, int64_t count, F x) { _mm512_mask_storeu_ps(p, first_of(count), x); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F times(F a, F b) { return _mm512_mul_ps(a, b); }
 inline float sum(F x) { return _mm512_reduce_add_ps(x); }
@@ -100,6 +106,10 @@ inline F all(float x) { return each([=](int) { return x; }); }
 inline F zero() { return all(0); }
 inline F load(const float* p) { return each([=](int i) { return p[i]; }); }
 inline void save(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
+inline F load_of(const float* p, int64_t count, float rest = 0) {
+    return each([=](int i) { return i < count ? p[i] : rest; });
+}
+inline void save_of(float* p, int64_t count, const F& x) { std::copy(x.v, x.v + std::min<int64_t>(count, W), p); }
 inline F fma(const F& a, const F& b, const F& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 inline F times(const F& a, const F& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
 inline float sum(const F& x) {
@@ -145,10 +155,12 @@ template <Kind KIND> struct Rows {
     int64_t row, step;  // bytes; numbers
 
     const uint8_t* key(int64_t k) const { return at + k * row; }
+    static constexpr int64_t bytes(int64_t numbers) {
+        return numbers * (KIND == F32 ? 32 : KIND == BF16 ? 16 : KIND == INT8 ? 8 : 4) / 8;
+    }
     // Asks memory for numbers j ... j + count - 1 of key k, which may lie behind the last one.
     void fetch(int64_t k, int64_t j, int64_t count) const {
-        constexpr int64_t BITS = KIND == F32 ? 32 : KIND == BF16 ? 16 : KIND == INT8 ? 8 : 4;
-        for (int64_t byte = j * BITS / 8; byte < (j + count) * BITS / 8; byte += LINE) soon(key(k) + byte);
+        for (int64_t byte = bytes(j); byte < bytes(j + count); byte += LINE) soon(key(k) + byte);
     }
     // Numbers j ... j + 15 of key k.
     F numbers(int64_t k, int64_t j) const {
@@ -231,8 +243,6 @@ template <Kind KIND> inline void codes_of(const uint8_t* p, __m256i (&half)[2]) 
     }
 }
 
-constexpr int64_t bytes_of(Kind kind, int64_t numbers) { return kind == INT4 ? numbers / 2 : numbers; }
-
 // A group of a query in 16 bits, what it is to be multiplied with, and its sum.
 struct alignas(LINE) Group {
     int16_t numbers[GROUP];
@@ -258,15 +268,16 @@ void dot_whole(const Rows<KIND>& K, const Group* Q, float* L, int64_t row, int64
         for (int x = 0; x < X; x++) total[x] = zero();
         for (int64_t group = 0; group < groups; group++) {
             __m256i half[2];
-            codes_of<KIND>(K.key(k) + bytes_of(KIND, group * GROUP), half);
+            codes_of<KIND>(K.key(k) + K.bytes(group * GROUP), half);
             const __m512i low = _mm512_cvtepi8_epi16(half[0]), high = _mm512_cvtepi8_epi16(half[1]);
             const float scale = from_half(K.scale[k * K.step + group]);
+            const float minimum = KIND == INT4 ? from_half(K.minimum[k * K.step + group]) : 0;
             for (int x = 0; x < X; x++) {
                 const Group& q = Q[x * groups + group];
                 __m512i found = _mm512_dpwssd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(q.numbers));
                 found = _mm512_dpwssd_epi32(found, high, _mm512_loadu_si512(q.numbers + 32));
                 total[x] = fma(_mm512_cvtepi32_ps(found), all(scale * q.step), total[x]);
-                if constexpr (KIND == INT4) rest[x] += from_half(K.minimum[k * K.step + group]) * q.sum;
+                if constexpr (KIND == INT4) rest[x] += minimum * q.sum;
             }
         }
         for (int x = 0; x < X; x++) L[x * row + k - first] = sum(total[x]) + rest[x];
@@ -306,8 +317,8 @@ void weigh_whole(const Rows<KIND>& V, const float* P, float* Y, int64_t first, i
         for (int pair = 0; pair < BLOCK / 2; pair++) {
             __m256i one[2], two[2];
             const int64_t k = std::min(first + 2 * pair, last - 1), other = std::min(k + 1, last - 1);
-            codes_of<KIND>(V.key(k) + bytes_of(KIND, group * GROUP), one);
-            codes_of<KIND>(V.key(other) + bytes_of(KIND, group * GROUP), two);
+            codes_of<KIND>(V.key(k) + V.bytes(group * GROUP), one);
+            codes_of<KIND>(V.key(other) + V.bytes(group * GROUP), two);
             for (int half = 0; half < 2; half++) {
                 const __m512i a = _mm512_cvtepi8_epi16(_mm256_permutevar8x32_epi32(one[half], order));
                 const __m512i b = _mm512_cvtepi8_epi16(_mm256_permutevar8x32_epi32(two[half], order));
@@ -635,8 +646,8 @@ void tpa_linear(const uint16_t* weights, const float* x, float* y, int64_t rows,
     }
 }
 
-// L[b,x,k] = sum_d K[b,k,d] Q[b,x,d], times the weights A; add: to what L has already. rounded: queries of int8 keys in 16
-// bits, or many queries and their keys in bfloat16, where the machine multiplies those.
+// L[b,x,k] = sum_d K[b,k,d] Q[b,x,d], times the weights A; add: to what L has already. rounded: few queries of int8
+// and int4 keys in 16 bits, many queries and their keys in bfloat16, where the machine multiplies those.
 void tpa_dot(const Array* K, const float* Q, const Weights* A, float* L, int64_t batch, int64_t x, int64_t keys, int64_t d,
              int64_t add, int64_t rounded, int64_t threads) {
     (void)rounded;
@@ -654,13 +665,8 @@ void tpa_dot(const Array* K, const float* Q, const Weights* A, float* L, int64_t
                 for (int64_t q = 0; q < x; q++) {
                     const float *a = A->of(b, q), *from = &found[q * BLOCK];
                     float* to = L + (b * x + q) * keys + first;
-                    if (last - first == BLOCK) {
-                        const F one = a ? times(load(a + first), load(from)) : load(from);
-                        save(to, add ? fma(all(1), load(to), one) : one);
-                    } else {
-                        for (int64_t k = 0; k < last - first; k++)
-                            to[k] = (add ? to[k] : 0.0f) + (a ? a[first + k] : 1.0f) * from[k];
-                    }
+                    const F one = a ? times(load_of(a + first, last - first), load(from)) : load(from);
+                    save_of(to, last - first, add ? fma(all(1), load_of(to, last - first), one) : one);
                 }
             }
         }
@@ -728,14 +734,12 @@ void tpa_weigh(const Array* V, const float* P, const Weights* A, float* Y, int64
                     const int64_t last = std::min(end, first + KEYS);
                     for (int64_t q = 0; q < x; q++) {
                         const float *p = P + (b * x + q) * keys + first, *a = A->of(b, q);
-                        float here[KEYS] = {};
-                        if (last - first == KEYS) {
-                            for (int k = 0; k < KEYS; k += W)
-                                save(here + k, a ? times(load(p + k), load(a + first + k)) : load(p + k));
-                        } else {
-                            for (int64_t k = 0; k < last - first; k++) here[k] = p[k] * (a ? a[first + k] : 1.0f);
+                        for (int64_t k = 0; k < KEYS; k += W) {
+                            const int64_t left = last - first - k;
+                            F one = load_of(p + k, left);
+                            if (a) one = times(one, load_of(a + first + k, left));
+                            IN::save(&weights[q * BLOCK + k / IN::NUMBERS], one);
                         }
-                        for (int k = 0; k < KEYS; k += W) IN::save(&weights[q * BLOCK + k / IN::NUMBERS], load(here + k));
                     }
                     add(b, first, last, weights.data(), out + part * size + b * x * d, block.data());
                 }
@@ -782,24 +786,16 @@ void tpa_weigh(const Array* V, const float* P, const Weights* A, float* Y, int64
 void tpa_exponentials(float* L, float* most, float* total, int64_t rows, int64_t keys, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        float *const at = L + row * keys, tail[W];
-        const int64_t whole_part = keys / W * W, rest = keys - whole_part;
+        float* const at = L + row * keys;
         F highest = all(-INFINITY), sums = zero();
-        for (int64_t k = 0; k < whole_part; k += W) highest = larger(highest, load(at + k));
-        std::fill(tail, tail + W, -INFINITY);
-        std::copy(at + whole_part, at + keys, tail);
-        const float m = largest(larger(highest, load(tail)));
-        for (int64_t k = 0; k < whole_part; k += W) {
-            const F p = exponential(minus(load(at + k), all(m)));
-            save(at + k, p);
+        for (int64_t k = 0; k < keys; k += W) highest = larger(highest, load_of(at + k, keys - k, -INFINITY));
+        const float m = largest(highest);
+        for (int64_t k = 0; k < keys; k += W) {
+            const F p = exponential(minus(load_of(at + k, keys - k, -INFINITY), all(m)));
+            save_of(at + k, keys - k, p);
             sums = fma(all(1), p, sums);
         }
-        const F p = exponential(minus(load(tail), all(m)));
-        save(tail, p);
-        std::copy(tail, tail + rest, at + whole_part);
-        float last = 0;
-        for (int64_t k = 0; k < rest; k++) last += tail[k];
-        most[row] = m, total[row] = sum(sums) + last;
+        most[row] = m, total[row] = sum(sums);
     }
 }
 
