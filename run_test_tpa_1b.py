@@ -19,13 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tpa_ref import __version__, memory
-from tpa_ref import command_line as cli
-from tpa_ref.calibrate import read_text
-from tpa_ref.checkpoint import check_output
+from tpa_ref import __version__
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
 from tpa_ref.errors import TPAError
-from tpa_ref.generate import check_sampling, prompt_tokens
-from tpa_ref.tokenizer import BOS
+from tpa_ref.files.checkpoint import check_output
+from tpa_ref.gemma import memory
+from tpa_ref.gemma.generate import check_sampling, prompt_tokens
+from tpa_ref.gemma.tokenizer import BOS
 
 PROMPT = "Return the number of"
 
@@ -191,7 +192,7 @@ def measure_speed(
     new = 32
     length = min(2048, config.max_positions - new, config.max_positions // 2)
     ids = [BOS, *dense.tokenizer.encode(text[: 16 * length], bos=False)][:length]
-    prefill_all = importlib.import_module(f"{backend.__name__}.generate").prefill
+    prefill_all = importlib.import_module(f"{backend.__name__}.gemma.generate").prefill
     seconds: dict[str, list[tuple[float, float]]] = {"dense": [], "tpa": []}
     for _ in range(rounds if cli.parameter_count(config) < cli.LARGE else 1):
         for name, model in (("dense", dense), ("tpa", tpa)):

@@ -13,11 +13,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 
-import torch  # noqa: E402
+import torch
 
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref import plots  # noqa: E402
-from tpa_ref.errors import TPAError  # noqa: E402
+from tpa_ref import plots
+from tpa_ref.cli import options as cli
+from tpa_ref.errors import TPAError
 
 RESULTS = ROOT / "results"
 

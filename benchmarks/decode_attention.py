@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from common import Clock, describe, publish, table
 from torch import Tensor
 
-from tpa_ref import plots, spectral
-from tpa_ref.cache import token_bytes
-from tpa_ref.config import GemmaConfig
+from tpa_ref import plots
+from tpa_ref.compress import transform as spectral
+from tpa_ref.core.cache import token_bytes
+from tpa_ref.core.factorize import Factorization
 from tpa_ref.errors import TPAError
-from tpa_ref.factorize import Factorization
-from tpa_torch import cache as kv
-from tpa_torch import decode
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_torch.core import cache as kv
+from tpa_torch.fast import decode
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 # How K and V are cached: (mode, rank or rate). Rank "g" is full.

@@ -29,7 +29,7 @@ from common import ROOT, Clock, cli, describe, fill, publish, table
 import tpa_torch
 from tpa_ref import plots
 from tpa_ref.errors import TPAError
-from tpa_torch.generate import prefill
+from tpa_torch.gemma.generate import prefill
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "contextual, exact": {"mode": "contextual", "k_rank": 99, "v_rank": 99},

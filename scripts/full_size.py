@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref.config import GemmaConfig  # noqa: E402
-from tpa_ref.weights import hf_names  # noqa: E402
+from tpa_ref.cli import options as cli
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.weights import hf_names
 
 GB = 1e9
 

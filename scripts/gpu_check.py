@@ -23,17 +23,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import tpa_torch  # noqa: E402
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref.config import GemmaConfig, TPAConfig  # noqa: E402
-from tpa_ref.factorize import Factorization  # noqa: E402
-from tpa_ref.weights import Weights, from_named, hf_names  # noqa: E402
-from tpa_torch import cache as kv  # noqa: E402
-from tpa_torch import graph, kernels  # noqa: E402
-from tpa_torch.generate import prefill  # noqa: E402
+import tpa_torch
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.core.factorize import Factorization
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.weights import Weights, from_named, hf_names
+from tpa_torch.core import cache as kv
+from tpa_torch.fast import graph, kernels
+from tpa_torch.gemma.generate import prefill
 
 RANKS = {"dense": 0, "contextual": 2, "fixed-a": 2, "fixed-b": 64, "latent": 256}
 STORES = ("bfloat16", "int8", "int4")
@@ -167,7 +168,7 @@ def tuned(run: Callable[[Any], Callable[[], Any]]) -> list[dict]:
     """Microseconds of other tile sizes, the best first; those that do not fit are left out."""
     from triton.runtime.errors import OutOfResources
 
-    from tpa_torch.kernels.launch import Tile
+    from tpa_torch.fast.kernels.launch import Tile
 
     found = []
     for tokens in (16, 32, 64, 128):

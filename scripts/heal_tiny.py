@@ -18,14 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 
-import tiny_corpus  # noqa: E402
-import tpa_torch  # noqa: E402
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref import plots  # noqa: E402
-from tpa_ref.calibrate import read_text  # noqa: E402
-from tpa_ref.config import TPAConfig  # noqa: E402
-from tpa_ref.memory import windowed_bytes  # noqa: E402
-from tpa_torch.heal import heal  # noqa: E402
+import tiny_corpus
+import tpa_torch
+from tpa_ref import plots
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.gemma.memory import windowed_bytes
+from tpa_torch.heal import heal
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
 CONSTANT = TPAConfig(rate=0.5, context=CONTEXT, predict=False)

@@ -17,12 +17,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref import plots  # noqa: E402
-from tpa_ref.cache import Exact, cache_bytes  # noqa: E402
-from tpa_ref.config import DEFAULT_SINKS, GemmaConfig, LayerConfig  # noqa: E402
-from tpa_ref.memory import full_bytes, human, windowed_bytes  # noqa: E402
-from tpa_ref.plan import spectral_layer  # noqa: E402
+from tpa_ref import plots
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.config import DEFAULT_SINKS, LayerConfig
+from tpa_ref.compress.plan import spectral_layer
+from tpa_ref.core.cache import Exact, cache_bytes
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.memory import full_bytes, human, windowed_bytes
 
 VARIANTS = ("270m", "1b", "4b", "12b", "27b")
 RATES = (2.0, 1.0, 0.5)

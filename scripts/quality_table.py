@@ -20,13 +20,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref import plots  # noqa: E402
-from tpa_ref.calibrate import read_text  # noqa: E402
-from tpa_ref.config import TPAConfig  # noqa: E402
-from tpa_ref.memory import full_bytes, windowed_bytes  # noqa: E402
+from tpa_ref import plots
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.gemma.memory import full_bytes, windowed_bytes
 
 CONTEXT = 1024  # where ratios of the table are taken: what the text windows fill
 # (mode, K and V rank, dtype); g = 4, d = 32, so the exact ranks are 4, 4, 32 and 128.
@@ -119,7 +119,7 @@ class Bench:
         self.moments = self.backend.calibrate(
             self.dense, read_text(cli.TINY / "calibration.txt"), max_tokens=32_768, cache_dir=work
         )
-        self.planner = cli.importlib.import_module(f"{self.backend.__name__}.plan")
+        self.planner = cli.importlib.import_module(f"{self.backend.__name__}.compress.plan")
 
     def fixed(self, mode: str, rank: int, dtype: str) -> dict[str, Any]:
         name = NAMES.get((mode, rank, dtype), mode)

@@ -30,17 +30,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from tpa_ref import command_line as cli  # noqa: E402
-from tpa_ref.checkpoint import replacing  # noqa: E402
-from tpa_ref.config import VARIANTS, GemmaConfig, VisionConfig  # noqa: E402
-from tpa_ref.errors import TPAError  # noqa: E402
-from tpa_ref.formats import GEMMA_PYTORCH_TOWER  # noqa: E402
-from tpa_ref.weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision  # noqa: E402
+from tpa_ref.atomic import replacing
+from tpa_ref.cli import options as cli
+from tpa_ref.errors import TPAError
+from tpa_ref.files.formats import GEMMA_PYTORCH_TOWER
+from tpa_ref.gemma.config import VARIANTS, GemmaConfig, VisionConfig
+from tpa_ref.gemma.weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision
 
 FORMATS = ("hf", "hf-multimodal-old", "hf-multimodal", "ckpt", "ckpt-sharded", "ckpt-int8")
 SPECTRA = ROOT / "assets" / "gemma3_1b_weight_spectra.csv"

@@ -23,16 +23,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tpa_ref import __version__, memory
-from tpa_ref import command_line as cli
-from tpa_ref.calibrate import read_text
-from tpa_ref.checkpoint import check_output, inspect
-from tpa_ref.config import DEFAULT_CONTEXT, GemmaConfig, TPAConfig
-from tpa_ref.conversation import Conversation
+from tpa_ref import __version__
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import DEFAULT_CONTEXT, TPAConfig
 from tpa_ref.errors import TPAError
-from tpa_ref.generate import check_sampling
-from tpa_ref.images import mark_images, read_images
-from tpa_ref.vision import require_vision
+from tpa_ref.files.checkpoint import check_output, inspect
+from tpa_ref.gemma import memory
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.conversation import Conversation
+from tpa_ref.gemma.generate import check_sampling
+from tpa_ref.gemma.images import mark_images, read_images
+from tpa_ref.gemma.vision import require_vision
 
 CALIBRATION_TOKENS = 4096
 HELP = "/undo takes the last turn back, /reset forgets everything, /quit ends"
@@ -161,7 +163,7 @@ def save_folder(backend: Any, args: argparse.Namespace, source: str) -> None:
     """Convert from disk to disk, layer by layer: memory for one layer is enough."""
     options, device = {}, "cpu"
     if args.backend == "torch":
-        device = str(importlib.import_module("tpa_torch.checkpoint").choose_device(args.device))
+        device = str(importlib.import_module("tpa_torch.files.checkpoint").choose_device(args.device))
         options = {"device": device}
     start = time.perf_counter()
     with cli.PeakMemory(device) as peak:
@@ -246,7 +248,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str], shown: list[Shown]) -> None:
     """One prompt streams; several are generated as one batch and shown one after another."""
-    batch = importlib.import_module(f"{backend.__name__}.generate").generate_batch
+    batch = importlib.import_module(f"{backend.__name__}.gemma.generate").generate_batch
     start = time.perf_counter()
     pieces: list[list[str]] = [[] for _ in prompts]
     bar = cli.progress_bar("prefill")
@@ -269,7 +271,7 @@ def answer(backend: Any, model: Any, args: argparse.Namespace, prompts: list[str
 
 def talk(backend: Any, model: Any, args: argparse.Namespace, context: int, shown: list[Shown]) -> None:
     """Turns from standard input; what was said stays in the cache. Images go with the next turn."""
-    generate_tokens = importlib.import_module(f"{backend.__name__}.generate").generate_tokens
+    generate_tokens = importlib.import_module(f"{backend.__name__}.gemma.generate").generate_tokens
     check_sampling(model.config, 1, args.max_new_tokens, **sampling(args))
     conversation = Conversation(model, generate_tokens, context, args.chat, args.max_new_tokens, **sampling(args))
     interactive = sys.stdin.isatty()

@@ -22,17 +22,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 
-import numpy as np  # noqa: E402
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import tiny_corpus  # noqa: E402
-from tpa_ref import recall  # noqa: E402
-from tpa_ref.command_line import describe_config, parameter_count  # noqa: E402
-from tpa_ref.config import GemmaConfig  # noqa: E402
-from tpa_ref.weights import LAYER_NAMES, hf_names  # noqa: E402
+import tiny_corpus
+from tpa_ref.cli.options import describe_config, parameter_count
+from tpa_ref.compress import recall
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.weights import LAYER_NAMES, hf_names
 
 LENGTH = 1024  # tokens of a training sequence
 # (share of the run, tokens of a sequence, share of recall documents, share of repeated random tokens).

@@ -12,10 +12,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tpa_ref.factorize import Factorization
-from tpa_torch import cache as kv
-from tpa_torch import kernels
-from tpa_torch.kernels import factors, launch
+from tpa_ref.core.factorize import Factorization
+from tpa_torch.core import cache as kv
+from tpa_torch.fast import kernels
+from tpa_torch.fast.kernels import factors, launch
 
 
 class NoDevice:

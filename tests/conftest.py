@@ -55,7 +55,9 @@ def relative(a: Any, b: Any) -> float:
 
 def submodule(backend: ModuleType, name: str) -> ModuleType:
     """A module of a backend by name; some are hidden behind a function of the same name (`tpa_ref.generate`)."""
-    return importlib.import_module(f"{backend.__name__}.{name}")
+    import small
+
+    return small.part(backend, name)
 
 
 def in_kind(backend: ModuleType, model: Any, kind: str, **choices: Any) -> Any:

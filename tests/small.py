@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpa_ref.config import GemmaConfig, layer_pattern
-from tpa_ref.weights import from_named, hf_names
+from tpa_ref.gemma.config import GemmaConfig, layer_pattern
+from tpa_ref.gemma.weights import from_named, hf_names
 
 MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 
@@ -26,8 +26,16 @@ MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 
 
 def part(backend: Any, name: str) -> Any:
-    """A submodule of a backend, for instance `part(backend, "rope")`."""
-    return importlib.import_module(f"{backend.__name__}.{name}")
+    """A submodule of a backend, for instance `part(backend, "rope")`, in whatever folder it is."""
+    old = {"spectral": "transform", "words": "token_prediction"}
+    for folder in ("", "core.", "gemma.", "compress.", "files.", "fast."):
+        full = f"{backend.__name__}.{folder}{old.get(name, name)}"
+        try:
+            if importlib.util.find_spec(full):
+                return importlib.import_module(full)
+        except ModuleNotFoundError:
+            continue
+    raise ModuleNotFoundError(name)
 
 
 def is_torch(backend: Any) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import small
 from small import MODES, back, part, to
 
-from tpa_ref.factorize import Factorization
+from tpa_ref.core.factorize import Factorization
 
 B_, Q_, K_, G, N, D, E = 2, 3, 9, 3, 2, 6, 6
 SCALE = 0.37

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import MODES, back, part, to
 
-from tpa_ref import memory
-from tpa_ref.config import GemmaConfig, TPAConfig
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.core.factorize import Factorization
 from tpa_ref.errors import TPAError
-from tpa_ref.factorize import Factorization
+from tpa_ref.gemma import memory
+from tpa_ref.gemma.config import GemmaConfig
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 WINDOW = 11
@@ -30,7 +31,7 @@ def cache_of(backend, config, how_k, how_v=None, batch=1, max_len=1):
 
 def test_slot_positions_by_hand():
     """Token p lives in slot p mod slots: after 6 tokens 4 slots hold 4, 5, 2, 3; an unwritten slot says -1."""
-    from tpa_ref.cache import slot_positions
+    from tpa_ref.core.cache import slot_positions
 
     assert slot_positions(4, np.array([6, 2, 0, 4]), 4).tolist() == [
         [4, 5, 2, 3],
@@ -204,7 +205,7 @@ PER_TOKEN = [
 @pytest.mark.parametrize(("variant", "mode", "rank", "expected"), PER_TOKEN)
 def test_bytes_per_token_by_hand(variant, mode, rank, expected):
     """The published shapes: bytes of one token's K and V in one layer."""
-    from tpa_ref.cache import token_bytes
+    from tpa_ref.core.cache import token_bytes
 
     config = GemmaConfig.of_variant(variant)
     found = [2 * token_bytes(Factorization(mode, rank, dtype), config) for dtype in ("bfloat16", "int8", "int4")]

@@ -23,7 +23,7 @@ from small import back, part, tensors, write_folder, write_sharded
 
 import tpa_ref
 from tpa_ref import GemmaConfig, TPAConfig, TPAError
-from tpa_ref.weights import hf_names, to_named
+from tpa_ref.gemma.weights import hf_names, to_named
 
 FORMATS = ("", ".safetensors", ".pt")
 IDS = small.tokens(25, batch=2, seed=3)

@@ -9,16 +9,17 @@ from conftest import relative, run_cached, to_numpy
 
 torch = pytest.importorskip("torch")
 
-import tpa_ref  # noqa: E402
-import tpa_torch  # noqa: E402
-from tpa_ref import attention as reference  # noqa: E402
-from tpa_ref import cache as reference_cache  # noqa: E402
-from tpa_ref import masks as reference_masks  # noqa: E402
-from tpa_ref import rope as reference_rope  # noqa: E402
-from tpa_ref.config import KV_DTYPES  # noqa: E402
-from tpa_ref.factorize import Factorization, part_shapes  # noqa: E402
-from tpa_torch import cache, decode, prefill  # noqa: E402
-from tpa_torch import model as torch_model  # noqa: E402
+import tpa_ref
+import tpa_torch
+from tpa_ref.compress.config import KV_DTYPES
+from tpa_ref.core import attention as reference
+from tpa_ref.core import cache as reference_cache
+from tpa_ref.core import masks as reference_masks
+from tpa_ref.core import rope as reference_rope
+from tpa_ref.core.factorize import Factorization, part_shapes
+from tpa_torch.core import cache
+from tpa_torch.fast import decode, prefill
+from tpa_torch.gemma import model as torch_model
 
 B, H, G, D = 2, 8, 4, 32
 RANKS = {"dense": 0, "contextual": 3, "fixed-a": 2, "fixed-b": 5, "latent": 13}

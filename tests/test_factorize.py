@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import MODES, back, backends, part, to
 
-from tpa_ref.config import GemmaConfig
-from tpa_ref.factorize import Factorization, numbers_per_token, part_shapes
+from tpa_ref.core.factorize import Factorization, numbers_per_token, part_shapes
+from tpa_ref.gemma.config import GemmaConfig
 
 CONSTANT = ("fixed-a", "fixed-b", "latent")
 G, D = 3, 6

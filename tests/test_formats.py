@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small import tensors, write_folder
 
 from tpa_ref import GemmaConfig, TPAError
-from tpa_ref.formats import our_name
+from tpa_ref.files.formats import our_name
 
 torch = pytest.importorskip("torch")
 IDS = small.tokens(40, batch=2, seed=3)
@@ -210,9 +210,9 @@ def test_two_ckpt_files_in_a_folder(backend, tmp_path):
 @pytest.mark.parametrize("variant", ["270m", "1b", "4b", "12b", "27b"])
 def test_the_variant_is_guessed_from_the_shapes(variant):
     """Layers and width name a published size; 262,144 and 262,208 embedding rows are both its own."""
-    from tpa_ref.checkpoint import _choose_config
-    from tpa_ref.formats import Entry, with_rows
-    from tpa_ref.weights import hf_names
+    from tpa_ref.files.checkpoint import _choose_config
+    from tpa_ref.files.formats import Entry, with_rows
+    from tpa_ref.gemma.weights import hf_names
 
     config = GemmaConfig.of_variant(variant)
     entries = {name: Entry(shape, "bfloat16", None) for name, shape in hf_names(config).items()}

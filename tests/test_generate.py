@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import MODES, part, to
 
-from tpa_ref.config import TPAConfig
+from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
-from tpa_ref.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
+from tpa_ref.gemma.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
 
 P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
 
@@ -179,7 +179,7 @@ def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
 
 
 def talk(backend, chat=True, max_len=400, new=6):
-    from tpa_ref.conversation import Conversation
+    from tpa_ref.gemma.conversation import Conversation
 
     model = small.model(backend, small.config(max_positions=400), dtype="float64")
     model.tokenizer = Tokenizer(small.tokenizer_proto())
@@ -302,7 +302,7 @@ def test_generated_text_is_the_decoded_tokens(backend):
 
 
 def streamed(ids):
-    from tpa_ref.generate import text_of_rows
+    from tpa_ref.gemma.generate import text_of_rows
 
     steps = ([token] for token in ids)
     return [piece for _, piece in text_of_rows(Tokenizer(small.tokenizer_proto()), 1, steps)]
@@ -365,7 +365,7 @@ def test_chat_template_text_by_hand():
 
 def test_chat_tokens_have_bos_once_and_the_turn_tokens():
     """BOS first and nowhere else, even if the text says so; 105 and 106 are single tokens."""
-    from tpa_ref.generate import prompt_tokens
+    from tpa_ref.gemma.generate import prompt_tokens
 
     tokenizer = Tokenizer(small.tokenizer_proto(400, turns=True))
     ids = prompt_tokens(tokenizer, "the <bos> list", chat=True)
@@ -377,7 +377,7 @@ def test_chat_tokens_have_bos_once_and_the_turn_tokens():
 
 def test_plain_prompts_have_bos_once():
     """Without it Gemma's predictions mean nothing; twice is as bad."""
-    from tpa_ref.generate import prompt_tokens
+    from tpa_ref.gemma.generate import prompt_tokens
 
     tokenizer = Tokenizer(small.tokenizer_proto())
     ids = prompt_tokens(tokenizer, "the list", chat=False)

@@ -6,9 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import small  # noqa: E402
+import small
 
-from tpa_ref.config import TPAConfig  # noqa: E402
+from tpa_ref.compress.config import TPAConfig
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import small  # noqa: E402
-from conftest import relative, submodule  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import small
+from conftest import relative, submodule
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import tpa_torch  # noqa: E402
-from tpa_ref.config import TPAConfig  # noqa: E402
-from tpa_torch import factorize, graph  # noqa: E402
+import tpa_torch
+from tpa_ref.compress.config import TPAConfig
+from tpa_torch.core import factorize
+from tpa_torch.fast import graph
 
 generate = submodule(tpa_torch, "generate")
 CHOICES = {

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from conftest import relative, to_numpy
 
-from tpa_ref import command_line as cli
-from tpa_ref.calibrate import read_text
-from tpa_ref.config import TPAConfig
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
 
 torch = pytest.importorskip("torch")
-import tpa_torch  # noqa: E402
-from tpa_torch.heal import Projector, Student, heal, losses  # noqa: E402
+import tpa_torch
+from tpa_torch.heal import Projector, Student, heal, losses
 
 CONFIGS = {
     "contextual": TPAConfig(mode="contextual", k_rank=2, v_rank=2),

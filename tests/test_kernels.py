@@ -17,15 +17,16 @@ from conftest import TOLERANCE, relative, to_numpy
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-import small  # noqa: E402
+import small
 
-import tpa_ref  # noqa: E402
-import tpa_torch  # noqa: E402
-from tpa_ref.config import TPAConfig  # noqa: E402
-from tpa_ref.factorize import Factorization  # noqa: E402
-from tpa_torch import attention, factorize, graph, kernels, masks  # noqa: E402
-from tpa_torch import cache as kv  # noqa: E402
-from tpa_torch.kernels import launch  # noqa: E402
+import tpa_ref
+import tpa_torch
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.core.factorize import Factorization
+from tpa_torch.core import attention, factorize, masks
+from tpa_torch.core import cache as kv
+from tpa_torch.fast import graph, kernels
+from tpa_torch.fast.kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 G, H, D, SCALE = 4, 8, 64, 0.125

@@ -13,11 +13,11 @@ from conftest import relative
 
 torch = pytest.importorskip("torch")
 
-from tpa_ref import quantize as reference  # noqa: E402
-from tpa_ref import rope  # noqa: E402
-from tpa_torch import quantize  # noqa: E402
-from tpa_torch.kernels import native  # noqa: E402
-from tpa_torch.linear import linear  # noqa: E402
+from tpa_ref.core import quantize as reference
+from tpa_ref.core import rope
+from tpa_torch.core import quantize
+from tpa_torch.fast.kernels import native
+from tpa_torch.fast.linear import linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)

@@ -16,7 +16,7 @@ import pytest
 import small
 
 import tpa_ref
-from tpa_ref.config import VARIANTS, GemmaConfig, VisionConfig
+from tpa_ref.gemma.config import VARIANTS, GemmaConfig, VisionConfig
 from tpa_ref.trace import Trace, compare, no_trace, scoped
 
 ROOT = Path(__file__).resolve().parent.parent

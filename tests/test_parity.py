@@ -12,11 +12,11 @@ import pytest
 from conftest import KINDS, TOLERANCE, in_kind, relative, run_cached, submodule, to_numpy
 
 import tpa_ref
-from tpa_ref.config import KV_DTYPES, MODES
+from tpa_ref.compress.config import KV_DTYPES, MODES
 from tpa_ref.trace import Trace, compare
 
 pytest.importorskip("torch").set_num_threads(1)
-import tpa_torch  # noqa: E402
+import tpa_torch
 
 BACKENDS = (tpa_ref, tpa_torch)
 

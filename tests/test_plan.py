@@ -9,15 +9,15 @@ import pytest
 from conftest import submodule
 
 import tpa_ref
-from tpa_ref import command_line as cli
-from tpa_ref.calibrate import read_text
-from tpa_ref.config import TPAConfig
+from tpa_ref.cli import options as cli
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.compress.plan import Trial, next_damage
 from tpa_ref.errors import TPAError
-from tpa_ref.memory import windowed_bytes
-from tpa_ref.plan import Trial, next_damage
+from tpa_ref.gemma.memory import windowed_bytes
 
 torch = pytest.importorskip("torch")
-import tpa_torch  # noqa: E402
+import tpa_torch
 
 plan = submodule(tpa_torch, "plan")
 

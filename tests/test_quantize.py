@@ -239,7 +239,7 @@ def test_both_backends_store_the_same_bytes():
 
 def test_bfloat16_is_ml_dtypes_bfloat16():
     """The NumPy backend really holds two bytes a number."""
-    import tpa_ref.quantize
+    import tpa_ref.core.quantize
 
     assert tpa_ref.quantize.quantize(np.ones(3, np.float32), "bfloat16")["x"].dtype == ml_dtypes.bfloat16
 
@@ -248,8 +248,8 @@ def test_bfloat16_is_ml_dtypes_bfloat16():
 def test_few_tokens_are_packed_as_many(tokens):
     """A single token takes another way to the same bytes; numbers that lie on a threshold, and beyond all, too."""
     torch = pytest.importorskip("torch")
-    from tpa_ref import quantize
-    from tpa_torch import quantize as twin
+    from tpa_ref.core import quantize
+    from tpa_torch.core import quantize as twin
 
     rng = np.random.default_rng(tokens)
     for widths in ((5,), (8, 1, 7, 3, 3, 2, 6, 4, 5, 1), tuple(int(width) for width in rng.integers(1, 9, 61))):

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 import small
 
 import tpa_torch
-import tpa_torch.model as torch_model
+import tpa_torch.gemma.model as torch_model
 from tpa_ref import TPAConfig
 
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-import sentencepiece  # noqa: E402
-from conftest import relative  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import sentencepiece
+from conftest import relative
+from safetensors.torch import load_file
 
-import random_checkpoint as rc  # noqa: E402
-import tpa_ref  # noqa: E402
-from tpa_ref import GemmaConfig, TPAError  # noqa: E402
-from tpa_ref.checkpoint import inspect  # noqa: E402
-from tpa_ref.config import layer_pattern  # noqa: E402
-from tpa_ref.weights import hf_names, to_named  # noqa: E402
+import random_checkpoint as rc
+import tpa_ref
+from tpa_ref import GemmaConfig, TPAError
+from tpa_ref.files.checkpoint import inspect
+from tpa_ref.gemma.config import layer_pattern
+from tpa_ref.gemma.weights import hf_names, to_named
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = (ROOT / "assets" / "tiny-gemma3" / "tokenizer.model").read_bytes()
@@ -104,7 +104,7 @@ def test_every_tensor_depends_on_seed_and_name_alone():
 def test_logits_are_of_normal_size():
     """The bf16 model of the PyTorch backend, and the reference: logits around 1, all finite."""
     import tpa_torch
-    from tpa_ref.weights import from_named
+    from tpa_ref.gemma.weights import from_named
 
     config = small_config(hidden_size=128, num_layers=12, is_global=layer_pattern(12))
     named = reference(config=config)

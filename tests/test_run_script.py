@@ -47,7 +47,7 @@ def test_whole_way(backend, tmp_path):
 
     model = tpa_ref.load(tmp_path / saved)
     ids = model.tokenizer.encode(report["text"]["prompt"])
-    from tpa_ref.generate import generate_tokens
+    from tpa_ref.gemma.generate import generate_tokens
 
     again = model.tokenizer.decode(list(generate_tokens(model, ids, 8)))
     assert again.strip() == report["text"]["tpa"].strip()
@@ -114,8 +114,8 @@ def test_tiny_model_is_what_its_card_says():
 
     model = tpa_ref.load(ROOT / "assets" / "tiny-gemma3")
     figures = json.loads((ROOT / "assets" / "tiny-gemma3" / "training.json").read_text())
-    from tpa_ref.calibrate import text_windows
-    from tpa_ref.evaluate import log_softmax
+    from tpa_ref.compress.calibrate import text_windows
+    from tpa_ref.compress.evaluate import log_softmax
 
     losses = []
     for window in list(text_windows(model, ROOT / "assets" / "tiny-gemma3" / "evaluation.txt", 60_000))[::12]:

@@ -10,12 +10,14 @@ import pytest
 from conftest import relative, run_cached, submodule, to_numpy
 
 import tpa_ref
-from tpa_ref import quantize, spectral
-from tpa_ref.calibrate import read_text
-from tpa_ref.command_line import TINY
-from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.cli.options import TINY
+from tpa_ref.compress import transform as spectral
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import LayerConfig, TPAConfig
+from tpa_ref.core import quantize
 from tpa_ref.errors import TPAError
-from tpa_ref.memory import windowed_bytes
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.memory import windowed_bytes
 
 RATE = {"rate": 1.5, "context": 60}
 
@@ -442,8 +444,8 @@ def test_bytes_at_32k_follow_from_a_filled_cache(variant):
     config = GemmaConfig.of_variant(variant)
     numbers = config.num_kv_heads * config.head_dim
     widths = tuple([4] * (numbers // 8) + [2] * (numbers // 4) + [1] * (numbers // 8))
-    from tpa_ref.cache import Cache, Exact
-    from tpa_ref.plan import spectral_layer
+    from tpa_ref.compress.plan import spectral_layer
+    from tpa_ref.core.cache import Cache, Exact
 
     factors = [spectral_layer(LayerConfig.spectral(widths))] * config.num_layers
     cache = Cache(config, factors, 1, 2048, Exact(4, 0))

@@ -16,7 +16,7 @@ from small import back, part, write_folder, write_sharded
 
 import tpa_ref
 from tpa_ref import TPAConfig, TPAError
-from tpa_ref.weights import LayersOnDisk
+from tpa_ref.gemma.weights import LayersOnDisk
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = small.tokens(25, batch=2, seed=3)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-import tiny_corpus  # noqa: E402
-import train_tiny  # noqa: E402
-from tpa_ref import GemmaConfig, Model, recall  # noqa: E402
-from tpa_ref.config import layer_pattern  # noqa: E402
-from tpa_ref.weights import from_named  # noqa: E402
+import tiny_corpus
+import train_tiny
+from tpa_ref import GemmaConfig, Model
+from tpa_ref.compress import recall
+from tpa_ref.gemma.config import layer_pattern
+from tpa_ref.gemma.weights import from_named
 
 
 def small_config():

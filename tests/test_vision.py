@@ -14,15 +14,15 @@ from conftest import KINDS, TOLERANCE, in_kind, relative, submodule, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
-import random_checkpoint as rc  # noqa: E402
-import tpa_ref  # noqa: E402
-import tpa_torch  # noqa: E402
-from tpa_ref import GemmaConfig, TPAError  # noqa: E402
-from tpa_ref.config import VisionConfig  # noqa: E402
-from tpa_ref.trace import Trace, compare  # noqa: E402
-from tpa_ref.weights import LayersOnDisk, hf_names, is_vision  # noqa: E402
+import random_checkpoint as rc
+import tpa_ref
+import tpa_torch
+from tpa_ref import GemmaConfig, TPAError
+from tpa_ref.gemma.config import VisionConfig
+from tpa_ref.gemma.weights import LayersOnDisk, hf_names, is_vision
+from tpa_ref.trace import Trace, compare
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +329,8 @@ def test_a_wrong_vision_config_is_named(written, wrong, words):
 
 def test_a_published_ckpt_has_the_published_tower():
     """A multimodal .ckpt of a published size, without any config: the default image tower is what it must hold."""
-    from tpa_ref.checkpoint import _choose_config
-    from tpa_ref.formats import Entry
+    from tpa_ref.files.checkpoint import _choose_config
+    from tpa_ref.files.formats import Entry
 
     entries = {
         "model.layers.33.self_attn.q_norm.weight": Entry((256,), "bfloat16", lambda _: None),
@@ -361,7 +361,7 @@ def test_a_saved_model_keeps_its_image_tower(backend, written, tmp_path, suffix,
 
 def test_saved_in_shards(backend, written, tmp_path, monkeypatch):
     """A large folder has a file for the image tower beside those of the layers."""
-    from tpa_ref import checkpoint
+    from tpa_ref.files import checkpoint
 
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1000)
     model = backend.load(written / "ckpt", config=vision_config())

@@ -9,10 +9,10 @@ from conftest import TOLERANCE, in_kind, relative, submodule, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from test_vision import vision_config  # noqa: E402
+from test_vision import vision_config
 
-import random_checkpoint as rc  # noqa: E402
-from tpa_ref import formats  # noqa: E402
+import random_checkpoint as rc
+from tpa_ref.files import formats
 
 CLEARLY = 100  # a mistake must exceed the tolerance by this factor
 LAYOUT = "3 i 5 i 30"

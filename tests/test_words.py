@@ -10,11 +10,12 @@ from conftest import relative, run_cached, submodule, to_numpy
 from test_spectral import RATE, TEXT, Bytes
 
 import tpa_ref
-from tpa_ref import words
-from tpa_ref.calibrate import read_text
-from tpa_ref.command_line import TINY
-from tpa_ref.config import GemmaConfig, TPAConfig
+from tpa_ref.cli.options import TINY
+from tpa_ref.compress import token_prediction as words
+from tpa_ref.compress.calibrate import read_text
+from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
+from tpa_ref.gemma.config import GemmaConfig
 
 
 @pytest.fixture

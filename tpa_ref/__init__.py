@@ -21,15 +21,17 @@ A capital R in a docstring stands for any of r, s, u.
     >>> "".join(tpa_ref.generate(tpa, "The return value is"))             # doctest: +SKIP
 """
 
-from .calibrate import Moments, calibrate
-from .checkpoint import load, save
-from .config import GemmaConfig, LayerConfig, TPAConfig
+from .compress.calibrate import Moments, calibrate
+from .compress.config import LayerConfig, TPAConfig
+from .compress.convert import convert
+from .compress.evaluate import evaluate
+from .compress.plan import plan
 from .errors import TPAError
-from .evaluate import evaluate
-from .generate import generate, generate_batch
-from .model import Model, convert
-from .plan import plan
-from .stream import convert_checkpoint, export
+from .files.checkpoint import load, save
+from .files.stream import convert_checkpoint, export
+from .gemma.config import GemmaConfig
+from .gemma.generate import generate, generate_batch
+from .gemma.model import Model
 
 __version__ = "0.1.0"
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import replacing
-from .memory import full_bytes, windowed_bytes
+from .atomic import replacing
+from .gemma.memory import full_bytes, windowed_bytes
 
 INK = {"full": "#000000", "windowed": "#5b6a78", "tpa": "#c8501e"}  # dark, middle, warm: apart in grey as well
 

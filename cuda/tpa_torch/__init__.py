@@ -7,17 +7,19 @@
 """
 
 from tpa_ref import __version__
-from tpa_ref.config import GemmaConfig, LayerConfig, TPAConfig
+from tpa_ref.compress.config import LayerConfig, TPAConfig
 from tpa_ref.errors import TPAError
+from tpa_ref.gemma.config import GemmaConfig
 
-from .calibrate import Moments, calibrate
-from .checkpoint import load, save
-from .evaluate import evaluate
-from .generate import generate, generate_batch
+from .compress.calibrate import Moments, calibrate
+from .compress.convert import convert
+from .compress.evaluate import evaluate
+from .compress.plan import plan
+from .files.checkpoint import load, save
+from .files.stream import convert_checkpoint, export
+from .gemma.generate import generate, generate_batch
+from .gemma.model import Model
 from .heal import heal
-from .model import Model, convert
-from .plan import plan
-from .stream import convert_checkpoint, export
 
 __all__ = [
     "GemmaConfig",

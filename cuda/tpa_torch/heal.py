@@ -26,18 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpa_ref.calibrate import read_text, text_windows
-from tpa_ref.checkpoint import replacing
+from tpa_ref.atomic import replacing
+from tpa_ref.compress.calibrate import read_text, text_windows
+from tpa_ref.core.factorize import Factorization
 from tpa_ref.errors import TPAError
-from tpa_ref.factorize import Factorization
+from tpa_ref.gemma.weights import LayerWeights, Weights
 from tpa_ref.trace import Watch
-from tpa_ref.weights import LayerWeights, Weights
 
-from . import cache as kv
-from . import factorize, words
-from .calibrate import calibrate
-from .model import Model, convert
-from .norm import rms_norm
+from .compress import token_prediction as words
+from .compress.calibrate import calibrate
+from .compress.convert import convert
+from .core import cache as kv
+from .core import factorize
+from .core.norm import rms_norm
+from .gemma.model import Model
 
 WINDOW = 512
 ROWS = 256  # positions whose logits are held at once

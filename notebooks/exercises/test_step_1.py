@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpa_ref import factorize
+from tpa_ref.core import factorize
 
 
 def test_by_hand(mine):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpa_ref import factorize
+from tpa_ref.core import factorize
 
 
 def form(A_bksg, B_bksd):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpa_ref import rope
+from tpa_ref.core import rope
 
 
 def test_direction(mine):

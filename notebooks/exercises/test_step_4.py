@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpa_ref import attention
+from tpa_ref.core import attention
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpa_ref import attention, masks
+from tpa_ref.core import attention, masks
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -1,0 +1,343 @@
+"""What the Triton kernels need beside the cache itself, and what remains to be done behind them.
+
+Everything here is a few small tensor operations on the device: nothing is copied from the cache and nothing waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import e as euler
+from math import log2
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tpa_ref.core.cache import LayerCache
+
+from ...core import cache as kv
+from ...core import quantize
+from ...core.factorize import Factorization, multiply_pairs, part_shapes
+from . import Step
+from .triton_kernels import attend_split, merge_splits
+
+IN_A_THREAD = {"float": 128, "float32": 32, "int8": 64, "int4": 32, "spectral": 32}
+MANY = 2**30  # a window that never ends
+Pointers = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one program: tokens at a time, at most so many numbers of V, coefficients at a time, warps, stages."""
+
+    tokens: int
+    values: int
+    coefficients: int = 32
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """K or V of a segment as the kernels see it.
+
+    form: "rows", "contextual" or "rebuilt"; per_head: a row for each KV head; rows: rows a token; width: numbers of a
+    row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the a's of `contextual`.
+    """
+
+    form: str
+    per_head: bool
+    rows: int
+    width: int
+    stride: int
+    store: str
+    stored: Pointers
+    planes: int = 1
+    a: Pointers = (None, None, None)
+    store_a: str = "float"
+
+
+def decode(
+    Q_bqhd: Tensor,
+    held: LayerCache,
+    step: Step,
+    tables: tuple[Tensor, Tensor],
+    window: int | None,
+    exact: kv.Exact,
+    g: int,
+    scale: float,
+    splits: int | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Attention of one new token a row over all that a layer's cache holds, the token itself included.
+
+    tables: cos and sin [T,d/2] of the layer for all positions. Splits and tile are chosen where None is given.
+    Shapes: rotated queries [b,1,h,d] -> [b,1,h,e].
+    """
+    Q_bhd, bounds = Q_bqhd[:, 0], (window or MANY, exact.sinks, exact.recent)
+    segments = {"coded": held, "sinks": held.sinks, "recent": held.recent}
+    found = [
+        segment(kind, part, Q_bhd, step, tables, bounds, g, scale, splits, tile)
+        for kind, part in segments.items()
+        if part is not None
+    ]
+    return joined(found).to(Q_bqhd.dtype)[:, None]
+
+
+def joined(found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Outputs [b,h,e] of several segments in one softmax, by their log-sum-exp [b,h] (base 2)."""
+    if len(found) == 1:
+        return found[0][0]
+    O_xbhe, lse_xbh = (torch.stack(each) for each in zip(*found, strict=True))
+    most_bh = lse_xbh.amax(0)
+    weight_xbh = torch.exp2(lse_xbh - torch.where(most_bh.isinf(), 0, most_bh))
+    total_bh = weight_xbh.sum(0)
+    return (O_xbhe * weight_xbh[..., None]).sum(0) / torch.where(total_bh == 0, 1, total_bh)[..., None]
+
+
+def segment(
+    kind: str,
+    held: LayerCache,
+    Q_bhd: Tensor,
+    step: Step,
+    tables: tuple[Tensor, Tensor],
+    bounds: tuple[int, int, int],
+    g: int,
+    scale: float,
+    splits: int | None,
+    tile: Tile | None,
+) -> tuple[Tensor, Tensor]:
+    """One segment of keys: output [b,h,e] and log-sum-exp [b,h] (base 2), float32."""
+    d = Q_bhd.shape[-1]
+    how_k, how_v = (as_rows(how, g) for how in held.how)
+    k = side(held.stored[0], how_k, g, d)
+    v = k if how_v.dtype == "shared" else side(held.stored[1], how_v, g, d)
+    k = replace(k, form="rebuilt") if how_k.mode in ("fixed-b", "latent") else k
+    Q_bhd, scale = absorbed(Q_bhd, how_k, g, scale)
+    partial, lse = attend(
+        kind, k, v, rebuild(how_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, held.slots, g, scale, splits, tile
+    )
+    O_bhe, lse_bh = merge(partial, lse)
+    return finished(O_bhe, how_v, g), lse_bh
+
+
+# ---- every mode as rows ----
+
+
+def as_rows(how: Factorization, g: int) -> Factorization:
+    """`fixed-a` at full rank with A = g I holds the heads themselves: read as a dense cache, at g times fewer FLOPs."""
+    exact = how.mode == "fixed-a" and how.rank == g and how.basis.ndim == 2 and is_identity(how.basis)
+    return replace(how, mode="dense") if exact else how
+
+
+_known: Any = WeakIdKeyDictionary()  # constant array -> what was asked of it before, so that a device waits only once
+
+
+def is_identity(A_sg: Tensor) -> bool:
+    """Is A = g I? Asked once: the answer has to come from the device."""
+    known = _known.setdefault(A_sg, {})
+    if "identity" not in known:
+        g = len(A_sg)
+        known["identity"] = torch.equal(A_sg, g * torch.eye(g, dtype=A_sg.dtype, device=A_sg.device))
+    return known["identity"]
+
+
+def cast(array: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A constant array in the dtype of the computation, made once."""
+    if array is None or array.dtype == dtype:
+        return array
+    known = _known.setdefault(array, {})
+    if dtype not in known:
+        known[dtype] = array.to(dtype).contiguous()
+    return known[dtype]
+
+
+def side(stored: kv.Parts, how: Factorization, g: int, d: int) -> Side:
+    """The arrays of K or V of a cache as rows of numbers."""
+    shapes = part_shapes(how.mode, how.rank, g, d)
+    name = list(stored)[-1]  # the only part, or the b's of `contextual`
+    width = list(shapes.values())[-1][-1]
+    width *= how.rank if how.mode == "fixed-a" else 1  # the R rows of a token lie side by side
+    per_head = how.mode in ("dense", "fixed-b")
+    store, pointers = fields(stored[name], how)
+    x = pointers[0]
+    assert x is not None
+    stride = x.shape[-1] * (how.rank if how.mode == "fixed-a" else 1)
+    rows = how.rank if how.mode == "contextual" else 1
+    planes = pointers[1].shape[0] if store == "spectral" and pointers[1] is not None else 1
+    made = Side("rows", per_head, rows, width, stride, store, pointers, planes)
+    if how.mode != "contextual":
+        return made
+    store_a, a = fields(stored["A"], replace(how, dtype=kv.part_dtype("A", 3, how.dtype)))
+    return replace(made, form="contextual", a=a, store_a=store_a)
+
+
+def fields(stored: dict[str, Tensor], how: Factorization) -> tuple[str, Pointers]:
+    """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
+    if how.dtype == "spectral":
+        return "spectral", (stored["codes"], *unpacking(how.widths, stored["codes"].device))
+    if "x" in stored:
+        return "float", (stored["x"], None, None)
+    return how.dtype, (stored["codes"], stored["scale"], stored.get("minimum"))
+
+
+@lru_cache(maxsize=512)
+def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the bits of each coefficient are, and its levels.
+
+    For the p-th digit of a coefficient: the byte of the token, the shift within it, a mask, and the
+    shift within the code; a mask of 0 where there is none. -> int32 [p,4,R], float32 [3,R] (s, kappa, offset).
+    """
+    found = torch.zeros(3, 4, max(1, len(widths)), dtype=torch.int32)
+    taken = [0] * len(widths)
+    for part in quantize.digits(widths):
+        for byte, column, left in zip(part.byte.tolist(), part.column.tolist(), part.left.tolist(), strict=True):
+            place = torch.tensor([byte, part.shift, (1 << part.bits) - 1, left], dtype=torch.int32)
+            found[taken[column], :, column] = place
+            taken[column] += 1
+    packing = quantize.packing(widths, device)
+    levels = torch.stack([packing.scale_s, packing.kappa_s, packing.offset_s]) if widths else torch.zeros(3, 1)
+    return found[: max(1, *taken, 1)].contiguous().to(device), levels.contiguous().to(device)
+
+
+def absorbed(Q_bhd: Tensor, how: Factorization, g: int, scale: float) -> tuple[Tensor, float]:
+    """(queries as long as a row of K, scale with the 1/R): in `fixed-a` the query takes A, [b,h,d] -> [b,h,R d]."""
+    if how.mode == "contextual":
+        return Q_bhd.contiguous(), scale / how.rank
+    if how.mode != "fixed-a":
+        return Q_bhd.contiguous(), scale
+    Q_bgnd = Q_bhd.unflatten(1, (g, -1))
+    A = cast(how.basis, Q_bhd.dtype)
+    assert A is not None
+    if A.ndim == 2:
+        Q_bgnsd = torch.einsum("sg,bgnd->bgnsd", A, Q_bgnd)
+    else:  # one complex number per RoPE pair; the query takes its conjugate
+        real, imaginary = A.movedim(0, 1)[:, None].chunk(2, -1)  # [g,1,s,d/2], against [b,g,n,1,d/2]
+        Q_bgnsd = multiply_pairs(real, -imaginary, Q_bgnd[..., None, :])
+    return Q_bgnsd.flatten(-2).flatten(1, 2).contiguous(), scale / how.rank
+
+
+def rebuild(how: Factorization, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Basis and mean of a K that is rebuilt."""
+    if how.mode not in ("fixed-b", "latent"):
+        return None, None
+    return cast(how.basis, dtype), cast(how.mean, dtype)
+
+
+def finished(O_bhe: Tensor, how: Factorization, g: int) -> Tensor:
+    """Constant factors and mean of V, once a query instead of once a key: [b,h,E] -> [b,h,e]."""
+    if how.mode == "dense":
+        return O_bhe
+    if how.mode == "contextual":
+        return O_bhe / how.rank
+    O_bgnx, basis = O_bhe.unflatten(1, (g, -1)), cast(how.basis, torch.float32)
+    assert basis is not None
+    if how.mode == "fixed-b":
+        O_bgne = torch.einsum("bgnu,gue->bgne", O_bgnx, basis)
+    elif how.mode == "latent":
+        O_bgne = torch.einsum("bgnu,uge->bgne", O_bgnx, basis)
+    else:
+        O_bgne = mixed(O_bgnx.unflatten(-1, (how.rank, -1)), basis) / how.rank
+    mean_ge = cast(how.mean, torch.float32)
+    return (O_bgne if mean_ge is None else O_bgne + mean_ge[:, None]).flatten(1, 2)
+
+
+def mixed(Y_bgnue: Tensor, A: Tensor) -> Tensor:
+    """The heads of V from aggregated b's of `fixed-a`: A [u,g] or, complex for every RoPE pair, [u,g,e]."""
+    if A.ndim == 2:
+        return torch.einsum("ug,bgnue->bgne", A, Y_bgnue)
+    real, imaginary = A.movedim(0, 1)[:, None].chunk(2, -1)
+    return multiply_pairs(real, imaginary, Y_bgnue).sum(-2)
+
+
+# ---- the launches ----
+
+
+def attend(
+    kind: str,
+    k: Side,
+    v: Side,
+    rebuild: tuple[Tensor | None, Tensor | None],
+    Q_bhd: Tensor,
+    step: Step,
+    tables: tuple[Tensor, Tensor],
+    bounds: tuple[int, int, int],
+    slots: int,
+    g: int,
+    scale: float,
+    splits: int | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Every split by itself: partial outputs [b,h,split,E] and their log-sum-exp [b,h,split], float32."""
+    b, h, D = Q_bhd.shape
+    one_for_all = not (k.per_head or v.per_head or k.form == "rebuilt")
+    heads = h if one_for_all else h // g  # of one program: all share what is read, or those of one KV head do
+    block_h = max(16, triton.next_power_of_2(heads))
+    tile = tile or chosen_tile(k, v, block_h, Q_bhd.dtype)
+    block_e = min(max(16, triton.next_power_of_2(v.width)), tile.values)
+    blocks = h // heads * max(1, triton.cdiv(v.width, block_e))
+    splits = splits or chosen_splits(b * blocks, triton.cdiv(slots, tile.tokens), Q_bhd.device)
+    partial = torch.empty((b, h, splits, v.width), dtype=torch.float32, device=Q_bhd.device)
+    lse = torch.empty((b, h, splits), dtype=torch.float32, device=Q_bhd.device)
+    basis, mean = rebuild
+    latent = basis is not None and not k.per_head
+    attend_split[(blocks, splits, b)](
+        Q_bhd, k.stored, k.a, v.stored, v.a, rebuild, tables, step.query_b, step.length_b, partial, lse,
+        slots, *bounds, splits, h, k.width, v.width, k.stride, v.stride,
+        basis_row=g * D if latent else D, basis_group=D if latent else k.width * D, scale=scale * log2(euler),
+        K=k.form, V=v.form, STORE_K=k.store, STORE_V=v.store, STORE_KA=k.store_a, STORE_VA=v.store_a,
+        PLANES_K=k.planes, PLANES_V=v.planes, ROWS_K=k.rows, ROWS_V=v.rows,
+        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, MEAN=mean is not None, SEGMENT=kind,
+        G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tile.tokens,
+        BLOCK_D=D // 2 if k.form == "rebuilt" else min(256, max(16, triton.next_power_of_2(D))),
+        BLOCK_E=block_e, BLOCK_R=tile.coefficients, DOT=dot_dtype(Q_bhd),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return partial, lse
+
+
+def merge(partial: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The splits in one softmax: [b,h,split,E], [b,h,split] -> [b,h,E], [b,h]."""
+    b, h, splits, width = partial.shape
+    out, lse_out = partial.new_empty((b, h, width)), lse.new_empty((b, h))
+    block_e = min(64, max(16, triton.next_power_of_2(width)))
+    merge_splits[(b * h, max(1, triton.cdiv(width, block_e)))](
+        partial, lse, out, lse_out, splits, width, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=block_e
+    )
+    return out, lse_out
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """What goes into `tl.dot`; the interpreter multiplies bfloat16 as whole numbers, so there it is float32."""
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.device.type == "cuda" else tl.float32
+
+
+def chosen_tile(k: Side, v: Side, block_h: int, dtype: torch.dtype) -> Tile:
+    """As many tokens at a time, up to 64, as shared memory and registers hold.
+
+    The sum over values takes at most 16k float32 numbers, all rows of a tile 64 kB, and each of 256 threads unpacks 32
+    numbers of a row at once (64 of int8; floats go to shared memory as they are, and only those of float32 come back).
+    """
+    values = 16384 // block_h
+    row_v = min(values, max(16, triton.next_power_of_2(v.width)))
+    row_k = 0 if k.form == "rebuilt" else min(256, triton.next_power_of_2(k.width))
+    bytes_of_token = (k.rows * row_k + v.rows * row_v) * (4 if dtype == torch.float32 else 2)
+    in_a_thread = min(IN_A_THREAD["float32" if dtype == torch.float32 else side.store] for side in (k, v))
+    row = max(row_k, row_v)
+    tokens = max(16, min(64, power_of_two(65536 // bytes_of_token), power_of_two(256 * in_a_thread // row)))
+    return Tile(tokens, values, warps=8 if k.form == "rebuilt" or tokens * row > 4096 else 4)
+
+
+def power_of_two(most: int) -> int:
+    """The largest power of two that is not larger."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def chosen_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Enough splits for four programs a multiprocessor, and no more than there are tiles."""
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(tiles, 128, triton.cdiv(4 * units, programs)))
