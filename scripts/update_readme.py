@@ -3,8 +3,8 @@
 
     <!-- begin results/demo.txt -->                                   ...   <!-- end -->
     <!-- begin results/demo.txt lines converted, KV cache..recall --> ...   <!-- end -->
-A .md file is inserted as it is, anything else as a code block. After `lines` stand ranges in the order of the file, each
-from the first line that contains its first text to the next that contains its last; dots show what is left out.
+A .md file is inserted as it is, anything else as a code block. `lines` names ranges in the order of the file, each from
+the next line that contains its first text to the next that contains its last; dots show what is left out.
 """
 
 from __future__ import annotations

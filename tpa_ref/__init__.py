@@ -1,6 +1,15 @@
 """Tensor Product Attention (arXiv 2501.06425) for Gemma 3, in NumPy: the reference that everybody can read.
 
-Data flows one way: checkpoint -> factorize (norm, rope) -> cache -> attention (masks) -> model -> generate.
+Read in this order:
+
+    tpa.py      the whole lesson in arrays: factors, RoPE on factors, attention from factors, a cache, a ring
+    core/       the same in production: one file a mode, quantization, the cache
+    gemma/      Gemma 3 around it: weights, forward pass, images, text
+    compress/   which factors and how many bits: calibrate, convert, plan, evaluate
+    files/      checkpoints of every format, in and out
+    cli/        the two commands
+
+Imports point one way, core <- gemma <- compress <- files <- cli.
 
 One letter per axis in the whole project, the paper's; arrays carry theirs as a suffix (`BK_bksd`), and einsum strings
 use the same:
@@ -11,7 +20,8 @@ use the same:
     d  head dimension           e  value head dimension     l  layer
     m  model width              f  MLP width                w  window
     v  vocabulary               c x y  image channels, rows, columns        i  images
-    p  patch of an image        t  soft token of an image                   z  width of the image tower
+    p  RoPE pair; in the image tower a patch                z  width of a token vector, or of the image tower
+    t  token of a text, or soft token of an image
 
 A capital R in a docstring stands for any of r, s, u.
 
@@ -21,10 +31,11 @@ A capital R in a docstring stands for any of r, s, u.
     >>> "".join(tpa_ref.generate(tpa, "The return value is"))             # doctest: +SKIP
 """
 
-from .compress.calibrate import Moments, calibrate
-from .compress.config import LayerConfig, TPAConfig
+from .compress.calibrate import calibrate
+from .compress.config import FixedRank, Side, Spectral, TPAConfig
 from .compress.convert import convert
 from .compress.evaluate import evaluate
+from .compress.moments import Moments
 from .compress.plan import plan
 from .errors import TPAError
 from .files.checkpoint import load, save
@@ -35,10 +46,12 @@ from .gemma.model import Model
 
 __version__ = "0.1.0"
 __all__ = [
+    "FixedRank",
     "GemmaConfig",
-    "LayerConfig",
     "Model",
     "Moments",
+    "Side",
+    "Spectral",
     "TPAConfig",
     "TPAError",
     "__version__",

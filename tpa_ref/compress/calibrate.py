@@ -1,122 +1,41 @@
 """What a text tells of K and V, layer by layer: means, second moments, and how much the model feels their errors.
 
-All windows go through one layer before the next, first forwards, then backwards (`sensitivity`), so only one layer's
-weights need be in memory, and what is kept are a few matrices per layer, whatever the length of the text. K is taken
-after QK-norm and before RoPE: that is what `factorize` encodes.
+If the normed K (or V) of one token is wrong by a small n, the prediction moves by
+
+    KL(p || p') = 1/2 n^T F n,       F = E[grad grad^T],   grad = d log p(y) / d K,   y drawn from p itself,
+
+summed over all positions that read this token. F, the Fisher matrix, needs only first derivatives: one pass forwards
+and one backwards (`gemma.backward` writes the chain rule out). The gradient by a key contains the queries that ask for
+it and the one by a value W_O, so this is what weighting a basis of K by its queries and one of V by W_O aim at, with
+every layer's weight beside it.
+
+All windows go through one layer before the next, first forwards, then backwards, so only one layer's weights need be in
+memory, and what is kept are a few matrices per layer, whatever the length of the text. K is taken after QK-norm and
+before RoPE: that is what is factorized.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ..core.factorize import second_moment
 from ..errors import TPAError
-from ..gemma.tokenizer import BOS
-from ..trace import Watch
-from . import sensitivity
-from . import token_prediction as words
+from ..gemma.texts import text_windows
+from ..gemma.token_vectors import numbered
+from . import token_prediction
 from .config import chosen_layers
-from .token_prediction import WordMoments
-
-einsum = partial(np.einsum, optimize=True)
+from .moments import LayerMoments, Moments
+from .store import Arrays, Memory
+from .token_prediction import TokenMoments
 
 WINDOW = 1024  # tokens of a calibration window: beyond the tiny model's sliding window, so that long range counts
 SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, which costs twice a forward pass
-
-
-@dataclass(frozen=True)
-class SideMoments:
-    """K or V of one layer, heads flattened: E[x x^T], E[x] and, where it was measured, the Fisher matrix."""
-
-    M_gdgd: Any
-    mean_gd: Any
-    F_gdgd: Any = None
-
-
-@dataclass(frozen=True)
-class LayerMoments:
-    """K and V of one layer side by side, K's g heads before V's, and the Fisher matrices of each where measured.
-
-    N: E[x z^T] with the words, where they were asked for.
-    """
-
-    M_gdgd: Any  # [2g,d,2g,d]
-    mean_gd: Any  # [2g,d]
-    F: tuple[Any, Any] = (None, None)  # [g,d,g,d] each
-    N_gdz: Any = None  # [2g,d,2m]
-
-    @property
-    def sides(self) -> tuple[SideMoments, SideMoments]:
-        """(moments of K, moments of V)."""
-        g = len(self.mean_gd) // 2
-        blocks = slice(0, g), slice(g, None)
-        k, v = (SideMoments(self.M_gdgd[at, :, at], self.mean_gd[at], F) for at, F in zip(blocks, self.F, strict=True))
-        return k, v
-
-    def arrays(self) -> dict[str, Any]:
-        """What there is of it, by name."""
-        named = {"M": self.M_gdgd, "mean": self.mean_gd, "F.k": self.F[0], "F.v": self.F[1], "N": self.N_gdz}
-        return {name: x for name, x in named.items() if x is not None}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Any]) -> LayerMoments:
-        """The inverse of `arrays`."""
-        return cls(arrays["M"], arrays["mean"], (arrays.get("F.k"), arrays.get("F.v")), arrays.get("N"))
-
-
-@dataclass
-class Moments:
-    """What `calibrate` found: per layer the moments of K and V, and those of the words; `tokens` is how many they
-    average.
-    """
-
-    layers: dict[int, LayerMoments] = field(default_factory=dict)
-    tokens: int = 0
-    words: WordMoments | None = None
-
-    def of_layer(self, layer: int) -> LayerMoments:
-        """Moments of one layer."""
-        if layer not in self.layers:
-            raise TPAError(f"calibrate: layer {layer} was not calibrated, got layers {sorted(self.layers)}")
-        return self.layers[layer]
-
-    def save(self, path: str | Path) -> None:
-        """Write them as one safetensors file."""
-        from ..atomic import replacing
-
-        named = {f"{layer}.{name}": x for layer, found in self.layers.items() for name, x in found.arrays().items()}
-        if self.words is not None:
-            named |= {"words.mean": self.words.mean_z, "words.S": self.words.S_zz}
-        tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, {"format": "tpa-moments", "tokens": str(self.tokens)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Moments:
-        """The inverse of `save`."""
-        try:
-            with safe_open(path, "numpy") as file:
-                tokens = int((file.metadata() or {})["tokens"])
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            by_layer: dict[str, dict[str, np.ndarray]] = {}
-            for name, x in found.items():
-                of, _, rest = name.partition(".")
-                by_layer.setdefault(of, {})[rest] = x
-            text = by_layer.pop("words", None)
-            words = WordMoments(text["mean"], text["S"], tokens) if text else None
-            return cls({int(layer): LayerMoments.of(by_layer[layer]) for layer in by_layer}, tokens, words)
-        except (OSError, SafetensorError, KeyError, ValueError) as problem:
-            raise TPAError(f"calibrate: {path} holds no moments: {problem}") from None
 
 
 def calibrate(
@@ -126,7 +45,7 @@ def calibrate(
     seed: int = 0,
     max_tokens: int = 32_768,
     sensitivity_tokens: int = SENSITIVITY_TOKENS,
-    progress: Any = iter,
+    progress: Callable = iter,
     cache_dir: str | Path | None = None,
     predict: bool | None = None,
 ) -> Moments:
@@ -135,71 +54,129 @@ def calibrate(
     layers: which ones are kept ("all", "global", "local", "5,11"). seed: of the tokens drawn for the sensitivity.
     max_tokens: how much of the text is used; sensitivity_tokens: how much of it also backwards (0: not at all).
     progress: wraps the layers, for instance `tqdm.tqdm`. cache_dir: a folder where the result is kept under a hash of
-    model, text and arguments, and found again. predict: also how K and V follow from the words (default: where that
-    is affordable, see `words`).
+    model, text and arguments, and found again. predict: also how K and V follow from the tokens (default: where that
+    is affordable, see `token_prediction`).
     """
-    return calibrated(
-        THROUGH, model, text_or_path, layers, seed, max_tokens, sensitivity_tokens, progress, cache_dir, predict
-    )
-
-
-@dataclass(frozen=True)
-class Through:
-    """The steps that a backend brings: into the layers, to the words, and through each layer and back."""
-
-    begin: Callable
-    window_words: Callable
-    word_moments: Callable
-    through_layer: Callable
-    begin_backward: Callable
-    back_through_layer: Callable
-
-
-def calibrated(
-    through: Through,
-    model: Any,
-    text_or_path: str | Path,
-    layers: str,
-    seed: int,
-    max_tokens: int,
-    sensitivity_tokens: int,
-    progress: Any,
-    cache_dir: str | Path | None,
-    predict: bool | None = None,
-) -> Moments:
-    """`calibrate` for either backend."""
     check_dense(model)
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
     kept = chosen_layers(layers, model.config)
-    predict = words.wanted(predict, model.config)
+    predict = token_prediction.wanted(predict, model.config)
     name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
         return Moments.load(file)
-    moments = Moments(tokens=sum(map(len, windows)))
-    order = range(model.config.num_layers)
-    backwards = sensitivity_windows(windows, sensitivity_tokens)
-    states = through.begin(model, windows)
-    texts = [through.window_words(x_bqm) for x_bqm in states] if predict else None
-    moments.words = through.word_moments(texts) if texts else None
-    in_front = {}
-    gradients = None
-    for layer, back in progress(
-        [(layer, False) for layer in order] + [(layer, True) for layer in order[::-1] if backwards]
-    ):
-        if not back:
-            in_front[layer] = states[:backwards]
-            states, found = through.through_layer(model, layer, states, texts)
-        else:
-            gradients = gradients or through.begin_backward(model, states[:backwards], seed)
-            gradients, found = through.back_through_layer(model, layer, in_front.pop(layer), gradients)
-            found = replace(moments.layers[layer], F=found) if layer in kept else None
-        if layer in kept:
-            moments.layers[layer] = found
+    calibration = Calibration(model, windows, Memory(), kept, seed, sensitivity_tokens, predict)
+    calibration.run(progress)
+    moments = Moments(
+        {layer: calibration.of_layer(layer) for layer in sorted(kept)}, calibration.tokens, calibration.of_tokens
+    )
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         moments.save(file)
     return moments
+
+
+class Calibration:
+    """The way through all layers and back. `store` keeps what is found; what it has already is not computed again."""
+
+    def __init__(
+        self,
+        model: Any,
+        windows: list[list[int]],
+        store: Any,
+        kept: set[int],
+        seed: int = 0,
+        sensitivity_tokens: int = SENSITIVITY_TOKENS,
+        predict: bool = False,
+    ):
+        self.model, self.windows, self.store, self.kept = model, windows, store, kept
+        self.seed, self.predict = seed, predict
+        self.backwards = sensitivity_windows(windows, sensitivity_tokens)
+        self.tokens = sum(map(len, windows))
+        self.num_layers: int = model.config.num_layers
+
+    def run(self, progress: Callable = iter) -> None:
+        """Forwards through every layer, backwards through every layer."""
+        layers = range(self.num_layers)
+        steps = [(layer, False) for layer in layers] + [(layer, True) for layer in layers[::-1] if self.backwards]
+        if not self.store.has("states", 0) and not self.store.has("fisher", 0):
+            self.store.put("states", 0, named([self.model.embed(np.array([window])) for window in self.windows]))
+        for layer, back in progress(steps):
+            if self.store.has("fisher" if back else "moments", layer):
+                continue
+            if back:
+                self._backwards(layer)
+            else:
+                self._forwards(layer)
+
+    def _forwards(self, layer: int) -> None:
+        """The states behind a layer, and the moments of its K and V."""
+        behind, sums = [], {}
+        for index, x_bqm in enumerate(self._states(layer)):
+            y_bqm, K_bkgd, V_bkge = self.model.through_layer(layer, x_bqm)
+            behind.append(y_bqm)
+            add(sums, self.model.moments(K_bkgd, V_bkge, self.token_vectors[index] if self.predict else None))
+        self.store.put("states", layer + 1, named(behind))
+        self.store.put("moments", layer, {name: total / self.tokens for name, total in sums.items()})
+        self.store.trim("states", layer, self.backwards)
+
+    def _backwards(self, layer: int) -> None:
+        """The gradients in front of a layer, and the Fisher matrices of its K and V."""
+        states = self._states(layer)[: self.backwards]
+        if layer + 1 == self.num_layers and not self.store.has("gradients", layer + 1):
+            rng = np.random.default_rng(self.seed)
+            last = self._states(layer + 1)[: self.backwards]
+            self.store.put("gradients", layer + 1, named([self.model.logits_backward(x_bqm, rng) for x_bqm in last]))
+        in_front, sums = [], {}
+        gradients = map(self.model.array, self.store.get("gradients", layer + 1).values())
+        for x_bqm, dy_bqm in zip(states, gradients, strict=True):
+            dx_bqm, F_k, F_v = self.model.back_through_layer(layer, x_bqm, dy_bqm)
+            in_front.append(dx_bqm)
+            add(sums, {"F.k": F_k, "F.v": F_v})
+        tokens = sum(x_bqm.shape[1] for x_bqm in states)
+        self.store.put("gradients", layer, named(in_front))
+        self.store.put("fisher", layer, {name: total / tokens for name, total in sums.items()})
+        self.store.trim("gradients", layer + 1, 0)
+        self.store.trim("states", layer + 1, 0)
+
+    def _states(self, layer: int) -> list[Any]:
+        return [self.model.array(x_bqm) for x_bqm in self.store.get("states", layer).values()]
+
+    @cached_property
+    def token_vectors(self) -> list[Any]:
+        """z of every window, [1,q,2m]."""
+        ids = [np.array([window]) for window in self.windows]
+        numbers = [numbered(ids_bq, np.ones_like(ids_bq, bool)) for ids_bq in ids]
+        return [self.model.token_vectors(text_bt, np.arange(text_bt.shape[1])[None]) for text_bt in numbers]
+
+    def of_layer(self, layer: int) -> LayerMoments:
+        """What was found of one layer."""
+        fisher = self.store.get("fisher", layer) if self.store.has("fisher", layer) else {}
+        return LayerMoments.of(self.store.get("moments", layer) | fisher)
+
+    @cached_property
+    def of_tokens(self) -> TokenMoments | None:
+        """Moments of the token vectors."""
+        if not self.predict:
+            return None
+        if not self.store.has("tokens", 0):
+            sums: dict[str, np.ndarray] = {}
+            for Z_bqz in self.token_vectors:
+                add(sums, dict(zip(("mean", "S"), self.model.token_moments(Z_bqz), strict=True)))
+            self.store.put("tokens", 0, {name: total / self.tokens for name, total in sums.items()})
+        found = self.store.get("tokens", 0)
+        return TokenMoments(found["mean"], found["S"], self.tokens)
+
+
+def named(arrays: list[Any]) -> Arrays:
+    """One array a window, by names in their order."""
+    return {f"{window:06d}": x for window, x in enumerate(arrays)}
+
+
+def add(sums: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+    """Add arrays to the sums of their names."""
+    for name, x in found.items():
+        sums[name] = sums[name] + x if name in sums else x
 
 
 def check_dense(model: Any) -> None:
@@ -226,76 +203,3 @@ def sensitivity_windows(windows: list[list[int]], tokens: int) -> int:
     if tokens < 1:
         return 0
     return max(1, int(np.searchsorted(np.cumsum([len(window) for window in windows]), tokens, side="right")))
-
-
-def begin(model: Any, windows: Iterable[list[int]]) -> list[np.ndarray]:
-    """Embedded windows [1,q,m]: the states in front of layer 0."""
-    return [model.embed(np.array([window])) for window in windows]
-
-
-def through_layer(
-    model: Any, layer: int, states: list[np.ndarray], texts: list[np.ndarray] | None = None
-) -> tuple[list[np.ndarray], LayerMoments]:
-    """(states behind a layer, moments of its normed K before RoPE and of its V). texts: the words of each window."""
-    sums: dict[str, np.ndarray] = {}
-    held: dict[str, np.ndarray] = {}
-
-    def add(name: str, found: np.ndarray) -> None:
-        sums[name] = sums[name] + found if name in sums else found
-
-    watch = Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__})
-    block = model.weights.layers[layer]
-    behind = []
-    for index, x_bqm in enumerate(states):
-        positions_bq = np.arange(x_bqm.shape[1])[None]
-        behind.append(np.ascontiguousarray(model.block(x_bqm, layer, block, positions_bq, None, watch)))
-        X_bkgd = np.concatenate([held["attn.K_bkgd"], held["attn.V_bkge"]], 2).astype(np.float64)
-        add("M", second_moment(X_bkgd))
-        add("mean", X_bkgd[0].sum(0))
-        if texts is not None:
-            add("N", einsum("bkgd,bkz->gdz", X_bkgd, texts[index].astype(np.float64)))
-    tokens = sum(x_bqm.shape[1] for x_bqm in states)
-    return behind, LayerMoments.of({name: total / tokens for name, total in sums.items()})
-
-
-THROUGH = Through(
-    begin,
-    words.window_words,
-    words.word_moments,
-    through_layer,
-    sensitivity.begin_backward,
-    sensitivity.back_through_layer,
-)
-
-
-def read_text(text_or_path: str | Path) -> str:
-    """A text, or the content of the UTF-8 file of that name. A single line that names a file is taken as a path."""
-    if isinstance(text_or_path, Path) or ("\n" not in text_or_path and len(text_or_path) < 4096):
-        path = Path(text_or_path)
-        try:
-            if isinstance(text_or_path, Path) or path.is_file():
-                return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as problem:
-            raise TPAError(
-                f"text: {path} is not UTF-8: byte {problem.start} is {problem.object[problem.start]:#x}"
-            ) from None
-        except OSError as problem:
-            if isinstance(text_or_path, Path):
-                raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
-    return str(text_or_path)
-
-
-def text_windows(
-    model: Any, text_or_path: str | Path, max_tokens: int, length: int | None = None
-) -> Iterator[list[int]]:
-    """The text as token windows of at most `length` (default: 1024 or the model's positions), BOS on every one."""
-    if model.tokenizer is None:
-        raise TPAError(
-            "text: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
-        )
-    length = min(length or 1024, model.config.max_positions)
-    ids = model.tokenizer.encode(read_text(text_or_path), bos=False)[:max_tokens]
-    if not ids:
-        raise TPAError("text: at least one token is needed, got an empty text")
-    for start in range(0, len(ids), length - 1):
-        yield [BOS, *ids[start : start + length - 1]]

@@ -1,15 +1,20 @@
-"""How a KV cache is to be compressed: `TPAConfig`. This file lives once and serves both backends."""
+"""How a KV cache is to be compressed. This file lives once and serves both backends.
+
+A choice is one of two types: `FixedRank` (factors of a mode, rank and storage dtype) or `Spectral` (a rate: as many bits
+as it allows, where the model feels them). `TPAConfig` is the front that command lines, files and most users take:
+keywords in, one choice for every layer out, resolved once (`model.choices`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.mode import MODES
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 
-MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_RATE = 2.0  # bits per number
 MAX_RATE = 8
@@ -17,65 +22,89 @@ DEFAULT_CONTEXT = 32_768  # where bytes are compared, or the model's positions i
 DEFAULT_SINKS = 4
 MAX_EXACT = 64
 MANY = 2**31
-WIDTHS = ("k_widths", "v_widths")
 FORM = ("mode", "k_mode", "v_mode", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype")  # excluded by a rate
 
 
 def exact_rank(mode: str, config: GemmaConfig) -> int:
     """The rank from which on a mode loses nothing; larger ranks are clamped to it.
 
-    >>> [exact_rank(mode, GemmaConfig.gemma3_4b()) for mode in MODES]
+    >>> [exact_rank(mode, GemmaConfig.gemma3_4b()) for mode in ("contextual", "fixed-a", "fixed-b", "latent")]
     [4, 4, 256, 1024]
     """
-    g, d = config.num_kv_heads, config.head_dim
-    return {"contextual": min(g, d), "fixed-a": g, "fixed-b": d, "latent": g * d}[mode]
+    return MODES[mode].exact_rank(config.num_kv_heads, config.head_dim)
+
+
+# ---- the two types of choices ----
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """What the cache of one converted layer holds: mode, rank and storage dtype, for K and for V.
+class Side:
+    """How K (or V) is cached by itself. rank None: half of the exact rank, at least 1."""
 
-    dtype "spectral": the widths give the bits of each of the `rank` coefficients. v_dtype "shared": those of K are also
-    V's.
+    mode: str
+    rank: int | None = None
+    dtype: str = "bfloat16"
+
+    def resolved(self, name: str, config: GemmaConfig, notes: list[str]) -> Side:
+        """The same with a rank that exists; a note where it had to be clamped."""
+        bound = exact_rank(self.mode, config)
+        if self.rank is not None and self.rank > bound:
+            notes.append(f"{name} {self.rank} is above the exact bound {bound} of {self.mode}: clamped to {bound}")
+        return replace(self, rank=max(1, bound // 2) if self.rank is None else min(self.rank, bound))
+
+
+@dataclass(frozen=True)
+class FixedRank:
+    """Factors of fixed rank, for K and for V.
+
+    >>> FixedRank(Side("contextual", 2), Side("contextual", 2, "int8")).v.dtype
+    'int8'
     """
 
-    k_mode: str
-    v_mode: str
-    k_rank: int
-    v_rank: int
-    k_dtype: str
-    v_dtype: str
-    k_widths: tuple[int, ...] = ()
-    v_widths: tuple[int, ...] = ()
+    k: Side
+    v: Side
 
-    @classmethod
-    def spectral(cls, widths: tuple[int, ...]) -> LayerConfig:
-        """`latent`, K and V as one vector, with a width for every coefficient; none at all leaves the mean alone."""
-        return cls("latent", "latent", len(widths), len(widths), "spectral", "shared", tuple(widths))
+    def resolved(self, config: GemmaConfig, notes: list[str]) -> FixedRank:
+        """The same with ranks that exist."""
+        return FixedRank(self.k.resolved("k_rank", config, notes), self.v.resolved("v_rank", config, notes))
 
-    def with_widths(self, widths: tuple[int, ...]) -> LayerConfig:
-        """The same with the bits of the coefficients chosen: of K and V, or of V alone."""
-        if self.v_dtype == "shared":
-            return self.spectral(widths)
-        return dataclasses.replace(self, v_rank=len(widths), v_widths=tuple(widths))
 
-    def learns(self, config: GemmaConfig) -> bool:
-        """Do constant factors depend on K and V? `contextual` has none, and at full rank they are units."""
-        sides = (self.k_mode, self.k_rank, self.k_dtype), (self.v_mode, self.v_rank, self.v_dtype)
-        return any(
-            dtype in ("spectral", "shared") or (mode != "contextual" and rank < exact_rank(mode, config))
-            for mode, rank, dtype in sides
-        )
+@dataclass(frozen=True)
+class Spectral:
+    """Coefficients with a width of their own each.
+
+    rate: mean bits per number of dense K and V, in (0, 8]. k: K by itself, of fixed rank, so that the rate is V's
+    alone: the fast cache, since nothing costs more time than K that must be rebuilt. predict: code only what the
+    tokens do not tell; None: where calibration has found out what they do. widths: the bits of each coefficient that has
+    any, strongest first, once they are chosen for a layer.
+    """
+
+    rate: float = DEFAULT_RATE
+    k: Side | None = None
+    predict: bool | None = None
+    widths: tuple[int, ...] | None = None
+
+    def resolved(self, config: GemmaConfig, notes: list[str]) -> Spectral:
+        """The same with a rank of K that exists."""
+        if self.k is None:
+            return self
+        rank = exact_rank(self.k.mode, config) if self.k.rank is None else self.k.rank
+        return replace(self, k=replace(self.k, rank=rank).resolved("k_rank", config, notes))
+
+
+Choice = FixedRank | Spectral
+
+
+# ---- the front ----
 
 
 @dataclass(frozen=True)
 class TPAConfig:
     """How to convert a model. Nothing given: the spectral cache at a rate of 2 bits, 8x smaller than bfloat16.
 
-    rate: mean bits per number of dense K and V, in (0, 8]; they are spent where the model feels them (`spectral`).
-    With a k_mode other than latent (k_rank, default exact; k_dtype, default int8) it is V's alone: the fast cache,
-    since nothing costs more time than K that must be rebuilt.
-    Instead of a rate, factors of fixed rank:
+    rate: mean bits per number of dense K and V, in (0, 8]: `Spectral`. With a k_mode other than latent (k_rank, default
+    exact; k_dtype, default int8) it is V's alone.
+    Instead of a rate, factors of fixed rank, `FixedRank`:
     mode (or k_mode, v_mode): contextual, fixed-a, fixed-b, latent. Ranks given without a mode mean `contextual`.
     k_rank, v_rank: default half of the exact rank of the mode, at least 1. Larger than exact is clamped.
     kv_dtype (or k_dtype, v_dtype): float32, bfloat16, int8, int4; bfloat16 is the default.
@@ -85,11 +114,10 @@ class TPAConfig:
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
     sinks, recent: how many first and newest tokens the global layers also keep exactly, in bfloat16 (default: 4 and 0
     with a rate, else none).
-    predict: whether a spectral cache codes only what the words do not tell (`words`); default: where calibration has
-    found out what they do.
-    per_layer: the complete choice, one LayerConfig (or None: dense) a layer, instead of mode, ranks, dtypes and layers.
+    predict: whether a spectral cache codes only what the tokens do not tell; default: where calibration has found out.
+    per_layer: the complete choice, one `FixedRank`, `Spectral` with widths, or None (dense) a layer.
 
-    >>> TPAConfig(k_rank=2, v_rank=2).resolve(GemmaConfig.gemma3_4b())[0][0].k_mode
+    >>> TPAConfig(k_rank=2, v_rank=2).choice.k.mode
     'contextual'
     """
 
@@ -104,7 +132,7 @@ class TPAConfig:
     v_dtype: str | None = None
     rate: float | None = None
     layers: str = "all"
-    per_layer: tuple[LayerConfig | None, ...] | None = None
+    per_layer: tuple[Choice | None, ...] | None = None
     context: int | None = None
     sinks: int | None = None
     recent: int = 0
@@ -112,61 +140,88 @@ class TPAConfig:
 
     def __post_init__(self) -> None:
         for name in ("mode", "k_mode", "v_mode"):
-            _one_of(name, getattr(self, name), MODES)
+            _one_of(name, getattr(self, name), tuple(MODES))
         for name in ("kv_dtype", "k_dtype", "v_dtype"):
             _one_of(name, getattr(self, name), KV_DTYPES)
-        for name, least, most in (
-            ("q_rank", 1, MANY),
-            ("k_rank", 1, MANY),
-            ("v_rank", 1, MANY),
-            ("context", 1, MANY),
-            ("sinks", 0, MAX_EXACT),
-            ("recent", 0, MAX_EXACT),
-        ):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if (value is not None or name == "recent") and not (whole and least <= value <= most):
-                bound = f">= {least}" if most == MANY else f"in {least} ... {most}"
-                raise TPAError(f"tpa config: {name} must be a whole number {bound}, got {value!r}")
+        for name in ("q_rank", "k_rank", "v_rank", "context"):
+            self._check_whole(name, 1, MANY)
+        for name in ("sinks", "recent"):
+            self._check_whole(name, 0, MAX_EXACT)
         if self.predict not in (None, True, False):
             raise TPAError(f"tpa config: predict must be true, false or not given, got {self.predict!r}")
         if self.predict and not self.spectral:
-            raise TPAError("tpa config: only a spectral cache is predicted from words, so predict wants a rate")
-        if self.rate is None:
+            raise TPAError("tpa config: only a spectral cache is predicted from tokens, so predict wants a rate")
+        if self.rate is not None:
+            self._check_rate(self.rate)
+
+    def _check_whole(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if value is None and name != "recent":
             return
-        number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
-        if not (number and 0 < self.rate <= MAX_RATE):
-            raise TPAError(f"tpa config: rate must lie in (0, {MAX_RATE}] bits per number, got {self.rate!r}")
+        if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
+            bound = f">= {least}" if most == MANY else f"in {least} ... {most}"
+            raise TPAError(f"tpa config: {name} must be a whole number {bound}, got {value!r}")
+
+    def _check_rate(self, rate: float) -> None:
+        """A rate is a number, and excludes whatever chooses ranks and bits by hand."""
+        if not (isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= MAX_RATE):
+            raise TPAError(f"tpa config: rate must lie in (0, {MAX_RATE}] bits per number, got {rate!r}")
         given = [name for name in FORM if getattr(self, name) is not None]
-        if self.codes_v_alone and not set(given) - {"k_mode", "k_rank", "k_dtype"}:
+        if self.k_mode not in (None, "latent") and not set(given) - {"k_mode", "k_rank", "k_dtype"}:
             if self.predict:
-                raise TPAError(f"tpa config: words predict K and V together, not V beside k_mode {self.k_mode!r}")
+                raise TPAError(f"tpa config: tokens predict K and V together, not V beside k_mode {self.k_mode!r}")
             return
         if (given and {self.mode, self.k_mode, self.v_mode} - {None, "latent"}) or set(given) - set(FORM[:3]):
             raise TPAError(
                 f"tpa config: a rate chooses latent, its ranks and its bits, so it excludes {given[-1]}, "
-                f"got {getattr(self, given[-1])!r} and rate {self.rate}"
+                f"got {getattr(self, given[-1])!r} and rate {rate}"
             )
+
+    @classmethod
+    def of(cls, choice: TPAConfig | Choice | None) -> TPAConfig:
+        """Whatever a user may give: a configuration, a `FixedRank`, a `Spectral`, or nothing.
+
+        >>> TPAConfig.of(Spectral(rate=1.0)).rate
+        1.0
+        """
+        if isinstance(choice, FixedRank):
+            names = ("mode", "rank", "dtype")
+            given = {f"{side}_{name}": getattr(getattr(choice, side), name) for side in "kv" for name in names}
+            return cls(**given)
+        if isinstance(choice, Spectral):
+            k = {f"k_{name}": x for name, x in vars(choice.k).items()} if choice.k else {}
+            return cls(rate=choice.rate, predict=choice.predict, **k)
+        return choice or cls()
 
     @property
     def spectral(self) -> bool:
         """Is the cache (or a part of it) a spectral one? So it is when nothing is chosen, too."""
         if self.per_layer is not None:
-            return any("spectral" in (choice.k_dtype, choice.v_dtype) for choice in self.per_layer if choice)
+            return any(isinstance(choice, Spectral) for choice in self.per_layer)
         return self.rate is not None or all(getattr(self, name) is None for name in FORM)
 
     @property
-    def codes_v_alone(self) -> bool:
-        """Is the rate spent on V alone, beside a K of fixed rank?"""
-        return self.rate is not None and self.k_mode not in (None, "latent")
+    def choice(self) -> Choice:
+        """What is asked of every layer that is converted."""
+        if self.spectral:
+            alone = self.rate is not None and self.k_mode not in (None, "latent")
+            k = Side(str(self.k_mode), self.k_rank, self.k_dtype or "int8") if alone else None
+            return Spectral(self.rate or DEFAULT_RATE, k, self.predict)
+        ranks_given = self.k_rank is not None or self.v_rank is not None
+        mode = self.mode or ("contextual" if ranks_given else "latent")
+        dtype = self.kv_dtype or "bfloat16"
+        return FixedRank(
+            Side(self.k_mode or mode, self.k_rank, self.k_dtype or dtype),
+            Side(self.v_mode or mode, self.v_rank, self.v_dtype or dtype),
+        )
 
     @property
     def exact_tokens(self) -> tuple[int, int]:
         """(sinks, recent) that converted global layers keep exactly."""
         return (DEFAULT_SINKS if self.spectral else 0) if self.sinks is None else self.sinks, self.recent
 
-    def resolve(self, config: GemmaConfig) -> tuple[tuple[LayerConfig | None, ...], list[str]]:
-        """(one LayerConfig, or None for dense, per layer; a line for every choice that had to be clamped)."""
+    def resolve(self, config: GemmaConfig) -> tuple[tuple[Choice | None, ...], list[str]]:
+        """(the choice of every layer, None for dense; a line for every choice that had to be clamped)."""
         if self.per_layer is not None:
             if len(self.per_layer) != config.num_layers:
                 raise TPAError(
@@ -174,46 +229,22 @@ class TPAConfig:
                     f"for {config.num_layers} layers"
                 )
             return self.per_layer, []
-        chosen = chosen_layers(self.layers, config)
         notes: list[str] = []
-        if self.spectral:  # widths follow from the spectra of all layers
-            exact = exact_rank("latent", config)
-            layer = LayerConfig("latent", "latent", 2 * exact, 2 * exact, "spectral", "shared")
-            if self.codes_v_alone and self.k_mode:
-                k_rank = _clamp("k_rank", self.k_rank or exact_rank(self.k_mode, config), self.k_mode, config, notes)
-                layer = LayerConfig(self.k_mode, "latent", k_rank, exact, self.k_dtype or "int8", "spectral")
-            return tuple(layer if index in chosen else None for index in range(config.num_layers)), notes
-        ranks_given = self.k_rank is not None or self.v_rank is not None
-        mode = self.mode or ("contextual" if ranks_given else "latent")
-        k_mode, v_mode = self.k_mode or mode, self.v_mode or mode
-        dtype = self.kv_dtype or "bfloat16"
-        layer = LayerConfig(
-            k_mode=k_mode,
-            v_mode=v_mode,
-            k_rank=_clamp("k_rank", self.k_rank, k_mode, config, notes),
-            v_rank=_clamp("v_rank", self.v_rank, v_mode, config, notes),
-            k_dtype=self.k_dtype or dtype,
-            v_dtype=self.v_dtype or dtype,
-        )
-        return tuple(layer if index in chosen else None for index in range(config.num_layers)), notes
+        chosen, choice = chosen_layers(self.layers, config), self.choice.resolved(config, notes)
+        return tuple(choice if layer in chosen else None for layer in range(config.num_layers)), notes
 
     def resolve_q_rank(self, config: GemmaConfig) -> tuple[int, list[str]]:
         """(rank of Q, a line if it had to be clamped); h, the default, is exact."""
-        if self.q_rank is None or self.q_rank == config.num_heads:
-            return config.num_heads, []
-        if self.q_rank > config.num_heads:
-            return config.num_heads, [
-                f"q_rank {self.q_rank} is above the exact bound {config.num_heads} (query heads): "
-                f"clamped to {config.num_heads}"
-            ]
-        return self.q_rank, []
+        h, asked = config.num_heads, self.q_rank
+        if asked is None or asked <= h:
+            return asked or h, []
+        return h, [f"q_rank {asked} is above the exact bound {h} (query heads): clamped to {h}"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; widths become counts."""
-        content = dataclasses.asdict(self)
-        for entry in content["per_layer"] or ():
-            for name in WIDTHS if entry else ():
-                entry[name] = width_counts(entry[name])
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.per_layer is not None:
+            content["per_layer"] = [choice and choice_to_dict(choice) for choice in self.per_layer]
         return content
 
     @classmethod
@@ -222,15 +253,38 @@ class TPAConfig:
         try:
             content = dict(content)
             if content.get("per_layer") is not None:
-                content["per_layer"] = tuple(_layer_config(entry) if entry else None for entry in content["per_layer"])
+                content["per_layer"] = tuple(entry and choice_from_dict(entry) for entry in content["per_layer"])
             return cls(**content)
-        except (TypeError, AttributeError) as problem:
+        except (TypeError, AttributeError, KeyError) as problem:
             raise TPAError(f"tpa config: unreadable: {problem}") from None
 
 
-def _layer_config(entry: dict[str, Any]) -> LayerConfig:
-    """A LayerConfig from JSON, where widths are counts."""
-    return LayerConfig(**entry | {name: widths_of(entry.get(name, ())) for name in WIDTHS})
+# ---- choices of single layers as JSON: the entries that saved models have always had ----
+
+
+def choice_to_dict(choice: Choice) -> dict[str, Any]:
+    """One entry a side, {k_mode, k_rank, k_dtype, k_widths, v_...}; "shared": V's coefficients are those of K."""
+    none: list[int] = []
+    if isinstance(choice, FixedRank):
+        sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
+    else:
+        widths = choice.widths or ()
+        coded = ("latent", len(widths), "spectral", width_counts(widths))
+        shared = ("latent", len(widths), "shared", none)
+        sides = [coded, shared] if choice.k is None else [(choice.k.mode, choice.k.rank, choice.k.dtype, none), coded]
+    names = ("mode", "rank", "dtype", "widths")
+    return {f"{side}_{name}": x for side, entry in zip("kv", sides) for name, x in zip(names, entry, strict=True)}
+
+
+def choice_from_dict(entry: dict[str, Any]) -> Choice:
+    """The inverse of `choice_to_dict`. K and V with codes of their own each (format 2) count as one choice of K's."""
+    k, v = (Side(entry[f"{side}_mode"], entry[f"{side}_rank"], entry[f"{side}_dtype"]) for side in "kv")
+    k_widths, v_widths = (widths_of(entry.get(f"{side}_widths", ())) for side in "kv")
+    if k.dtype == "spectral":
+        return Spectral(widths=k_widths)
+    if v.dtype == "spectral":
+        return Spectral(k=k, widths=v_widths)
+    return FixedRank(k, v)
 
 
 def width_counts(widths: tuple[int, ...]) -> list[int]:
@@ -278,12 +332,3 @@ def chosen_layers(layers: str, config: GemmaConfig) -> set[int]:
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise TPAError(f"tpa config: {name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _clamp(name: str, rank: int | None, mode: str, config: GemmaConfig, notes: list[str]) -> int:
-    bound = exact_rank(mode, config)
-    if rank is None:
-        return max(1, bound // 2)
-    if rank > bound:
-        notes.append(f"{name} {rank} is above the exact bound {bound} of {mode}: clamped to {bound}")
-    return min(rank, bound)

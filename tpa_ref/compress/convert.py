@@ -1,242 +1,242 @@
-"""From a dense model to one with a TPA cache: the constant factors of every layer."""
+"""From a dense model to one with a TPA cache: the constant factors of every layer. Written once for both backends.
+
+    transforms   moments and sensitivity of a layer -> the coordinates of the damage, for layers with a rate
+    bits         all transforms together -> the widths of every coefficient
+    factors      moments or transform of a layer -> how it caches K and V
+
+All mathematics here is NumPy's, in float64; a model makes its own arrays of what comes out (`Model.constant`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..core import cache as kv
-from ..core import factorize
-from ..core.factorize import Factorization
+from ..core import transform
+from ..core.mode import Mode
+from ..core.transform import Spectrum, loss, moment_from_weights, spectrum, truncate_query_heads
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
-from ..gemma.model import Model, QueryFactors, dense_layer
-from . import token_prediction as words
-from . import transform as spectral
-from .calibrate import LayerMoments, Moments, SideMoments, calibrate
-from .config import DEFAULT_CONTEXT, DEFAULT_RATE, LayerConfig, TPAConfig
-from .token_prediction import WordMoments
-from .transform import Spectrum
+from ..gemma.token_vectors import id_dtype
+from . import token_prediction
+from .bits import allocate_bits
+from .calibrate import calibrate
+from .config import DEFAULT_CONTEXT, Choice, FixedRank, Side, Spectral, TPAConfig
+from .moments import LayerMoments, SideMoments
+from .store import Memory
+from .token_prediction import TokenMoments
 
 
-def convert(
-    model: Model, tpa: TPAConfig | None = None, calibration: Moments | str | None = None, progress: Any = iter
-) -> Model:
+def convert(model: Any, tpa: Any = None, calibration: Any = None, progress: Callable = iter) -> Any:
     """The same model with a TPA cache: weights are shared, only the constant factors are new.
 
-    calibration: `Moments` of `calibrate`, or a text (or a file's path) to calibrate on; None takes the weights alone.
-    progress: wraps the layers, for instance `tqdm.tqdm`.
+    tpa: a `TPAConfig`, a `FixedRank`, a `Spectral`; None: the default. calibration: `Moments` of `calibrate`, or a text
+    (or a file's path) to calibrate on; None takes the weights alone. progress: wraps the layers, for instance
+    `tqdm.tqdm`.
     """
     converted = begin_conversion(model, tpa)
     if isinstance(calibration, str):
-        calibration = calibrate(model, calibration, predict=predicts(converted))
-    return converted_by(layer_spectrum, convert_layer, converted, calibration, progress)
-
-
-def converted_by(
-    layer_spectrum: Callable, convert_layer: Callable, converted: Any, moments: Moments | None, progress: Any
-) -> Any:
-    """A begun conversion of either backend, finished."""
-    spectra: dict[int, Spectrum] = {}
-    text = words_of(converted.tpa, moments)
-    for layer in progress(joint_layers(converted)):  # all layers share the bits, so all spectra come first
-        spectra[layer] = layer_spectrum(converted, layer, moments.of_layer(layer) if moments else None, text)
-    if wants_bits(converted.tpa):
-        predicted = any(found.predictor_zgd is not None for found in spectra.values())
-        spend_bits(converted, {layer: found.variance_s for layer, found in spectra.items()}, predicted)
-    per_layer, _ = converted.tpa.resolve(converted.config)
-    for layer in progress(range(converted.config.num_layers)):
-        of_layer = moments.of_layer(layer) if moments and per_layer[layer] else None
-        convert_layer(converted, layer, of_layer, spectra.pop(layer, None))
+        calibration = calibrate(model, calibration, predict=predicts(converted.tpa, model.config))
+    Conversion(converted, calibration, Memory()).run(progress)
     return converted
 
 
-def joint_layers(converted: Any) -> list[int]:
-    """The layers that need a spectral transform, of K and V as one vector or of V alone."""
-    per_layer, _ = converted.tpa.resolve(converted.config)
-    return [layer for layer, choice in enumerate(per_layer) if choice and choice.v_dtype in ("shared", "spectral")]
+def begin_conversion(model: Any, tpa: Any = None) -> Any:
+    """A copy of a dense model with the choice made for every layer and no layer converted yet."""
+    if model.tpa is not None:
+        raise TPAError("convert: the model already has a TPA cache; convert the dense model")
+    tpa = TPAConfig.of(tpa)
+    choices, notes = tpa.resolve(model.config)
+    _, q_notes = tpa.resolve_q_rank(model.config)
+    # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
+    sides = [side for choice in choices if isinstance(choice, FixedRank) for side in (choice.k, choice.v)]
+    exact = any(side.dtype == "float32" for side in sides)
+    g, d = model.config.num_kv_heads, model.config.head_dim
+    pairs = [model.Pair.dense(g, d, full_precision(model) if exact else "bfloat16")] * model.config.num_layers
+    converted = type(model)(model.config, model.weights, model.tokenizer, tpa, pairs, None, model.stored_dtype)
+    converted.choices, converted.notes = list(choices), notes + q_notes
+    return converted
 
 
-def codes_v_alone(model: Any, layer: int) -> bool:
-    """Is only V of a layer spectral?"""
-    if model.tpa is None:
-        return False
-    choice = model.tpa.resolve(model.config)[0][layer]
-    return choice is not None and choice.v_dtype == "spectral"
+class Conversion:
+    """A begun conversion, layer by layer. `store` keeps the transforms, which come first since all share the bits.
+
+    moments: of `calibrate` (or anything with its `of_layer` and `of_tokens`); None: from the weights alone.
+    """
+
+    def __init__(self, converted: Any, moments: Any, store: Any):
+        self.converted, self.moments, self.store = converted, moments, store
+        self.config: GemmaConfig = converted.config
+        self.spectral = [layer for layer, choice in enumerate(converted.choices) if isinstance(choice, Spectral)]
+
+    def run(self, progress: Callable = iter, first: int = 0) -> None:
+        """All layers from `first` on."""
+        for layer in progress(self.spectral):
+            if not self.store.has("spectrum", layer):
+                self.store.put("spectrum", layer, self.spectrum(layer))
+        self.spend_bits()
+        for layer in progress(range(first, self.config.num_layers)):
+            self.convert_layer(layer)
+            self.finished(layer)
+
+    def finished(self, layer: int) -> None:
+        """A layer is converted."""
+        self.store.trim("spectrum", layer, 0)
+
+    def spectrum(self, layer: int) -> dict[str, np.ndarray]:
+        """The transform of one layer, in the precision in which constant factors are kept."""
+        found = layer_spectrum(
+            self.moments_of(layer), self.converted.choices[layer], of_tokens(self.converted.tpa, self.moments)
+        )
+        arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
+        if found.predictor_zgd is not None:
+            arrays["predictor"] = found.predictor_zgd
+        full = full_precision(self.converted)
+        return {name: np.ascontiguousarray(x, full) for name, x in arrays.items()} | {"variance": found.variance_s}
+
+    def spend_bits(self) -> None:
+        """Choose the widths of all layers at the rate of the configuration, where they are not chosen yet."""
+        tpa = self.converted.tpa
+        if not self.spectral or tpa.per_layer is not None:
+            return
+        found = self.variances()
+        predicted = any("predictor" in arrays for arrays in found.values())
+        choices = allocated(self.config, tpa, {layer: x["variance"] for layer, x in found.items()}, predicted)
+        self.converted.choices, self.converted.tpa = list(choices), replace(tpa, per_layer=choices)
+
+    def variances(self) -> dict[int, dict[str, Any]]:
+        """Of every transform at least its variances, and whether it has a predictor."""
+        return {layer: self.store.get("spectrum", layer) for layer in self.spectral}
+
+    def convert_layer(self, layer: int) -> None:
+        """Give one layer its factors, in place."""
+        model, choice = self.converted, self.converted.choices[layer]
+        if isinstance(choice, Spectral):
+            model.pairs[layer] = self.spectral_pair(layer, choice)
+        elif choice is not None:
+            k, v = self.moments_of(layer, choice).sides
+            model.pairs[layer] = model.Pair(self.fitted(choice.k, k), self.fitted(choice.v, v))
+        q_rank, _ = model.tpa.resolve_q_rank(self.config)
+        if q_rank < self.config.num_heads:
+            A_rh, W_rdm, _ = truncate_query_heads(model.to_numpy(model.weights.layers[layer].WQ_hdm), q_rank)
+            model.query_factors[layer] = model.array(A_rh), model.array(W_rdm)
+
+    def spectral_pair(self, layer: int, choice: Spectral) -> Any:
+        """K and V as one vector, or V alone beside a K of fixed rank."""
+        model, arrays, g = self.converted, self.store.get("spectrum", layer), self.config.num_kv_heads
+        if choice.k is None:
+            return model.Joint(*(self.coded(arrays, choice, at) for at in (slice(0, g), slice(g, None))))
+        moments = self.moments_of(layer, FixedRank(choice.k, choice.k)).sides[0]
+        return model.Pair(self.fitted(choice.k, moments), self.coded(arrays, choice, slice(0, None)))
+
+    def coded(self, arrays: dict[str, np.ndarray], choice: Spectral, heads: slice) -> Mode:
+        """Some heads of a transform, with the coefficients that have any bits."""
+        model, widths = self.converted, tuple(choice.widths or ())
+        rank = len(widths)
+        kept = {name: arrays[name][:rank, heads] for name in ("basis", "encoder")}
+        kept |= {"mean": arrays["mean"][heads]}
+        if "predictor" in arrays:
+            kept["predictor"] = arrays["predictor"][:, heads]
+        constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
+        g, d, lost = len(arrays["mean"][heads]), self.config.head_dim, loss([arrays["variance"]], rank)
+        return model.CodedLatent(g, d, rank, "spectral", lost, widths=widths, **constants)
+
+    def fitted(self, side: Side, moments: SideMoments) -> Mode:
+        """How K (or V) of one layer is cached by itself."""
+        g, d = moments.mean_gd.shape
+        dtype = full_precision(self.converted) if side.dtype == "float32" else side.dtype
+        mode = self.converted.MODES[side.mode]
+        made = mode.fit(g, d, side.rank or 0, dtype, moments.M_gdgd, moments.mean_gd, moments.F_gdgd)
+        return placed(made, self.converted)
+
+    def moments_of(self, layer: int, choice: Choice | None = None) -> LayerMoments:
+        """Moments of one layer: measured, or from its weights."""
+        if self.moments is None:
+            return moments_from_weights(self.converted, layer, choice)
+        return self.moments.of_layer(layer)
 
 
-def wants_bits(tpa: TPAConfig) -> bool:
-    """Must the widths of the spectral coefficients still be chosen?"""
-    return tpa.spectral and tpa.per_layer is None
+def placed(mode: Mode, model: Any) -> Mode:
+    """A mode with its constant arrays as the model keeps them."""
+    return mode.with_arrays({name: None if x is None else model.constant(x) for name, x in mode.arrays().items()})
 
 
-def spend_bits(converted: Any, variances: dict[int, np.ndarray], predicted: bool) -> None:
-    """Choose the widths of all layers at the rate of the configuration."""
-    converted.tpa = replace(converted.tpa, per_layer=allocated(converted.config, converted.tpa, variances, predicted))
+def full_precision(model: Any) -> str:
+    """The dtype of constant factors."""
+    return "float64" if model.dtype == "float64" else "float32"
+
+
+def moments_from_weights(model: Any, layer: int, choice: Choice | None = None) -> LayerMoments:
+    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
+
+    choice: how they are cached; where that makes nothing of the moments, they are zeros.
+    """
+    w = model.weights.layers[layer]
+    g, d = w.WK_gdm.shape[:2]
+    M_gdgd = np.zeros((2 * g, d, 2 * g, d))
+    if not isinstance(choice, FixedRank) or learns(choice, g, d, model):
+        norm_m, k_norm_d = model.to_numpy(w.attn_norm_m), model.to_numpy(w.k_norm_d)
+        M_gdgd[:g, :, :g] = moment_from_weights(model.to_numpy(w.WK_gdm), norm_m, k_norm_d)
+        M_gdgd[g:, :, g:] = moment_from_weights(model.to_numpy(w.WV_gem), norm_m)
+    return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
+
+
+def learns(choice: FixedRank, g: int, d: int, model: Any) -> bool:
+    """Do any constant factors depend on K and V?"""
+    return any(model.MODES[side.mode](g, d, side.rank or 0).needs_moments() for side in (choice.k, choice.v))
+
+
+def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments | None = None) -> Spectrum:
+    """The spectral transform of K and V of one layer, or of V alone.
+
+    text: moments of the token vectors, where K and V are predicted from them.
+    """
+    if choice.k is not None:
+        V = moments.sides[1]
+        return spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
+    M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
+    if text is not None and moments.N_gdz is not None:
+        M_gdgd, mean_gd, W_zgd = token_prediction.without_tokens(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
+    return replace(transform.spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
+
+
+def predicts(tpa: TPAConfig, config: GemmaConfig) -> bool:
+    """Are K and V to be predicted from the tokens?"""
+    choice = tpa.choice
+    return isinstance(choice, Spectral) and choice.k is None and token_prediction.wanted(tpa.predict, config)
+
+
+def of_tokens(tpa: TPAConfig, moments: Any) -> TokenMoments | None:
+    """The moments of the token vectors, if K and V are to be predicted from them."""
+    found = moments.of_tokens if moments else None
+    if tpa.predict and found is None:
+        raise TPAError("convert: predict wants moments of the tokens: calibrate on a text, with predict=True")
+    alone = isinstance(tpa.choice, Spectral) and tpa.choice.k is not None
+    return None if tpa.predict is False or alone else found
 
 
 def allocated(
     config: GemmaConfig, tpa: TPAConfig, variances: dict[int, np.ndarray], predicted: bool = False
-) -> tuple[LayerConfig | None, ...]:
-    """One choice a layer at the rate of a configuration, by `spectral.allocate`; None for a layer that stays dense.
+) -> tuple[Choice | None, ...]:
+    """The choice of every layer with its widths at the rate of a configuration; None for a layer that stays dense.
 
     variances: of the coefficients of every layer that is converted. predicted: the text is kept, and paid for.
     """
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
     layers = sorted(variances)
     entries = [config.slots(layer, context) for layer in layers]
-    sides = 1 if tpa.codes_v_alone else 2
+    choices, _ = replace(tpa, per_layer=None).resolve(config)
+    choice = tpa.choice
+    assert isinstance(choice, Spectral)
+    sides = 2 if choice.k is None else 1
     numbers = sum(entries) * sides * config.num_kv_heads * config.head_dim
-    text = 8 * context * words.token_bytes(config.vocab_size) if predicted else 0
-    bits = max(0, (tpa.rate or DEFAULT_RATE) * numbers - text)
-    widths = spectral.allocate([variances[layer] for layer in layers], entries, bits)
+    text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
+    widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, choice.rate * numbers - text))
     given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
-    per_layer, _ = replace(tpa, per_layer=None).resolve(config)
-    return tuple(choice and choice.with_widths(given[layer]) for layer, choice in enumerate(per_layer))
-
-
-def begin_conversion(model: Any, tpa: TPAConfig | None = None) -> Any:
-    """A copy of a dense model of either backend with the choice made for every layer and no layer converted yet."""
-    if model.tpa is not None:
-        raise TPAError("convert: the model already has a TPA cache; convert the dense model")
-    tpa = tpa or TPAConfig()
-    per_layer, notes = tpa.resolve(model.config)
-    _, q_notes = tpa.resolve_q_rank(model.config)
-    # Layers left dense are held in bfloat16, as the baselines are, unless full precision was asked for.
-    full = "float64" if model.dtype == "float64" else "float32"
-    exact = any("float32" in (choice.k_dtype, choice.v_dtype) for choice in per_layer if choice)
-    factors = [dense_layer(full if exact else "bfloat16")] * model.config.num_layers
-    converted = type(model)(model.config, model.weights, model.tokenizer, tpa, factors, None, model.stored_dtype)
-    converted.notes = notes + q_notes
-    return converted
-
-
-def convert_layer(converted: Model, layer: int, moments: LayerMoments | None, spectrum: Spectrum | None = None) -> None:
-    """Give one layer of a begun conversion its factors, in place. moments None: from the weights alone."""
-    assert converted.tpa is not None
-    per_layer, _ = converted.tpa.resolve(converted.config)
-    q_rank, _ = converted.tpa.resolve_q_rank(converted.config)
-    choice = per_layer[layer]
-    if choice is not None:
-        converted.factors[layer] = layer_factors(converted, layer, choice, moments, spectrum)
-    if q_rank < converted.config.num_heads:
-        converted.query_factors[layer] = truncated_queries(converted, layer, q_rank)
-
-
-def layer_moments(model: Model, layer: int, choice: LayerConfig | None = None) -> LayerMoments:
-    """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
-
-    choice: of how they are cached; where that makes nothing of the moments, they are zeros.
-    """
-    w = model.weights.layers[layer]
-    g, d = w.WK_gdm.shape[:2]
-    M_gdgd = np.zeros((2 * g, d, 2 * g, d))
-    if choice is None or choice.learns(model.config):
-        M_gdgd[:g, :, :g] = factorize.moment_from_weights(w.WK_gdm, w.attn_norm_m, w.k_norm_d)
-        M_gdgd[g:, :, g:] = factorize.moment_from_weights(w.WV_gem, w.attn_norm_m)
-    return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
-
-
-def layer_spectrum(model: Model, layer: int, moments: LayerMoments | None, text: WordMoments | None = None) -> Spectrum:
-    """The spectral transform of K and V of one layer, or of V alone. moments None: from the weights alone.
-
-    text: moments of the words, where K and V are predicted from them.
-    """
-    moments = moments or layer_moments(model, layer)
-    if codes_v_alone(model, layer):
-        V = moments.sides[1]
-        return spectral.spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
-    M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
-    if text is not None and moments.N_gdz is not None:
-        M_gdgd, mean_gd, W_zgd = words.without_words(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
-    return replace(spectral.spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
-
-
-def predicts(converted: Any) -> bool:
-    """Are K and V to be predicted from the words?"""
-    tpa = converted.tpa
-    return tpa.spectral and not tpa.codes_v_alone and words.wanted(tpa.predict, converted.config)
-
-
-def words_of(tpa: TPAConfig, moments: Moments | None) -> WordMoments | None:
-    """The moments of the words, if K and V are to be predicted from them."""
-    found = moments.words if moments else None
-    if tpa.predict and found is None:
-        raise TPAError("convert: predict wants moments of the words: calibrate on a text, with predict=True")
-    return None if tpa.predict is False or tpa.codes_v_alone else found
-
-
-def layer_factors(
-    model: Model, layer: int, choice: LayerConfig, moments: LayerMoments | None, spectrum: Spectrum | None = None
-) -> kv.LayerFactors:
-    """How one converted layer caches K and V, with its constant factors. What was not measured comes from weights."""
-    full = "float64" if model.dtype == "float64" else "float32"
-    if choice.v_dtype == "shared":
-        g, constant = model.config.num_kv_heads, partial(constant_array, full=full)
-        whole = spectrum or layer_spectrum(model, layer, moments)
-        return (
-            spectral_factors(whole, slice(0, g), "spectral", choice.k_widths, constant),
-            spectral_factors(whole, slice(g, None), "shared", choice.k_widths, constant),
-        )
-    k, v = (moments or layer_moments(model, layer, choice)).sides
-    how_k = side_factors(choice.k_mode, choice.k_rank, choice.k_dtype, choice.k_widths, k, full)
-    if spectrum is None:
-        return how_k, side_factors(choice.v_mode, choice.v_rank, choice.v_dtype, choice.v_widths, v, full)
-    constant = partial(constant_array, full=full)
-    return how_k, spectral_factors(spectrum, slice(0, None), "spectral", choice.v_widths, constant)
-
-
-def spectral_factors(
-    spectrum: Spectrum, heads: slice, dtype: str, widths: tuple[int, ...], constant: Callable[[Any], Any]
-) -> Factorization:
-    """The heads of K, or of V, of a transform, with the coefficients that have any bits.
-
-    constant: makes of a backend's array the one that is kept.
-    """
-    rank, W_zgd = len(widths), spectrum.predictor_zgd
-    return Factorization(
-        "latent",
-        rank,
-        dtype,
-        constant(spectrum.basis_sgd[:rank, heads]),
-        spectral.loss([spectrum.variance_s], rank),
-        constant(spectrum.encoder_sgd[:rank, heads]),
-        constant(spectrum.mean_gd[heads]),
-        () if dtype == "shared" else tuple(widths),
-        None if W_zgd is None else constant(W_zgd[:, heads]),
+    return tuple(
+        replace(found, widths=given[layer]) if isinstance(found, Spectral) else None
+        for layer, found in enumerate(choices)
     )
-
-
-def constant_array(x: np.ndarray, full: str) -> np.ndarray:
-    """An array as it is kept, one piece in full precision."""
-    return np.ascontiguousarray(x, full)
-
-
-def side_factors(
-    mode: str, rank: int, dtype: str, widths: tuple[int, ...], moments: SideMoments, full: str
-) -> Factorization:
-    """How K (or V) of one layer is cached by itself. full: the dtype of constant factors."""
-    M_gdgd, mean_gd, F_gdgd = moments.M_gdgd, moments.mean_gd, moments.F_gdgd
-    g, d = mean_gd.shape
-    constant = partial(constant_array, full=full)
-    if dtype == "spectral":
-        return spectral_factors(spectral.spectrum(M_gdgd, mean_gd, [F_gdgd]), slice(0, g), dtype, widths, constant)
-    encoder: Any = None
-    mean: Any = None
-    basis: Any
-    if mode in ("fixed-b", "latent") and F_gdgd is not None and rank < {"fixed-b": d, "latent": g * d}[mode]:
-        encoder, basis, error = spectral.truncate_weighted(mode, rank, M_gdgd, mean_gd, F_gdgd)
-        mean = mean_gd
-    else:
-        basis, error = factorize.constant_basis(mode, rank, M_gdgd)
-    basis, encoder, mean = (None if x is None else constant(x) for x in (basis, encoder, mean))
-    return Factorization(mode, rank, full if dtype == "float32" else dtype, basis, error, encoder, mean)
-
-
-def truncated_queries(model: Model, layer: int, rank: int) -> QueryFactors:
-    A_rh, W_rdm, _ = factorize.truncate_query_heads(model.weights.layers[layer].WQ_hdm, rank)
-    return A_rh.astype(model.dtype), W_rdm.astype(model.dtype)

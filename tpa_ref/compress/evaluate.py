@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
+from ..gemma.texts import read_text, text_windows
 from ..gemma.tokenizer import BOS
 from . import recall
-from .calibrate import read_text, text_windows
 
 DISTANCES = (150, 300, 500, 700, 900)  # tokens between a fact and the question, beyond the tiny model's window of 128
 CHUNK = 256  # positions whose logits are held at once: 262,144 words make them large
@@ -34,24 +34,17 @@ def evaluate(
     the next, which shows drift with length; recall_dense, recall_tpa, the share of recall questions answered right
     (`recall_prompts` per distance; 0 leaves them out and gives None).
     """
-    kl, same, nll_dense, nll_tpa, positions = [], [], [], [], []
+    found: list[dict[str, np.ndarray]] = []
     for window in progress(list(text_windows(dense, text_or_path, max_tokens, length))):
         if len(window) < 2:
             continue
         tokens_bq = np.array([window])
         hidden_dense, hidden_tpa = dense.hidden(tokens_bq), tpa.hidden(tokens_bq)
         for start in range(0, len(window), CHUNK):
-            part = slice(start, start + CHUNK)
-            P_bqv = log_softmax(dense.logits(hidden_dense[:, part]))
-            Q_bqv = log_softmax(tpa.logits(hidden_tpa[:, part]))
-            kl.append(kl_divergence(P_bqv, Q_bqv)[0])
-            same.append((P_bqv.argmax(-1) == Q_bqv.argmax(-1))[0])
-            following = tokens_bq[0, start + 1 : start + 1 + P_bqv.shape[1]]
-            steps = np.arange(len(following))
-            nll_dense.append(-P_bqv[0, steps, following])
-            nll_tpa.append(-Q_bqv[0, steps, following])
-            positions.append(start + np.arange(P_bqv.shape[1]))
-    figures = summary(*(np.concatenate(values) for values in (kl, same, nll_dense, nll_tpa, positions)))
+            part, following_q = slice(start, start + CHUNK), tokens_bq[0, start + 1 : start + 1 + CHUNK]
+            compared = dense.compare(hidden_dense[:, part], tpa, hidden_tpa[:, part], following_q)
+            found.append(compared | {"position": start + np.arange(len(compared["kl"]))})
+    figures = summary({name: np.concatenate([part[name] for part in found]) for name in found[0]} if found else None)
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
@@ -60,38 +53,21 @@ def evaluate(
     return figures
 
 
-def log_softmax(L_bqv: np.ndarray) -> np.ndarray:
-    """Logits -> log probabilities over the last axis."""
-    L_bqv = L_bqv - L_bqv.max(-1, keepdims=True)
-    return L_bqv - np.log(np.exp(L_bqv).sum(-1, keepdims=True))
-
-
-def kl_divergence(P_bqv: np.ndarray, Q_bqv: np.ndarray) -> np.ndarray:
-    """KL(P || Q) = sum p (log p - log q) in nats, from log probabilities: [b,q,v] twice -> [b,q].
-
-    >>> log = np.log(np.array([[[0.5, 0.5]]])), np.log(np.array([[[0.25, 0.75]]]))
-    >>> kl_divergence(*log).round(4).tolist()
-    [[0.1438]]
-    """
-    return np.maximum((np.exp(P_bqv) * (P_bqv - Q_bqv)).sum(-1), 0)
-
-
-def summary(
-    kl: np.ndarray, same: np.ndarray, nll_dense: np.ndarray, nll_tpa: np.ndarray, positions: np.ndarray
-) -> dict[str, Any]:
-    """The figures of `evaluate` from one number per position."""
-    if not len(nll_dense):
+def summary(found: dict[str, np.ndarray] | None) -> dict[str, Any]:
+    """The figures of `evaluate` from one number per position (see `Model.compare`)."""
+    if found is None:
         raise TPAError("evaluate: the text must have at least two tokens")
+    kl = found["kl"].astype(np.float64)
     return {
         "tokens": len(kl),
         "kl": float(kl.mean()),
         "kl_p95": float(np.percentile(kl, 95)),
         "kl_p99": float(np.percentile(kl, 99)),
         "kl_max": float(kl.max()),
-        "top1": float(same.mean()),
-        "ppl_dense": float(np.exp(nll_dense.mean())),
-        "ppl_tpa": float(np.exp(nll_tpa.mean())),
-        "kl_by_position": mean_by_position(kl, positions),
+        "top1": float(found["same"].mean()),
+        "ppl_dense": float(np.exp(found["nll"].astype(np.float64).mean())),
+        "ppl_tpa": float(np.exp(found["nll_other"].astype(np.float64).mean())),
+        "kl_by_position": mean_by_position(kl, found["position"]),
     }
 
 
@@ -121,6 +97,7 @@ def recall_accuracy(
             )
             ids = [BOS, *prompt, *answer]
             hidden = model.hidden(np.array([ids]))[:, -len(answer) - 1 : -1]
-            right += bool((model.logits(hidden)[0].argmax(-1) == np.array(answer)).all())
+            said = model.to_numpy(model.logits(hidden)[0].argmax(-1))
+            right += bool((said == np.array(answer)).all())
         accuracy[distance] = right / prompts
     return accuracy

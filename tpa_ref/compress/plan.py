@@ -1,6 +1,6 @@
 """The planner: the smallest cache that keeps a bound on quality, or the best one of a given size.
 
-Calibration knows what every bit is worth (`spectral`): a bit goes to the layer and to the coefficient where it
+Calibration knows what every bit is worth (`transform`): a bit goes to the layer and to the coefficient where it
 removes most damage for each byte that it takes at the given length of text, so at long context the global layers pay
 for themselves and the window layers keep what they need. One number is left to choose, the rate. For a size it follows
 by arithmetic; for a bound on KL the whole model is measured on text that calibration has not seen, since the predicted
@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 
 from ..core.cache import Exact, cache_bytes
-from ..core.factorize import Factorization
+from ..core.mode import MODES
+from ..core.pair import Joint, Pair
+from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 from ..gemma.memory import full_bytes, windowed_bytes
-from ..gemma.model import dense_layer
-from . import transform as spectral
-from .calibrate import Moments
-from .config import DEFAULT_CONTEXT, MAX_RATE, LayerConfig, TPAConfig, chosen_layers
-from .convert import allocated, words_of
-from .transform import Spectrum
+from ..gemma.token_vectors import id_dtype
+from .bits import damage, gaussian_bound
+from .config import DEFAULT_CONTEXT, MAX_RATE, Spectral, TPAConfig
+from .convert import Conversion, allocated, begin_conversion
+from .evaluate import evaluate
+from .moments import Moments
+from .store import Memory
 
 MARGIN = 0.95  # of the bound: other text differs a little from what is measured here
 LEAST_RATE = 0.02
@@ -89,7 +92,7 @@ class Plan:
 
 def bits_per_token(config: TPAConfig) -> list[int | None]:
     """Bits of a token in every layer, K and V together; None where it is dense."""
-    return [None if choice is None else sum(choice.k_widths) for choice in config.per_layer or ()]
+    return [sum(choice.widths or ()) if isinstance(choice, Spectral) else None for choice in config.per_layer or ()]
 
 
 def plan(
@@ -122,32 +125,8 @@ def make_plan(
     dense model, in nats, on the text `holdout` (or its path). Both: the smallest cache within both; where there is
     none, the one of the budget. base: layers, sinks and newest tokens to plan with. progress: wraps the trials.
     """
-    from .convert import convert, layer_spectrum
-    from .evaluate import evaluate
-
-    return planned(
-        convert, evaluate, layer_spectrum, model, moments, kv_budget, max_kl, context, holdout, base, progress
-    )
-
-
-def planned(
-    convert: Callable,
-    evaluate: Callable,
-    layer_spectrum: Callable,
-    model: Any,
-    moments: Moments,
-    kv_budget: float | None,
-    max_kl: float | None,
-    context: int,
-    holdout: str | Path | None,
-    base: TPAConfig | None,
-    progress: Callable,
-) -> Plan:
-    """`make_plan` for either backend."""
     check_bounds(kv_budget, max_kl, context, holdout)
-    base = replace(base or TPAConfig(rate=1.0), context=context, per_layer=None)
-    text = words_of(base, moments)
-    curve = Curve(model.config, base, lambda layer: layer_spectrum(model, layer, moments.of_layer(layer), text))
+    curve = Curve(model, moments, replace(base or TPAConfig(rate=1.0), context=context, per_layer=None), context)
     budget_rate = None if kv_budget is None else curve.rate_of_ratio(kv_budget)
     if kv_budget is not None and budget_rate is None:
         raise TPAError(
@@ -158,46 +137,43 @@ def planned(
         assert budget_rate is not None
         trial = curve.trial(budget_rate)
         return Plan(curve.config(budget_rate), trial, context, kv_budget, None, [trial], curve.bound(budget_rate))
-
-    def measure(rate: float) -> Trial:
-        converted = convert(model, curve.config(rate), moments)
-        return replace(
-            curve.trial(rate), kl=evaluate(model, converted, holdout, recall_prompts=0, max_tokens=8192)["kl"]
-        )
-
-    trials = list(search(curve, measure, max_kl, budget_rate, progress))
-    within = [trial for trial in trials if trial.kl is not None and trial.kl <= max_kl]
-    held = [trial for trial in within if kv_budget is None or trial.ratio_vs_windowed >= kv_budget]
-    if held:
-        chosen = min(held, key=lambda trial: trial.nbytes)
-    elif kv_budget is not None:
-        chosen = next(trial for trial in trials if trial.rate == budget_rate)
-    else:
-        chosen = min(trials, key=lambda trial: trial.kl or 0.0)
-    found = curve.config(chosen.rate), chosen, context, kv_budget, max_kl, trials, curve.bound(chosen.rate), bool(held)
+    trials = list(search(curve, holdout, max_kl, budget_rate, progress))
+    chosen, met = chosen_trial(trials, max_kl, kv_budget, budget_rate)
+    found = curve.config(chosen.rate), chosen, context, kv_budget, max_kl, trials, curve.bound(chosen.rate), met
     return Plan(*found)
 
 
-def search(
-    curve: Curve, measure: Callable[[float], Trial], max_kl: float, budget_rate: float | None, progress: Callable
-) -> list[Trial]:
+def chosen_trial(
+    trials: list[Trial], max_kl: float, kv_budget: float | None, budget_rate: float | None
+) -> tuple[Trial, bool]:
+    """(the smallest cache within all bounds, True), or (the nearest to them, False)."""
+    within = [trial for trial in trials if trial.kl is not None and trial.kl <= max_kl]
+    held = [trial for trial in within if kv_budget is None or trial.ratio_vs_windowed >= kv_budget]
+    if held:
+        return min(held, key=lambda trial: trial.nbytes), True
+    if kv_budget is not None:
+        return next(trial for trial in trials if trial.rate == budget_rate), False
+    return min(trials, key=lambda trial: trial.kl or 0.0), False
+
+
+def search(curve: Curve, holdout: Any, max_kl: float, budget_rate: float | None, progress: Callable) -> list[Trial]:
     """Trials on the way to the smallest rate whose KL is just below the bound.
 
     KL is nearly a power of the predicted damage, so each step goes where the trials so far put the bound: at first
     KL = damage, then through the last two. The rate of the budget, if there is one, is tried first.
     """
     goal = MARGIN * max_kl
-    trials = [] if budget_rate is None else [measure(budget_rate)]
-    if trials and trials[0].kl > max_kl:  # type: ignore[operator]
+    trials = [] if budget_rate is None else [curve.measured(budget_rate, holdout)]
+    if trials and (trials[0].kl or 0) > max_kl:
         return trials
     for _ in progress(range(TRIALS)):
         rate = curve.rate_of_damage(next_damage(trials, goal))
         rate = min(rate, budget_rate) if budget_rate is not None else rate
         if any(abs(trial.rate - rate) < 1e-3 * rate for trial in trials):
             break
-        trials.append(measure(rate))
+        trials.append(curve.measured(rate, holdout))
         below = [trial for trial in trials if trial.kl is not None and trial.kl <= max_kl]
-        if any(trial.kl >= 0.97 * goal for trial in below):  # type: ignore[operator]
+        if any((trial.kl or 0) >= 0.97 * goal for trial in below):
             break
     return trials
 
@@ -217,17 +193,21 @@ def next_damage(trials: list[Trial], goal: float) -> float:
 
 
 class Curve:
-    """Rate -> bytes and predicted damage of one model at one context. All transforms are made once."""
+    """Rate -> bytes, predicted damage and, where it is asked for, the measured KL of one model at one context. All
+    transforms are made once.
+    """
 
-    def __init__(self, config: GemmaConfig, base: TPAConfig, spectrum: Callable[[int], Spectrum]):
-        self.model_config, self.base = config, base
-        self.layers = sorted(chosen_layers(base.layers, config))
-        self.variances, self.predicted = {}, set()
-        for layer in self.layers:
-            found = spectrum(layer)
-            self.variances[layer] = found.variance_s
-            if found.predictor_zgd is not None:
-                self.predicted.add(layer)
+    def __init__(self, model: Any, moments: Moments, base: TPAConfig, context: int):
+        self.model, self.moments, self.base, self.context = model, moments, base, context
+        self.model_config: GemmaConfig = model.config
+        self.store = Memory()
+        transforms = Conversion(begin_conversion(model, base), moments, self.store)
+        for layer in transforms.spectral:
+            self.store.put("spectrum", layer, transforms.spectrum(layer))
+        self.layers = transforms.spectral
+        found = {layer: self.store.get("spectrum", layer) for layer in self.layers}
+        self.variances = {layer: arrays["variance"] for layer, arrays in found.items()}
+        self.predicted = {layer for layer, arrays in found.items() if "predictor" in arrays}
 
     def config(self, rate: float) -> TPAConfig:
         """The configuration of a rate."""
@@ -237,25 +217,37 @@ class Curve:
 
     def trial(self, rate: float) -> Trial:
         """What is known of a rate without running the model."""
-        config, context = self.config(rate), self.base.context or DEFAULT_CONTEXT
-        held = cache_bytes(self.model_config, self._factors(config), context, exact=Exact(*config.exact_tokens))
-        windowed, full = windowed_bytes(self.model_config, context), full_bytes(self.model_config, context)
+        config, shape, context = self.config(rate), self.model_config, self.context
+        held = cache_bytes(
+            self._pairs(config),
+            shape.windows,
+            context,
+            exact=Exact(*config.exact_tokens),
+            ids=id_dtype(shape.vocab_size),
+        )
+        windowed, full = windowed_bytes(shape, context), full_bytes(shape, context)
         return Trial(rate, held, windowed / held, full / held, self._damage(config))
+
+    def measured(self, rate: float, holdout: Any) -> Trial:
+        """The same with the KL of the whole model on a text."""
+        converted = begin_conversion(self.model, self.config(rate))
+        Trials(converted, self.moments, self.store).run()
+        figures = evaluate(self.model, converted, holdout, recall_prompts=0, max_tokens=8192)
+        return replace(self.trial(rate), kl=figures["kl"])
 
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""
-        context = self.base.context or DEFAULT_CONTEXT
-        entries = [self.model_config.slots(layer, context) for layer in self.layers]
+        entries = [self.model_config.slots(layer, self.context) for layer in self.layers]
         bits = sum(sum(given) * held for given, held in zip(self._widths(self.config(rate)), entries, strict=True))
-        return spectral.gaussian_bound(list(self.variances.values()), entries, bits)
+        return gaussian_bound(list(self.variances.values()), entries, bits)
 
     def rate_of_ratio(self, ratio: float) -> float | None:
         """The largest rate whose cache is at least so many times smaller than `windowed`; None if there is none."""
         return self._bisect(lambda rate: self.trial(rate).ratio_vs_windowed >= ratio)
 
-    def rate_of_damage(self, damage: float) -> float:
+    def rate_of_damage(self, limit: float) -> float:
         """The smallest rate (up to rounding) with at most this predicted damage; the largest if none has."""
-        return self._bisect(lambda rate: self.trial(rate).predicted > damage) or LEAST_RATE
+        return self._bisect(lambda rate: self.trial(rate).predicted > limit) or LEAST_RATE
 
     def _bisect(self, holds: Callable[[float], bool], steps: int = 24) -> float | None:
         """The largest rate of which something holds that holds for all smaller ones."""
@@ -272,28 +264,37 @@ class Curve:
     def _damage(self, config: TPAConfig) -> float:
         variances = list(self.variances.values())
         kept = zip(self._widths(config), variances, strict=True)
-        return spectral.damage(variances, [(*w, *[0] * (len(variance) - len(w))) for w, variance in kept])
+        return damage(variances, [(*w, *[0] * (len(variance) - len(w))) for w, variance in kept])
 
     def _widths(self, config: TPAConfig) -> list[tuple[int, ...]]:
         """Bits of the coefficients that have any, for each converted layer."""
-        assert config.per_layer is not None
-        return [choice.k_widths for choice in config.per_layer if choice]
+        return [choice.widths or () for choice in config.per_layer or () if isinstance(choice, Spectral)]
 
-    def _factors(self, config: TPAConfig) -> list[tuple[Factorization, Factorization]]:
-        assert config.per_layer is not None
+    def _pairs(self, config: TPAConfig) -> list[Pair]:
+        per_layer = config.per_layer or ()
         return [
-            spectral_layer(choice, layer in self.predicted) if choice else dense_layer("bfloat16")
-            for layer, choice in enumerate(config.per_layer)
+            planned_pair(choice, self.model_config, layer in self.predicted) for layer, choice in enumerate(per_layer)
         ]
 
 
-def spectral_layer(choice: LayerConfig, predicted: bool = False) -> tuple[Factorization, Factorization]:
-    """What a choice of widths caches, without its constant arrays: enough to count bytes."""
-    rank, W = len(choice.k_widths), np.empty(0) if predicted else None
-    return (
-        Factorization("latent", rank, "spectral", widths=choice.k_widths, predictor=W),
-        Factorization("latent", rank, "shared", predictor=W),
-    )
+class Trials(Conversion):
+    """A conversion whose transforms serve the next trial, too."""
+
+    def finished(self, layer: int) -> None:
+        pass
+
+
+def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False) -> Pair:
+    """How a layer caches, without its constant arrays: enough to count bytes."""
+    g, d = config.num_kv_heads, config.head_dim
+    if choice is None:
+        return Pair.dense(g, d)
+    W = np.empty(0) if predicted else None
+    widths = tuple(choice.widths or ())
+    coded = CodedLatent(g, d, len(widths), "spectral", widths=widths, predictor=W)
+    if choice.k is None:
+        return Joint(coded, coded)
+    return Pair(MODES[choice.k.mode](g, d, choice.k.rank or 0, choice.k.dtype), coded)
 
 
 def check_bounds(kv_budget: float | None, max_kl: float | None, context: int, holdout: Any) -> None:
@@ -315,9 +316,9 @@ def table(found: Plan, config: GemmaConfig) -> str:
     lines = [f"{'layer':>5} {'kind':<7}{'bits':>7}{'bits/number':>13}{'rank':>7} of {numbers}"]
     for layer, choice in enumerate(found.config.per_layer or ()):
         kind = "global" if config.is_global[layer] else "window"
-        if choice is None:
+        if not isinstance(choice, Spectral):
             lines.append(f"{layer:>5} {kind:<7}{'dense':>7}")
             continue
-        bits = sum(choice.k_widths)
-        lines.append(f"{layer:>5} {kind:<7}{bits:>7}{bits / numbers:>13.2f}{choice.k_rank:>7}")
+        widths = choice.widths or ()
+        lines.append(f"{layer:>5} {kind:<7}{sum(widths):>7}{sum(widths) / numbers:>13.2f}{len(widths):>7}")
     return "\n".join(lines)

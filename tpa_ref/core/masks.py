@@ -28,7 +28,7 @@ def visible(
     return seen_bqk if window is None else seen_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < window)
 
 
-def of_segment(
+def segment_mask(
     kind: str, seen_bqk: np.ndarray, positions_bq: np.ndarray, positions_bk: np.ndarray, sinks: int, recent: int
 ) -> np.ndarray:
     """Which of the visible keys of a segment a query reads there: each key in exactly one segment.
@@ -39,7 +39,7 @@ def of_segment(
     Shapes: seen [b,q,k], positions [b,q] and [b,k] -> bool [b,q,k].
 
     >>> i, j = np.array([[5]]), np.array([[0, 1, 4, 5]])
-    >>> of_segment("coded", visible(i, j, None), i, j, sinks=1, recent=2)[0, 0].tolist()
+    >>> segment_mask("coded", visible(i, j, None), i, j, sinks=1, recent=2)[0, 0].tolist()
     [False, True, False, False]
     """
     sink_bqk = (positions_bk < sinks)[:, None, :]

@@ -5,7 +5,6 @@ A saved model is one of
     *.safetensors   one file, config and tokenizer in its metadata
     *.pt            {format, version, config, tokenizer, tensors}, read with weights_only=True (needs torch)
 Its config.json is the Hugging Face one plus the key "tpa": version, TPAConfig and how every layer caches K and V.
-The functions that touch no array are shared with the torch backend.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +22,26 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..atomic import replacing
-from ..compress.config import KV_DTYPES, MODES, TPAConfig, exact_rank, width_counts, widths_of
-from ..core.factorize import Factorization
+from ..compress.config import TPAConfig
 from ..errors import TPAError
-from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
+from ..gemma.config import GemmaConfig
 from ..gemma.model import Model
-from ..gemma.tokenizer import Tokenizer
 from ..gemma.weights import (
     VISION_BLOCKS,
     LayersOnDisk,
     Weights,
     from_named,
     hf_names,
-    is_vision,
     stored_name,
     to_named_layer,
     to_named_vision,
     vision_weights,
 )
-from . import formats
-from .formats import FORMAT, VERSION, Entry
+from .formats import FORMAT, VERSION
+from .found import Found, inspect
+from .pairs import describe, is_basis, named_arrays, saved_pairs
 
 DTYPES = ("float32", "float64")
-CONSTANTS = ("basis", "encoder", "mean", "predictor")  # of a Factorization
-SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
 
@@ -70,206 +64,69 @@ def load(
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    found = inspect(path, variant, config, tokenizer)
-    return assemble(Model, found, lambda name: read(found, name, dtype), progress, on_disk)
+    return Loader(inspect(path, variant, config, tokenizer), dtype).model(progress, on_disk)
 
 
-def read(found: Found, name: str, dtype: str) -> np.ndarray:
-    """One tensor, in the dtype that is computed in."""
-    return widen(name, found.entries[name].read("numpy"), None if is_basis(name) else dtype)
+class Loader(Mapping[str, Any]):
+    """The tensors of a checkpoint by name, read when they are asked for, in the dtype that is computed in."""
 
+    model_class: type = Model
 
-def is_basis(name: str) -> bool:
-    """Constant factors keep the precision they were made in; everything else takes the one that is computed in."""
-    return name.startswith("tpa.") and name.rpartition(".")[2] in CONSTANTS
+    def __init__(self, found: Found, dtype: str):
+        self.found, self.dtype = found, dtype
+        self._held: dict[str, Any] = {}  # read once, and kept
 
+    def __getitem__(self, name: str) -> Any:
+        return self._held[name] if name in self._held else self.read(name)
 
-def widen(name: str, value: np.ndarray, dtype: str | None) -> np.ndarray:
-    """A stored tensor in the dtype that is computed in (None: as it is); infinities and NaN are named and refused."""
-    value = value if dtype is None else value.astype(dtype, copy=False)
-    # Both ends show what is not finite, without the temporary arrays of a test of every number.
-    if value.size and not np.isfinite([value.min(), value.max()]).all():
-        raise TPAError(f"load: {name} must be finite, got {int((~np.isfinite(value)).sum())} NaN or infinite numbers")
-    return value
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found.entries)
 
+    def __len__(self) -> int:
+        return len(self.found.entries)
 
-# ---- what is on disk (shared by both backends) ----
-
-
-@dataclass
-class Found:
-    """A checkpoint that has been looked at and checked, but not read."""
-
-    path: Path
-    config: GemmaConfig
-    tpa: dict[str, Any] | None  # the "tpa" entry of a saved model's config
-    tokenizer: Tokenizer | None
-    stored_dtype: str
-    entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
-
-
-def inspect(
-    path: str | Path,
-    variant: str | None = None,
-    config: GemmaConfig | str | Path | None = None,
-    tokenizer: str | Path | None = None,
-) -> Found:
-    """Recognise the format, read config and tokenizer, and check every tensor's name and shape, without reading one."""
-    path = Path(path)
-    if variant is not None and variant not in VARIANTS:
-        raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    container = formats.open_checkpoint(path)
-    entries = formats.named_entries(container.entries)
-    found_config = formats.with_rows(_choose_config(path, container.content, variant, config, entries), entries)
-    found_config, entries = formats.with_vision(found_config, entries)
-    stored_dtype = _stored_dtype(path, {e.dtype for name, e in entries.items() if not name.startswith("tpa.")})
-    saved_tpa = container.content.get("tpa") if container.content else None
-    if saved_tpa is not None and not isinstance(saved_tpa, dict):
-        raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
-    if saved_tpa is not None:
-        formats.check_version(path, saved_tpa.get("version"))
-    entries, problems = formats.split_qkv(entries, found_config)
-    check_tensors(path, {name: entry.shape for name, entry in entries.items()}, found_config, saved_tpa, problems)
-    words = Tokenizer.from_file(tokenizer) if tokenizer else None
-    if words is None and container.proto:
-        words = Tokenizer(container.proto, str(path))
-    if words and not words.vocab_size <= found_config.vocab_size <= words.vocab_size + SPARE_ROWS:
-        raise TPAError(
-            f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
-            f"got {words.vocab_size} pieces and {found_config.vocab_size} rows"
-        )
-    return Found(path, found_config, saved_tpa, words, stored_dtype, entries)
-
-
-def _stored_dtype(path: Path, kinds: set[str]) -> str:
-    """The widest dtype of the weights; refused where Gemma 3 cannot live in it."""
-    if "float16" in kinds:
-        raise TPAError(
-            f"load: {path} holds float16 weights, but Gemma 3's activations exceed its range: use bfloat16 or float32"
-        )
-    allowed = ("float64", "float32", "bfloat16")
-    if unknown := sorted(kinds - set(allowed)):
-        raise TPAError(f"load: {path}: weights must be bfloat16, float32 or float64, got {unknown[0]}")
-    return next((dtype for dtype in allowed if dtype in kinds), "float32")
-
-
-def _choose_config(
-    path: Path,
-    content: dict[str, Any] | None,
-    variant: str | None,
-    config: GemmaConfig | str | Path | None,
-    entries: dict[str, Entry],
-) -> GemmaConfig:
-    """The config given, else the one beside the weights, else the published one of this size; no contradictions."""
-    layers, width = formats.shown_size(entries)
-    if isinstance(config, GemmaConfig):
-        chosen = config
-    elif config is not None:
-        chosen = GemmaConfig.from_hf(Path(config))
-    elif content is not None:
-        chosen = GemmaConfig.from_hf(content)
-    else:
-        sizes = {(made.num_layers, made.hidden_size): made for made in (make() for make in VARIANTS.values())}
-        if (layers, width) in sizes:  # published sizes have the published image tower, or none
-            chosen = replace(sizes[layers, width], vision=VisionConfig() if any(map(is_vision, entries)) else None)
-        elif variant is not None:  # its size is contradicted below
-            chosen = GemmaConfig.of_variant(variant)
-        else:
+    def read(self, name: str) -> Any:
+        """One tensor; infinities and NaN are named and refused."""
+        value = self.found.entries[name].read("numpy")
+        value = value if is_basis(name) else value.astype(self.dtype, copy=False)
+        # Both ends show what is not finite, without the temporary arrays of a test of every number.
+        if value.size and not np.isfinite([value.min(), value.max()]).all():
             raise TPAError(
-                f"load: {path} comes without config.json and its {layers} layers of width {width} are no published "
-                f"size; give config= (--config)"
+                f"load: {name} must be finite, got {int((~np.isfinite(value)).sum())} NaN or infinite numbers"
             )
-    if variant is not None:
-        wanted = GemmaConfig.of_variant(variant)
-        shown = (layers, width) if content is None and config is None else (chosen.num_layers, chosen.hidden_size)
-        if shown != (wanted.num_layers, wanted.hidden_size):
-            raise TPAError(
-                f"load: variant {variant} has {wanted.num_layers} layers of width {wanted.hidden_size}, "
-                f"but {path} has {shown[0]} of {shown[1]}"
-            )
-    return chosen
+        return value
+
+    def model(self, progress: Callable = iter, on_disk: bool = False) -> Any:
+        """The model, with its TPA factors if it was saved with some."""
+        config, saved = self.found.config, self.found.tpa
+        blocks = ("model.layers.", VISION_BLOCKS) if on_disk else "none"
+        for name in progress([name for name in self if not name.startswith(blocks)]):
+            self._held[name] = self.read(name)
+        tpa, pairs, queries = None, None, None
+        if saved is not None:
+            try:
+                tpa = TPAConfig.from_dict(saved["config"])
+                pairs = saved_pairs(self.model_class, saved["factors"], self._held, config)
+                queries = [query_factors(self._held, layer, config) for layer in range(config.num_layers)]
+            except (KeyError, TypeError, ValueError, AttributeError) as problem:
+                raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
+        made = self.model_class(
+            config, self.weights(on_disk), self.found.tokenizer, tpa, pairs, queries, self.found.stored_dtype
+        )
+        made.choices = list(tpa.resolve(config)[0]) if tpa else made.choices
+        return made
+
+    def weights(self, on_disk: bool) -> Weights:
+        """All weights; on_disk: the blocks are read whenever they are needed."""
+        config = self.found.config
+        if not on_disk:
+            return from_named(self, config)
+        vision = vision_weights(self, config, on_disk) if config.vision else None
+        outer = self["model.embed_tokens.weight"], self["model.norm.weight"]
+        return Weights(outer[0], LayersOnDisk(self, config), outer[1], vision)
 
 
-def check_tensors(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    config: GemmaConfig,
-    saved_tpa: dict[str, Any] | None,
-    problems: Iterable[str] = (),
-) -> None:
-    """Every expected tensor is there with its shape, and nothing else: one error names all that is not so."""
-    expected = hf_names(config)
-    problems = list(problems)
-    problems += [f"missing {name}" for name in expected if name not in shapes]
-    problems += [
-        f"{name} must be {list(expected[name])}, got {list(shape)}"
-        for name, shape in shapes.items()
-        if name in expected and shape != expected[name]
-    ]
-    problems += [
-        f"unexpected {name}" for name in shapes if name not in expected and not (saved_tpa and _is_factor(name, config))
-    ]
-    if problems:
-        more = f" ... and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise TPAError(f"load: {path} does not fit its config: {'; '.join(problems[:4])}{more}")
-
-
-def _is_factor(name: str, config: GemmaConfig) -> bool:
-    """Is this the name of a constant factor that a saved TPA model may hold?"""
-    parts = name.split(".")
-    return (
-        len(parts) == 5
-        and parts[:2] == ["tpa", "layers"]
-        and parts[2].isdecimal()
-        and int(parts[2]) < config.num_layers
-        and (parts[4] in CONSTANTS if parts[3] in "kv" else parts[3:] in (["q", "A"], ["q", "W"]))
-    )
-
-
-def assemble(
-    model_class: Any, found: Found, read: Callable[[str], Any], progress: Callable = iter, on_disk: bool = False
-) -> Any:
-    """Tensors and config -> a model of either backend, with its TPA factors if it was saved with some."""
-    config = found.config
-    blocks = ("model.layers.", VISION_BLOCKS) if on_disk else "none"
-    tensors = {name: read(name) for name in progress([name for name in found.entries if not name.startswith(blocks)])}
-    tpa, factors, queries = None, None, None
-    if found.tpa is not None:
-        try:
-            tpa = TPAConfig.from_dict(found.tpa["config"])
-            factors = [
-                tuple(
-                    factorization(how, {name: tensors.get(f"tpa.layers.{layer}.{side}.{name}") for name in CONSTANTS})
-                    for side, how in zip("kv", pair, strict=True)
-                )
-                for layer, pair in enumerate(found.tpa["factors"])
-            ]
-            check_factors(factors, config)
-            queries = [_query_factors(tensors, layer, config) for layer in range(config.num_layers)]
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
-            raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
-    if on_disk:
-        outer = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
-        reread = lambda name: tensors[name] if name in tensors else read(name)  # noqa: E731
-        vision = vision_weights(reread, config, on_disk) if config.vision else None
-        weights = Weights(outer[0], LayersOnDisk(read, config), outer[1], vision)
-    else:
-        weights = from_named(tensors, config)
-    return model_class(config, weights, found.tokenizer, tpa, factors, queries, found.stored_dtype)
-
-
-def describe(how: Factorization) -> dict[str, Any]:
-    """A factorization as JSON, without its constant arrays."""
-    content = {"mode": how.mode, "rank": how.rank, "dtype": how.dtype, "error": how.error}
-    return content | ({"widths": width_counts(how.widths)} if how.widths else {})
-
-
-def factorization(described: dict[str, Any], constants: dict[str, Any]) -> Factorization:
-    """The inverse of `describe`, with the constant arrays."""
-    return Factorization(**described | {"widths": widths_of(described.get("widths", ()))}, **constants)
-
-
-def _query_factors(tensors: dict[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
+def query_factors(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
     """A [r,h] and W [r,d,m] of one layer where a q rank was saved, else None."""
     names = f"tpa.layers.{layer}.q.A", f"tpa.layers.{layer}.q.W"
     found = [tensors[name] for name in names if name in tensors]
@@ -283,147 +140,113 @@ def _query_factors(tensors: dict[str, Any], layer: int, config: GemmaConfig) -> 
     return found[0], found[1]
 
 
-def check_factors(factors: list[Any], config: GemmaConfig) -> None:
-    """Saved factorizations are ones this program could have made: known modes and dtypes, bases of the right shape."""
-    if len(factors) != config.num_layers:
-        raise TPAError(f"load: saved factors must cover {config.num_layers} layers, got {len(factors)}")
-    for layer, pair in enumerate(factors):
-        for side, how in zip("KV", pair, strict=True):
-            where = f"load: saved factors of layer {layer}, {side}"
-            if how.mode not in (*MODES, "dense"):
-                raise TPAError(f"{where}: mode must be one of {', '.join(MODES)} or dense, got {how.mode!r}")
-            if how.dtype not in (*KV_DTYPES, "float64", "spectral", *(["shared"] if side == "V" else [])):
-                raise TPAError(f"{where}: dtype must be one of {', '.join(KV_DTYPES)}, got {how.dtype!r}")
-            if how.mode == "dense":
-                continue
-            least = 0 if how.dtype in ("spectral", "shared") else 1
-            both = pair[1].dtype == "shared"  # coefficients of K and V together
-            most = exact_rank(how.mode, config) * (2 if both else 1)
-            if type(how.rank) is not int or not least <= how.rank <= most:
-                raise TPAError(f"{where}: rank must lie in {least} ... {most}, got {how.rank!r}")
-            if both and (how.rank, how.mode, pair[0].dtype) != (pair[0].rank, "latent", "spectral"):
-                raise TPAError(f"{where}: coefficients that V shares are those of a spectral K of the same rank")
-            if how.dtype == "spectral" and (how.mode != "latent" or len(how.widths) != how.rank):
-                raise TPAError(
-                    f"{where}: a spectral cache is latent with one width a coefficient, "
-                    f"got {how.mode}, rank {how.rank} and {len(how.widths)} widths"
-                )
-            for name, shapes in constant_shapes(how, config).items():
-                value = how.constants()[name]
-                got, tensor = None if value is None else tuple(value.shape), f"tpa.layers.{layer}.{side.lower()}.{name}"
-                if got not in shapes:
-                    raise TPAError(f"load: {tensor} of {how.mode} must have shape {shapes[0]}, got {got}")
-                if value is not None and "float" not in str(value.dtype):
-                    raise TPAError(f"load: {tensor} must be float, got {value.dtype}")
-
-
-def constant_shapes(how: Factorization, config: GemmaConfig) -> dict[str, list]:
-    """The shapes that each constant array of a factorization may have; None: there need be none."""
-    R, g, d = how.rank, config.num_kv_heads, config.head_dim
-    basis: dict[str, list] = {
-        "contextual": [None],
-        "fixed-a": [(R, g), (R, g, d)],
-        "fixed-b": [(g, R, d)],
-        "latent": [(R, g, d)],
-    }
-    weighted = how.mode in ("fixed-b", "latent")
-    coded = how.dtype in ("spectral", "shared")
-    if coded or how.encoder is not None or how.mean is not None:
-        encoder, mean = (basis[how.mode], [(g, d)]) if weighted else ([None], [None])
-    else:
-        encoder, mean = [None], [None]
-    predictor = [None, (2 * config.hidden_size, g, d)] if coded else [None]
-    return {"basis": basis[how.mode], "encoder": encoder, "mean": mean, "predictor": predictor}
-
-
 # ---- saving ----
 
 
-def save(model: Model, path: str | Path) -> Path:
-    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder.
-
-    A folder above 4 GB gets one file for each layer, and an index.
+def save(model: Any, path: str | Path) -> Path:
+    """Write a model of either backend, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a
+    folder. A folder above 4 GB gets one file for each layer, and an index.
     """
     path = check_output(path)
     with replacing(path) as temporary:
         if path.suffix == ".pt":
-            tensors = {name: _to_torch(value) for part in parts(model, cast) for name, value in part.items()}
-            save_pt(model, tensors, temporary)
+            save_pt(model, temporary)
+        elif path.suffix:
+            save_safetensors(model, temporary)
         else:
-            write_safetensors(model, parts(model, cast), temporary, save_file)
+            save_folder(model, temporary)
     return path
 
 
-def cast(value: np.ndarray, dtype: str | None) -> np.ndarray:
-    """A tensor in the dtype it is stored in (None: its own)."""
-    kind = value.dtype if dtype is None else ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    return np.ascontiguousarray(value.astype(kind, copy=False))
-
-
-def parts(model: Any, cast: Callable[[Any, str | None], Any]) -> Iterator[dict[str, Any]]:
+def parts(model: Any) -> Iterator[dict[str, np.ndarray]]:
     """Everything of a model that is an array, by name: what stands outside the layers, then layer by layer, then the
     image tower.
     """
-    yield outer_part(model, cast)
+    yield outer_part(model)
     for layer in range(model.config.num_layers):
-        yield layer_part(model, layer, cast)
+        yield layer_part(model, layer)
     if model.config.vision:
-        yield vision_part(model, cast)
+        yield vision_part(model)
 
 
-def outer_part(model: Any, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+def stored(model: Any, x: Any) -> np.ndarray:
+    """A weight in the dtype it was stored in."""
+    return in_dtype(model.to_numpy(x), model.stored_dtype)
+
+
+def in_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
+    """An array in a dtype, bfloat16 included, in one piece."""
+    return np.ascontiguousarray(x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False))
+
+
+def outer_part(model: Any) -> dict[str, np.ndarray]:
     """What stands outside the layers."""
-    tensors = {
-        "model.embed_tokens.weight": model.weights.embed_vm,
-        "model.norm.weight": model.weights.final_norm_m,
-    }
-    return {stored_name(name, model.config): cast(value, model.stored_dtype) for name, value in tensors.items()}
+    tensors = {"model.embed_tokens.weight": model.weights.embed_vm, "model.norm.weight": model.weights.final_norm_m}
+    return {stored_name(name, model.config): stored(model, x) for name, x in tensors.items()}
 
 
-def vision_part(model: Any, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+def vision_part(model: Any) -> dict[str, np.ndarray]:
     """The image tower and its projector."""
-    return {name: cast(value, model.stored_dtype) for name, value in to_named_vision(model.weights.vision)}
+    return {name: stored(model, x) for name, x in to_named_vision(model.weights.vision)}
 
 
-def layer_part(model: Any, layer: int, cast: Callable[[Any, str | None], Any]) -> dict[str, Any]:
+def layer_part(model: Any, layer: int) -> dict[str, np.ndarray]:
     """One layer's weights in the dtype they were stored in, and its constant factors as they are."""
     block = to_named_layer(model.weights.layers[layer], layer, model.config)
-    tensors = {stored_name(name, model.config): cast(value, model.stored_dtype) for name, value in block.items()}
-    for side, how in zip("kv", model.factors[layer], strict=True):
-        for name, value in how.constants().items():
-            if value is not None:
-                tensors[f"tpa.layers.{layer}.{side}.{name}"] = cast(value, None)
-    for name, value in zip("AW", model.query_factors[layer] or (), strict=False):
-        tensors[f"tpa.layers.{layer}.q.{name}"] = cast(value, None)
-    return tensors
+    tensors = {stored_name(name, model.config): stored(model, x) for name, x in block.items()}
+    factors = dict(named_arrays(model.pairs[layer], layer))
+    factors |= {f"tpa.layers.{layer}.q.{name}": x for name, x in zip("AW", model.query_factors[layer] or ())}
+    return tensors | {name: np.ascontiguousarray(model.to_numpy(x)) for name, x in factors.items()}
 
 
 def config_json(model: Any) -> str:
     """The config.json of a saved model."""
     content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
     if model.tpa is not None:
-        described = [[describe(how) for how in pair] for pair in model.factors]
+        described = [describe(pair) for pair in model.pairs]
         content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": described}
     return json.dumps(content, indent=2)
 
 
-def write_safetensors(model: Any, parts: Iterator[dict[str, Any]], target: Path, save_file: Callable) -> None:
-    """One file with everything in its metadata, or a folder."""
-    if target.suffix:
-        proto = model.tokenizer.proto if model.tokenizer else b""
-        metadata = {"format": FORMAT, "version": str(VERSION)}
-        metadata |= {"config": config_json(model), "tokenizer": base64.b64encode(proto).decode()}
-        save_file({name: value for part in parts for name, value in part.items()}, target, metadata)
-        return
+def save_safetensors(model: Any, target: Path) -> None:
+    """One file with everything in its metadata."""
+    proto = model.tokenizer.proto if model.tokenizer else b""
+    metadata = {"format": FORMAT, "version": str(VERSION)}
+    metadata |= {"config": config_json(model), "tokenizer": base64.b64encode(proto).decode()}
+    save_file({name: x for part in parts(model) for name, x in part.items()}, target, metadata)
+
+
+def save_folder(model: Any, target: Path) -> None:
+    """A folder like Hugging Face's."""
     target.mkdir()
     if stored_bytes(model) <= SHARD_BYTES:
-        tensors = {name: value for part in parts for name, value in part.items()}
+        tensors = {name: x for part in parts(model) for name, x in part.items()}
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
     else:
-        for number, part in enumerate(parts):
+        for number, part in enumerate(parts(model)):
             save_file(part, target / shard_name(number, model.config), {"format": "pt"})
         write_index(target)
     write_beside(model, target)
+
+
+def save_pt(model: Any, target: Path) -> None:
+    """A .pt of plain tensors and strings, readable with weights_only=True."""
+    try:
+        import torch
+    except ImportError:
+        raise TPAError("save: writing .pt needs torch, which is not installed; use .safetensors or a folder") from None
+    tensors = {name: _to_torch(x) for part in parts(model) for name, x in part.items()}
+    proto = torch.frombuffer(bytearray(model.tokenizer.proto), dtype=torch.uint8) if model.tokenizer else None
+    content = {"format": FORMAT, "version": VERSION, "config": config_json(model), "tokenizer": proto}
+    torch.save(content | {"tensors": tensors}, target)
+
+
+def _to_torch(x: np.ndarray) -> Any:
+    import torch
+
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
 
 
 def stored_bytes(model: Any) -> int:
@@ -463,25 +286,6 @@ def write_beside(model: Any, folder: Path) -> None:
     (folder / "config.json").write_text(config_json(model), encoding="utf-8")
     if model.tokenizer:
         (folder / "tokenizer.model").write_bytes(model.tokenizer.proto)
-
-
-def save_pt(model: Any, tensors: dict[str, Any], target: Path) -> None:
-    """A .pt of plain tensors and strings, readable with weights_only=True."""
-    import torch
-
-    proto = torch.frombuffer(bytearray(model.tokenizer.proto), dtype=torch.uint8) if model.tokenizer else None
-    content = {"format": FORMAT, "version": VERSION, "config": config_json(model), "tokenizer": proto}
-    torch.save(content | {"tensors": tensors}, target)
-
-
-def _to_torch(value: np.ndarray) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise TPAError("save: writing .pt needs torch, which is not installed; use .safetensors or a folder") from None
-    if value.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(value)
 
 
 def check_output(path: str | Path) -> Path:

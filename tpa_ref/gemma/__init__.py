@@ -1,0 +1,1 @@
+"""Gemma 3: its config, weights and forward pass, images and text."""

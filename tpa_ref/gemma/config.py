@@ -131,11 +131,14 @@ class GemmaConfig:
         """G, the number of global layers."""
         return sum(self.is_global)
 
-    def rope(self, layer: int) -> tuple[float, float]:
-        """(base, scale) of the rotary embedding of a layer; the two kinds of layers use different ones."""
-        if self.is_global[layer]:
-            return self.rope_base_global, self.rope_scale_global
-        return self.rope_base_local, 1.0
+    def rope(self, is_global: bool) -> tuple[float, float]:
+        """(base, scale) of the rotary embedding; the two kinds of layers use different ones."""
+        return (self.rope_base_global, self.rope_scale_global) if is_global else (self.rope_base_local, 1.0)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`window` of every layer."""
+        return tuple(map(self.window, range(self.num_layers)))
 
     def window(self, layer: int) -> int | None:
         """How many positions a query of this layer sees, itself included; None: all of them."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ..errors import TPAError
-from .generate import TextStream, require_tokenizer
+from .generate import TextStream, generate_tokens, require_tokenizer
 from .tokenizer import END_OF_TURN, STOP, place_images
 from .vision import as_pixels, check_pixels, require_vision
 
@@ -16,14 +16,13 @@ from .vision import as_pixels, check_pixels, require_vision
 class Conversation:
     """A model that is talked to. The cache keeps every turn; `undo` takes the last one back.
 
-    generate_tokens: that of the model's backend. max_len: tokens the cache has room for. chat: wrap every text in
+    max_len: tokens the cache has room for. chat: wrap every text in
     Gemma's chat template; without it texts simply follow each other. sampling: arguments of `generate_tokens`.
     """
 
     def __init__(
         self,
         model: Any,
-        generate_tokens: Callable[..., Iterator[int]],
         max_len: int,
         chat: bool = True,
         max_new_tokens: int = 256,
@@ -36,7 +35,6 @@ class Conversation:
         self.ids: list[int] = []  # everything said; the cache holds the beginning of it
         self._turns: list[int] = []  # where each turn began
         self._images: list[np.ndarray] = []  # every image shown, [c,x,y]
-        self._generate_tokens = generate_tokens
 
     def say(self, text: str, images: Any = None) -> Iterator[str]:
         """Stream the model's answer to one more text, and to images [i,c,x,y] in it or before it."""
@@ -56,7 +54,7 @@ class Conversation:
         count = self._images_in(pending)
         options = self.sampling | {"images": np.stack(self._images[-count:]) if count else None}
         stream = TextStream(self.tokenizer)
-        for token in self._generate_tokens(self.model, pending, self.max_new_tokens, cache=self.cache, **options):
+        for token in generate_tokens(self.model, pending, self.max_new_tokens, cache=self.cache, **options):
             self.ids.append(token)
             if token not in STOP:
                 yield stream.push(token)

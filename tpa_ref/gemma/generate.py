@@ -10,14 +10,14 @@ import numpy as np
 from ..errors import TPAError
 from . import vision
 from .config import VisionConfig
-from .model import Model
+from .sampling import Sampling
 from .tokenizer import STOP, place_images
 
 PREFILL_CHUNK = 512
 
 
 def generate(
-    model: Model,
+    model: Any,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -39,7 +39,7 @@ def generate(
 
 
 def generate_batch(
-    model: Model,
+    model: Any,
     prompts: Sequence[str],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -60,12 +60,12 @@ def generate_batch(
     seen = model.config.vision if images is None else vision.require_vision(model.config)
     rows = [prompt_tokens(tokenizer, prompt, chat, seen, 0 if images is None else len(images)) for prompt in prompts]
     images = None if images is None else np.concatenate([images] * len(rows))
-    steps = generate_rows(model, rows, max_new_tokens, temperature, top_k, top_p, seed, cache, progress, images)
-    yield from text_of_rows(tokenizer, len(rows), steps)
+    chosen = generate_rows(model, rows, max_new_tokens, temperature, top_k, top_p, seed, cache, progress, images)
+    yield from text_of_rows(tokenizer, len(rows), chosen)
 
 
 def generate_tokens(
-    model: Model,
+    model: Any,
     ids: Sequence[int],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -83,7 +83,7 @@ def generate_tokens(
 
 
 def generate_rows(
-    model: Model,
+    model: Any,
     rows: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -97,37 +97,44 @@ def generate_rows(
     """Step by step the next token of every row of ids, None for a row that has stopped. Rows are padded on the right;
     every row has its own random numbers, the same as if it were alone. images: of all rows, one row after another.
     """
+    sampling = Sampling(temperature, top_k, top_p, seed)
     for ids in rows:
-        check_sampling(model.config, len(ids), max_new_tokens, temperature, top_k, top_p, seed)
-    rngs = [np.random.default_rng(seed) for _ in rows]
+        sampling.check(model.config, len(ids), max_new_tokens)
     if cache is None:
         cache = model.new_cache(len(rows), max(map(len, rows)) + max_new_tokens)
-    x_bqm = prefill(model, rows, cache, progress, images)
-    running = [True] * len(rows)
+    L_bv = prefill(model, rows, cache, progress, images)
+    streamed = model.stream(cache, L_bv, max_new_tokens, sampling)
+    yield from steps(model, cache, L_bv, max_new_tokens, sampling) if streamed is None else streamed
+
+
+def steps(
+    model: Any, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Sampling
+) -> Iterator[list[int | None]]:
+    """From the logits behind the prompts: choose a token a row, feed it, and so on."""
+    rngs = [np.random.default_rng(sampling.seed) for _ in L_bv]
+    running = [True] * len(L_bv)
     for step in range(max_new_tokens):
-        L_bv = next_logits(model, x_bqm)
         tokens = [
-            sample(L_v, rng, temperature, top_k, top_p) if runs else None
-            for L_v, rng, runs in zip(L_bv, rngs, running, strict=True)
+            sampling.choose(L_v, rng) if runs else None for L_v, rng, runs in zip(L_bv, rngs, running, strict=True)
         ]
         yield tokens
         running = [token is not None and token not in STOP for token in tokens]
         if not any(running) or step + 1 == max_new_tokens:
             return
         lengths_b = None if all(running) else np.array(running, np.int64)
-        x_bqm = model.hidden(np.array([[token or 0] for token in tokens]), cache, lengths_b)
+        L_bv = next_logits(model, model.hidden(np.array([[token or 0] for token in tokens]), cache, lengths_b))
 
 
 def prefill(
-    model: Model, rows: Sequence[Sequence[int]], cache: Any, progress: Callable = iter, images: Any = None
+    model: Any, rows: Sequence[Sequence[int]], cache: Any, progress: Callable = iter, images: Any = None
 ) -> np.ndarray:
-    """Run prompts through the cache in chunks, so that memory does not grow with their square; the final hidden state
-    of each row's last token, [b,1,m].
+    """Run prompts through the cache in chunks, so that memory does not grow with their square; the logits [b,v] behind
+    each row's last token.
     """
     tokens_bq, lengths_b = padded(rows)
     images = vision.as_pixels(images)
     is_image_bq = vision.check_images(images, tokens_bq, np.zeros_like(tokens_bq), model.config)
-    last_bm: list[Any] = [None] * len(rows)
+    last: list[Any] = [None] * len(rows)
     for start, end in progress(chunks(is_image_bq, PREFILL_CHUNK)):
         here_b = np.clip(lengths_b - start, 0, end - start)
         x_bqm = model.hidden(
@@ -136,9 +143,9 @@ def prefill(
             None if (here_b == end - start).all() else here_b,
             vision.images_between(images, is_image_bq, start, end),
         )
-        for row in np.flatnonzero(here_b):
-            last_bm[row] = x_bqm[row, here_b[row] - 1]
-    return np.stack(last_bm)[:, None]
+        for row in np.flatnonzero(here_b * (start + here_b == lengths_b)):
+            last[row] = next_logits(model, x_bqm[row : row + 1, here_b[row] - 1 : here_b[row]])[0]
+    return np.stack(last)
 
 
 def chunks(is_image_bq: np.ndarray, size: int) -> list[tuple[int, int]]:
@@ -157,9 +164,9 @@ def chunks(is_image_bq: np.ndarray, size: int) -> list[tuple[int, int]]:
     return made
 
 
-def next_logits(model: Model, x_bqm: np.ndarray) -> np.ndarray:
+def next_logits(model: Any, x_bqm: np.ndarray) -> np.ndarray:
     """Logits [b,v] of the next token. The placeholder of an image is no word: it is never said."""
-    L_bv = model.logits(x_bqm)[:, 0]
+    L_bv = model.to_numpy(model.logits(x_bqm)[:, 0])
     if model.config.vision is not None:
         placeholder = model.config.vision.image_token
         L_bv[:, placeholder : placeholder + 1] = -np.inf
@@ -177,33 +184,6 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     for row, ids in zip(tokens_bq, rows, strict=True):
         row[: len(ids)] = ids
     return tokens_bq, lengths_b
-
-
-def sample(
-    logits_v: np.ndarray,
-    rng: np.random.Generator,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> int:
-    """One token: the most likely at temperature 0, else drawn from softmax(logits / temperature) after both cuts.
-
-    top_k keeps the k most likely; top_p the fewest most likely ones whose probabilities reach p.
-
-    >>> sample(np.array([0.0, 2.0, 1.0]), np.random.default_rng(0))
-    1
-    """
-    if temperature == 0:
-        return int(logits_v.argmax())
-    order = np.argsort(-logits_v, kind="stable")[: top_k or len(logits_v)]
-    logits = logits_v[order].astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of the others, which is what it means
-        p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    if top_p is not None:
-        p = p[: int(np.searchsorted(np.cumsum(p), top_p - 1e-12)) + 1]
-        p /= p.sum()
-    return int(order[rng.choice(len(p), p=p)])
 
 
 class TextStream:
@@ -260,25 +240,3 @@ def prompt_tokens(
     options = {"vision": vision} if vision else {}
     prompt = place_images(prompt, images) if vision else prompt
     return tokenizer.encode_chat([("user", prompt)], **options) if chat else tokenizer.encode(prompt, **options)
-
-
-def check_sampling(
-    config: Any, prompt: int, new: int, temperature: float, top_k: int | None, top_p: float | None, seed: int = 0
-) -> None:
-    """Every rule on the arguments of `generate`, in one place for both backends."""
-    if prompt < 1:
-        raise TPAError("generate: the prompt must have at least one token, got 0")
-    if new < 1:
-        raise TPAError(f"generate: max_new_tokens must be >= 1, got {new}")
-    if prompt + new > config.max_positions:
-        raise TPAError(
-            f"generate: prompt of {prompt} and {new} new tokens exceed the model's {config.max_positions} positions"
-        )
-    if not 0 <= temperature < float("inf"):
-        raise TPAError(f"generate: temperature must be a number >= 0, got {temperature}")
-    if not 0 <= seed < 2**63:
-        raise TPAError(f"generate: seed must lie in 0 ... 2^63 - 1, got {seed}")
-    if top_k is not None and top_k < 1:
-        raise TPAError(f"generate: top_k must be >= 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise TPAError(f"generate: top_p must lie in (0, 1], got {top_p}")

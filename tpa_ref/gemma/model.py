@@ -1,6 +1,9 @@
 """The whole Gemma 3 forward pass in NumPy, dense or with a TPA cache. Data flows one way:
 
-tokens -> embedding -> [norm -> Q, K, V -> factorize -> cache -> attention -> norm; norm -> MLP -> norm] x l -> logits
+tokens -> embedding -> [norm -> Q, K, V -> cache -> attention -> norm; norm -> MLP -> norm] x l -> logits
+
+The last part of `Model` is what differs between backends: everything in `compress`, `files` and `generate` asks a model
+for it and is written once.
 """
 
 from __future__ import annotations
@@ -11,17 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from ..compress import token_prediction as words
-from ..compress.config import TPAConfig
-from ..core import attention, factorize, masks, rope
-from ..core import cache as kv
-from ..core.factorize import Factorization
+from ..core import divergence
+from ..core.attention import softmax
+from ..core.cache import Cache, Exact, WholeText
+from ..core.mode import MODES
 from ..core.norm import rms_norm
+from ..core.pair import Joint, Pair
+from ..core.rope import rotate
+from ..core.spectral import CodedLatent
+from ..core.transform import second_moment
 from ..errors import TPAError
-from ..trace import Tracer, no_trace, scoped
-from . import vision
+from ..trace import Tracer, Watch, no_trace, scoped
+from . import backward, vision
 from .config import GemmaConfig
 from .mlp import mlp
+from .positions import Positions
+from .token_vectors import id_dtype, numbered, unit_rows, with_previous
 from .tokenizer import Tokenizer
 from .weights import LayerWeights, Weights
 
@@ -32,34 +40,38 @@ QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
 class Model:
     """A Gemma 3 model. `tpa` is None for the dense model; `convert` makes one with a TPA cache.
 
-    `factors[layer]` says how that layer caches K and V; a dense model's layers all say "dense".
+    `pairs[layer]` says how that layer caches K and V, `choices[layer]` how it was asked to (None: dense).
     """
+
+    MODES, Pair, Joint, CodedLatent = MODES, Pair, Joint, CodedLatent  # this backend's
 
     def __init__(
         self,
         config: GemmaConfig,
         weights: Weights,
         tokenizer: Tokenizer | None = None,
-        tpa: TPAConfig | None = None,
-        factors: Sequence[kv.LayerFactors] | None = None,
+        tpa: Any = None,
+        pairs: Sequence[Pair] | None = None,
         query_factors: Sequence[QueryFactors | None] | None = None,
         stored_dtype: str = "float32",
     ):
         self.config, self.weights, self.tokenizer, self.tpa = config, weights, tokenizer, tpa
-        self.dtype = str(weights.embed_vm.dtype)
+        self.dtype = str(weights.embed_vm.dtype).removeprefix("torch.")
         self.stored_dtype = stored_dtype
-        self.factors = list(factors or [dense_layer(self.dtype)] * config.num_layers)
+        dense = self.Pair.dense(config.num_kv_heads, config.head_dim, self.dtype)
+        self.pairs = list(pairs or [dense] * config.num_layers)
         self.query_factors = list(query_factors or [None] * config.num_layers)
+        self.choices: list[Any] = [None] * config.num_layers
         self.notes: list[str] = []  # what the conversion had to clamp, one line each
 
     def __call__(
         self,
-        tokens_bq: np.ndarray,
-        cache: kv.Cache | None = None,
-        lengths_b: np.ndarray | None = None,
-        images: np.ndarray | None = None,
+        tokens_bq: Any,
+        cache: Any = None,
+        lengths_b: Any = None,
+        images: Any = None,
         trace: Tracer = no_trace,
-    ) -> np.ndarray:
+    ) -> Any:
         """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q].
 
         With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
@@ -71,177 +83,228 @@ class Model:
 
     def hidden(
         self,
-        tokens_bq: np.ndarray,
-        cache: kv.Cache | None = None,
-        lengths_b: np.ndarray | None = None,
-        images: np.ndarray | None = None,
+        tokens_bq: Any,
+        cache: Any = None,
+        lengths_b: Any = None,
+        images: Any = None,
         trace: Tracer = no_trace,
-    ) -> np.ndarray:
+    ) -> Any:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
-        positions_bq = text_positions(self, tokens_bq, lengths_b, cache)
+        positions_bq = self.new_positions(tokens_bq, lengths_b, cache)
         images = vision.as_pixels(images)
         is_image_bq = vision.check_images(images, tokens_bq, positions_bq, self.config)
-        last_bq = vision.last_seen(is_image_bq, positions_bq)
-        x_bqm = self.embed(vision.without_placeholders(tokens_bq, self.config))
-        if images is not None and len(images):
-            E_itm = self.embed_images(images, trace)
-            x_bqm[is_image_bq] = E_itm.reshape(-1, E_itm.shape[-1])
-        x_bqm = trace("embed.x_bqm", x_bqm)
-        text_bt = text_so_far(self, tokens_bq, is_image_bq, positions_bq, cache)
+        x_bqm = trace("embed.x_bqm", self.embed_text(tokens_bq, images, is_image_bq, trace))
+        text_bt = self.text_so_far(tokens_bq, is_image_bq, positions_bq, cache)
+        at = self.positions(positions_bq, vision.last_seen(is_image_bq, positions_bq), text_bt)
+        held = self.whole_text(*tokens_bq.shape) if cache is None else cache
         for layer, block in enumerate(self.weights.layers):
-            x_bqm = self.block(
-                x_bqm, layer, block, positions_bq, cache, scoped(trace, f"layers.{layer}"), last_bq, text_bt
-            )
-        if cache is not None:
-            cache.advance(positions_bq)
-        return trace("final.x_bqm", rms_norm(x_bqm, self.weights.final_norm_m, self.config.rms_eps))
+            x_bqm = self.block(x_bqm, layer, block, at, held, scoped(trace, f"layers.{layer}"))
+        held.advance(positions_bq)
+        return trace("final.x_bqm", self.norm(x_bqm, self.weights.final_norm_m))
 
-    def embed(self, tokens_bq: np.ndarray) -> np.ndarray:
+    def block(self, x_bqm: Any, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer = no_trace) -> Any:
+        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
+        a_bqm = trace("attn.norm_bqm", self.norm(x_bqm, w.attn_norm_m))
+        o_bqm = self.attend(a_bqm, layer, w, at[self.config.is_global[layer]], cache, trace)
+        x_bqm = trace("attn.residual_bqm", x_bqm + self.norm(o_bqm, w.post_attn_norm_m))
+        a_bqm = self.norm(x_bqm, w.mlp_norm_m)
+        return trace("mlp.residual_bqm", x_bqm + self.norm(self.mlp(a_bqm, w), w.post_mlp_norm_m))
+
+    def attend(self, a_bqm: Any, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer) -> Any:
+        """Project, norm, write, read, score, mask, average, project back: the heart of the matter."""
+        # project; Gemma norms Q and K per head, before RoPE
+        Q_bqhd = trace("attn.Q_bqhd", self.norm(self.project_queries(a_bqm, layer, w), w.q_norm_d))
+        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
+        Q_bqhd = trace("rope.Q_bqhd", rotate(Q_bqhd, *at.new_tokens.tables))
+
+        # write the new tokens, and read what the cache holds: at prefill as at decode
+        keys = cache.append(layer, K_bkgd, V_bkge, at, trace)
+
+        # score and mask, average, project back
+        L_bhqk = trace("attn.L_bhqk", keys.scores(Q_bqhd, self.config.query_scale))
+        P_bhqk = trace("attn.P_bhqk", softmax(L_bhqk))
+        O_bqhe = trace("attn.O_bqhe", keys.values(P_bhqk))
+        return einsum("bqhe,mhe->bqm", O_bqhe, w.WO_mhe)
+
+    def project_queries(self, a_bqm: Any, layer: int, w: LayerWeights) -> Any:
+        """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
+        factors = self.query_factors[layer]
+        if factors is None:
+            return self.project(a_bqm, w.WQ_hdm)
+        A_rh, W_rdm = factors
+        return einsum("rh,bqrd->bqhd", A_rh, self.project(a_bqm, W_rdm))
+
+    def project_keys_and_values(self, a_bkm: Any, layer: int, w: LayerWeights, trace: Tracer) -> tuple[Any, Any]:
+        """K = norm(W_K x), before RoPE, and V = W_V x."""
+        K_bkgd = trace("attn.K_bkgd", self.norm(self.project(a_bkm, w.WK_gdm), w.k_norm_d))
+        return K_bkgd, trace("attn.V_bkge", self.project(a_bkm, w.WV_gem))
+
+    def logits(self, x_bqm: Any, trace: Tracer = no_trace) -> Any:
+        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
+        return trace("logits_bqv", einsum("bqm,vm->bqv", x_bqm, self.weights.embed_vm))
+
+    # ---- tokens and positions ----
+
+    def embed(self, tokens_bq: np.ndarray) -> Any:
         """Rows of the embedding table times sqrt(m): [b,q] -> [b,q,m]."""
         embed_vm = self.weights.embed_vm
         return embed_vm[tokens_bq] * embed_vm.dtype.type(self.config.hidden_size**0.5)
 
-    def words(self, text_bt: np.ndarray | None, positions_bk: np.ndarray) -> np.ndarray:
-        """z of the tokens at some positions of the text (`words`): [b,t] by position, [b,k] -> [b,k,2m]."""
-        assert text_bt is not None
+    def embed_text(self, tokens_bq: np.ndarray, images: Any, is_image_bq: np.ndarray, trace: Tracer) -> Any:
+        """Embedded tokens, with the soft tokens of images in their places."""
+        x_bqm = self.embed(vision.without_placeholders(tokens_bq, self.config))
+        if images is not None and len(images):
+            E_itm = self.embed_images(images, trace)
+            x_bqm[is_image_bq] = E_itm.reshape(-1, E_itm.shape[-1])
+        return x_bqm
+
+    def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> Any:
+        """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
+        assert self.weights.vision is not None and self.config.vision is not None
+        pixels_icxy = self.array(images)
+        return vision.embed_images(pixels_icxy, self.weights.vision, self.config.vision, trace)
+
+    def new_positions(self, tokens_bq: np.ndarray, lengths_b: np.ndarray | None, cache: Any) -> np.ndarray:
+        """Position [b,q] of every token, after what the cache holds; -1 for padding; refused past the model's last."""
+        if cache is None:
+            positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
+            if lengths_b is not None:
+                positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
+        else:
+            self.check_cache(cache, tokens_bq.shape[0])
+            positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
+        if positions_bq.max(initial=0) >= self.config.max_positions:
+            raise TPAError(
+                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
+                f"{self.config.max_positions} positions"
+            )
+        return positions_bq
+
+    def positions(self, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None) -> tuple[Any, Any]:
+        """Where new tokens stand, as window layers and as global layers see it."""
+        local, everywhere = (Positions(self, flag, positions_bq, last_bq, text_bt) for flag in (False, True))
+        return local, everywhere
+
+    def text_so_far(self, tokens_bq: np.ndarray, is_image_bq: np.ndarray, positions_bq: np.ndarray, cache: Any) -> Any:
+        """The ids by position up to the new tokens, [b,t] (`numbered`), kept by the cache; None if nobody asks."""
+        if not self.reads_tokens:
+            return None
+        numbers_bq = numbered(tokens_bq, (positions_bq >= 0) & ~is_image_bq)
+        return numbers_bq if cache is None else cache.remember(numbers_bq, positions_bq)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Is K or V of any layer predicted from the tokens?"""
+        return any(pair.reads_tokens for pair in self.pairs)
+
+    def token_vectors(self, text_bt: np.ndarray, positions_bk: np.ndarray) -> Any:
+        """z of the tokens at some positions of a text of numbered ids: [b,t] by position, [b,k] -> [b,k,2m]."""
         rows = [
-            words.unit_rows(self.embed(np.maximum(numbers_bk, 1) - 1)) * (numbers_bk > 0)[..., None]
-            for numbers_bk in words.with_previous(text_bt.astype(np.int64), positions_bk)
+            unit_rows(self.embed(np.maximum(numbers_bk, 1) - 1)) * (numbers_bk > 0)[..., None]
+            for numbers_bk in with_previous(text_bt.astype(np.int64), positions_bk)
         ]
         return np.concatenate(rows, -1).astype(self.dtype)
 
-    def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
-        """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
-        assert self.weights.vision is not None and self.config.vision is not None
-        return vision.embed_images(
-            images.astype(self.dtype, copy=False), self.weights.vision, self.config.vision, trace
-        )
+    # ---- caches ----
 
-    def logits(self, x_bqm: np.ndarray, trace: Tracer = no_trace) -> np.ndarray:
-        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
-        return trace("logits_bqv", einsum("bqm,vm->bqv", x_bqm, self.weights.embed_vm))
+    @property
+    def exact(self) -> Exact:
+        """How many tokens converted global layers read as they are, beside those that are coded."""
+        return Exact(*self.tpa.exact_tokens) if self.tpa else Exact()
 
-    def block(
-        self,
-        x_bqm: np.ndarray,
-        layer: int,
-        w: LayerWeights,
-        positions_bq: np.ndarray,
-        cache: kv.Cache | None,
-        trace: Tracer,
-        last_bq: np.ndarray | None = None,
-        text_bt: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
-        eps = self.config.rms_eps
-        a_bqm = trace("attn.norm_bqm", rms_norm(x_bqm, w.attn_norm_m, eps))
-        o_bqm = self.attend(a_bqm, layer, w, positions_bq, cache, trace, last_bq, text_bt)
-        x_bqm = trace("attn.residual_bqm", x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps))
-        a_bqm = rms_norm(x_bqm, w.mlp_norm_m, eps)
-        return trace("mlp.residual_bqm", x_bqm + rms_norm(mlp(a_bqm, w), w.post_mlp_norm_m, eps))
-
-    def attend(
-        self,
-        a_bqm: np.ndarray,
-        layer: int,
-        w: LayerWeights,
-        positions_bq: np.ndarray,
-        cache: kv.Cache | None,
-        trace: Tracer,
-        last_bq: np.ndarray | None = None,
-        text_bt: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Project, norm, factorize, cache, score, mask, average, project back: the heart of the matter."""
-        config = self.config
-        g, d = config.num_kv_heads, config.head_dim
-        how_k, how_v = self.factors[layer]
-        base, scale = config.rope(layer)
-        tables_q = rope.rope_tables(positions_bq, d, base, scale)
-
-        # 1) project; Gemma norms Q and K per head, before RoPE
-        Q_bqhd = trace("attn.Q_bqhd", rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, config.rms_eps))
-        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
-        Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *tables_q))
-
-        # 2) factorize; RoPE acts on b where b is what is cached
-        Z_bqz = self.words(text_bt, positions_bq) if kv.reads_words([(how_k, how_v)]) else None
-        parts_k, parts_v = factorize.encode_pair(K_bkgd, V_bkge, (how_k, how_v), Z_bqz)
-        if how_k.rotated:
-            part = "X" if how_k.mode == "dense" else "B"
-            parts_k[part] = trace(f"rope.K_{part}", rope.rotate(parts_k[part], *tables_q))
-        new = kv.store(parts_k, how_k), kv.store(parts_v, how_v)
-        exact, exact_tokens = self.exact(layer), None
-        if exact:
-            exact_tokens = (
-                kv.store({"X": rope.rotate(K_bkgd, *tables_q)}, kv.DENSE[0]),
-                kv.store({"X": V_bkge}, kv.DENSE[1]),
-            )
-
-        # 3) store, and read what the cache holds: at prefill as at decode
-        if cache is None:
-            segments = kv.whole_text((how_k, how_v), new, exact_tokens, positions_bq, exact)
-        else:
-            segments = cache.layers[layer].segments(new, exact_tokens, positions_bq, cache.lengths_b)
-
-        # 4) attention on the factors: one softmax over the keys of all segments
-        logits, parts = [], []
-        for segment in segments:
-            Z_bkz = self.words(text_bt, segment.positions_bk) if kv.reads_words([segment.how]) else None
-            parts_k, parts_v = kv.load_pair(segment.held, segment.how, g, d, a_bqm.dtype, Z_bkz)
-            tables_k = rope.rope_tables(segment.positions_bk, d, base, scale)
-            L_bhqk = attention.scores(Q_bqhd, parts_k, segment.how[0], g, tables_k, config.query_scale)
-            seen_bqk = masks.visible(positions_bq, segment.positions_bk, config.window(layer), last_bq)
-            seen_bqk = masks.of_segment(
-                segment.kind, seen_bqk, positions_bq, segment.positions_bk, exact.sinks, exact.recent
-            )
-            logits.append(masks.apply_mask(L_bhqk, seen_bqk))
-            parts.append((parts_v, segment.how[1]))
-        L_bhqk = trace("attn.L_bhqk", np.concatenate(logits, -1))
-        P_bhqk = trace("attn.P_bhqk", attention.softmax(L_bhqk))
-        ends = np.cumsum([L.shape[-1] for L in logits])[:-1]
-        O_bqhe = sum(
-            attention.values(P, parts_v, how, g)
-            for P, (parts_v, how) in zip(np.split(P_bhqk, ends, -1), parts, strict=True)
-        )
-        return einsum("bqhe,mhe->bqm", trace("attn.O_bqhe", O_bqhe), w.WO_mhe)
-
-    def exact(self, layer: int) -> kv.Exact:
-        """How many tokens this layer reads as they are, beside those that are coded."""
-        sinks, recent = self.tpa.exact_tokens if self.tpa else (0, 0)
-        return kv.exact_slots(
-            self.config, self.factors[layer], layer, self.config.max_positions, kv.Exact(sinks, recent)
-        )
-
-    def project_queries(self, a_bqm: np.ndarray, layer: int, w: LayerWeights) -> np.ndarray:
-        """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
-        factors = self.query_factors[layer]
-        if factors is None:
-            return einsum("bqm,hdm->bqhd", a_bqm, w.WQ_hdm)
-        A_rh, W_rdm = factors
-        return einsum("rh,bqrd->bqhd", A_rh, einsum("bqm,rdm->bqrd", a_bqm, W_rdm))
-
-    def project_keys_and_values(
-        self, a_bkm: np.ndarray, layer: int, w: LayerWeights, trace: Tracer
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """K = norm(W_K x), before RoPE, and V = W_V x."""
-        K_bkgd = rms_norm(einsum("bkm,gdm->bkgd", a_bkm, w.WK_gdm), w.k_norm_d, self.config.rms_eps)
-        return trace("attn.K_bkgd", K_bkgd), trace("attn.V_bkge", einsum("bkm,gem->bkge", a_bkm, w.WV_gem))
-
-    def new_cache(self, batch: int = 1, max_len: int = 4096) -> kv.Cache:
+    def new_cache(self, batch: int = 1, max_len: int = 4096) -> Any:
         """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
-        return kv.Cache(
-            self.config, self.factors, batch, max_len, kv.Exact(*self.tpa.exact_tokens) if self.tpa else None
-        )
+        return Cache(self.pairs, self.config.windows, batch, max_len, self.exact, id_dtype(self.config.vocab_size))
 
+    def whole_text(self, batch: int, length: int) -> Any:
+        """In the place of a cache, for a text that is read at once."""
+        return WholeText(self.pairs, self.config.windows, batch, length, self.exact)
 
-def dense_layer(dtype: str) -> kv.LayerFactors:
-    """How a layer that is not converted caches K and V."""
-    return Factorization("dense", dtype=dtype), Factorization("dense", dtype=dtype)
+    def check_cache(self, cache: Any, batch: int) -> None:
+        """A cache belongs to one model (its numbers mean nothing to other constant factors) and one batch size."""
+        if cache.batch != batch:
+            raise TPAError(f"model: the cache was made for batch {cache.batch}, got tokens of batch {batch}")
+        if len(self.pairs) != len(cache.pairs) or any(a is not b for a, b in zip(self.pairs, cache.pairs)):
+            raise TPAError("model: the cache was made by another model; make one with this model's new_cache()")
+
+    # ---- what differs between backends ----
+
+    def norm(self, x: Any, w: Any) -> Any:
+        """RMSNorm with Gemma's epsilon."""
+        return rms_norm(x, w, self.config.rms_eps)
+
+    def mlp(self, a_bqm: Any, w: LayerWeights) -> Any:
+        """The gated MLP."""
+        return mlp(a_bqm, w)
+
+    def project(self, a_bqm: Any, W_hdm: Any) -> Any:
+        """[b,q,m] through [h,d,m] -> [b,q,h,d]."""
+        return einsum("bqm,hdm->bqhd", a_bqm, W_hdm)
+
+    def array(self, x: np.ndarray) -> Any:
+        """Numbers as this backend computes with them, in the model's dtype."""
+        return x.astype(self.dtype, copy=False)
+
+    def constant(self, x: np.ndarray) -> Any:
+        """A constant array as it is kept: one piece, in full precision."""
+        return np.ascontiguousarray(x, "float64" if self.dtype == "float64" else "float32")
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Any array of this backend as NumPy's, bfloat16 included."""
+        return np.asarray(x)
+
+    def through_layer(self, layer: int, x_bqm: Any) -> tuple[Any, Any, Any]:
+        """A text's states through one layer: (states behind it, its normed K before RoPE, its V)."""
+        held: dict[str, Any] = {}
+        watch = Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__})
+        at = self.positions(np.arange(x_bqm.shape[1])[None])
+        y_bqm = self.block(x_bqm, layer, self.weights.layers[layer], at, self.whole_text(*x_bqm.shape[:2]), watch)
+        return y_bqm, held["attn.K_bkgd"], held["attn.V_bkge"]
+
+    def moments(self, K_bkgd: Any, V_bkge: Any, Z_bkz: Any = None) -> dict[str, np.ndarray]:
+        """Sums over tokens in float64, of x = (K, V): x x^T [2g,d,2g,d], x [2g,d] and, with token vectors, x z^T."""
+        X_bkgd = np.concatenate([K_bkgd, V_bkge], 2).astype(np.float64)
+        sums = {"M": second_moment(X_bkgd), "mean": X_bkgd.sum((0, 1))}
+        return sums if Z_bkz is None else sums | {"N": einsum("bkgd,bkz->gdz", X_bkgd, Z_bkz.astype(np.float64))}
+
+    def token_moments(self, Z_bkz: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over tokens in float64, of z [z] and of z z^T [z,z]."""
+        return Z_bkz.sum((0, 1), dtype=np.float64), (Z_bkz[0].T @ Z_bkz[0]).astype(np.float64)
+
+    def logits_backward(self, x_bqm: Any, rng: np.random.Generator) -> Any:
+        """Gradient by the states behind the last layer of -log p(y), y drawn from the model's own p."""
+        return backward.logits_backward(self, x_bqm, rng)
+
+    def back_through_layer(self, layer: int, x_bqm: Any, dy_bqm: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Gradients back through one layer: (by the states in front of it, sums of grad grad^T by K and by V)."""
+        at = np.arange(x_bqm.shape[1])[None]
+        dx_bqm, *gradients = backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer], at)
+        F_k, F_v = (second_moment(x_bkgd) for x_bkgd in gradients)
+        return dx_bqm, F_k, F_v
+
+    def compare(self, x_bqm: Any, other: Model, y_bqm: Any, following_q: np.ndarray) -> dict[str, np.ndarray]:
+        """Predictions of this model and another from their final states, one number a position: kl (nats), same (the
+        most likely token), and -log p of the tokens that follow: nll, nll_other.
+        """
+        P_bqv = divergence.log_softmax(self.logits(x_bqm))
+        Q_bqv = divergence.log_softmax(other.logits(y_bqm))
+        step_q = np.arange(len(following_q))
+        return {
+            "kl": divergence.kl_divergence(P_bqv, Q_bqv)[0],
+            "same": (P_bqv.argmax(-1) == Q_bqv.argmax(-1))[0],
+            "nll": -P_bqv[0, step_q, following_q],
+            "nll_other": -Q_bqv[0, step_q, following_q],
+        }
+
+    def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any) -> Any:
+        """Steps of generation that a device runs by itself, as an iterator; None: there are none."""
+        return None
 
 
 def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[np.ndarray, np.ndarray | None]:
     """Tokens as an array [b,q] with every id in the vocabulary, lengths as an array [b] or None."""
+    tokens_bq, lengths_b = (x.detach().cpu() if hasattr(x, "detach") else x for x in (tokens_bq, lengths_b))
     tokens_bq = np.asarray(tokens_bq)
     if tokens_bq.ndim != 2 or tokens_bq.shape[1] == 0 or tokens_bq.dtype.kind not in "iu":
         raise TPAError(
@@ -259,39 +322,3 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
             f"model: lengths must be one number a row in 0 ... {tokens_bq.shape[1]}, got {lengths_b.tolist()}"
         )
     return tokens_bq, lengths_b
-
-
-def text_positions(model: Any, tokens_bq: np.ndarray, lengths_b: np.ndarray | None, cache: Any) -> np.ndarray:
-    """Position [b,q] of every token, after what the cache holds; -1 for padding; refused past the model's last."""
-    if cache is None:
-        positions_bq = np.tile(np.arange(tokens_bq.shape[1]), (tokens_bq.shape[0], 1))
-        if lengths_b is not None:
-            positions_bq = np.where(positions_bq < lengths_b[:, None], positions_bq, -1)
-    else:
-        check_cache(cache, model, tokens_bq.shape[0])
-        positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
-    if positions_bq.max(initial=0) >= model.config.max_positions:
-        raise TPAError(
-            f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
-            f"{model.config.max_positions} positions"
-        )
-    return positions_bq
-
-
-def text_so_far(
-    model: Any, tokens_bq: np.ndarray, is_image_bq: np.ndarray, positions_bq: np.ndarray, cache: Any
-) -> np.ndarray | None:
-    """The text by position up to the new tokens, [b,t] (`words.numbered`), kept by the cache; None if nobody asks."""
-    if not kv.reads_words(model.factors):
-        return None
-    numbers_bq = words.numbered(tokens_bq, (positions_bq >= 0) & ~is_image_bq)
-    return numbers_bq if cache is None else cache.remember(numbers_bq, positions_bq)
-
-
-def check_cache(cache: Any, model: Any, batch: int) -> None:
-    """A cache belongs to one conversion (its numbers mean nothing to other constant factors) and one batch size."""
-    if cache.batch != batch:
-        raise TPAError(f"model: the cache was made for batch {cache.batch}, got tokens of batch {batch}")
-    same = all(ours is theirs for pair in zip(model.factors, cache.factors) for ours, theirs in zip(*pair))
-    if cache.config != model.config or not same:
-        raise TPAError("model: the cache was made by another model; make one with this model's new_cache()")

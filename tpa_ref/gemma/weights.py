@@ -6,7 +6,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,42 +222,42 @@ def is_vision(name: str) -> bool:
     return name.startswith((TOWER, PROJECTOR))
 
 
-def from_named(tensors: dict[str, Any], config: GemmaConfig) -> Weights:
+def from_named(tensors: Mapping[str, Any], config: GemmaConfig) -> Weights:
     """Named two-dimensional Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied)."""
-    layers = [layer_weights(tensors.__getitem__, layer, config) for layer in range(config.num_layers)]
-    vision = vision_weights(tensors.__getitem__, config) if config.vision else None
+    layers = [layer_weights(tensors, layer, config) for layer in range(config.num_layers)]
+    vision = vision_weights(tensors, config) if config.vision else None
     return Weights(tensors["model.embed_tokens.weight"], layers, tensors["model.norm.weight"], vision)
 
 
-def layer_weights(read: Callable[[str], Any], layer: int, config: GemmaConfig) -> LayerWeights:
-    """One block; `read` gives a tensor by its Hugging Face name."""
+def layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> LayerWeights:
+    """One block, from tensors by their Hugging Face names."""
     return LayerWeights(
         **{
-            field: read(f"model.layers.{layer}.{name}").reshape(shape_of(letters, config))
+            field: tensors[f"model.layers.{layer}.{name}"].reshape(shape_of(letters, config))
             for field, (name, letters) in LAYER_NAMES.items()
         }
     )
 
 
-def vision_weights(read: Callable[[str], Any], config: GemmaConfig, on_disk: bool = False) -> VisionWeights:
+def vision_weights(tensors: Mapping[str, Any], config: GemmaConfig, on_disk: bool = False) -> VisionWeights:
     """The image tower and the projector; on_disk: each block is read when it is needed."""
     assert config.vision is not None
     sizes, count = vision_sizes(config), config.vision.num_layers
     outer = {
-        field: read(name).reshape([sizes[letter] for letter in letters])
+        field: tensors[name].reshape([sizes[letter] for letter in letters])
         for field, (name, letters) in VISION_NAMES.items()
     }
     if on_disk:
-        return VisionWeights(layers=LayersOnDisk(read, config, vision_layer_weights, count), **outer)
-    return VisionWeights(layers=[vision_layer_weights(read, layer, config) for layer in range(count)], **outer)
+        return VisionWeights(layers=VisionLayersOnDisk(tensors, config), **outer)
+    return VisionWeights(layers=[vision_layer_weights(tensors, layer, config) for layer in range(count)], **outer)
 
 
-def vision_layer_weights(read: Callable[[str], Any], layer: int, config: GemmaConfig) -> VisionLayerWeights:
+def vision_layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> VisionLayerWeights:
     """One block of the image tower."""
     sizes = vision_sizes(config)
     return VisionLayerWeights(
         **{
-            field: read(f"{VISION_BLOCKS}{layer}.{name}").reshape([sizes[letter] for letter in letters])
+            field: tensors[f"{VISION_BLOCKS}{layer}.{name}"].reshape([sizes[letter] for letter in letters])
             for field, (name, letters) in VISION_LAYER_NAMES.items()
         }
     )
@@ -266,27 +266,33 @@ def vision_layer_weights(read: Callable[[str], Any], layer: int, config: GemmaCo
 class LayersOnDisk(Sequence):
     """The blocks of a model larger than memory: each is read when it is asked for, and only the last one is kept."""
 
-    def __init__(
-        self,
-        read: Callable[[str], Any],
-        config: GemmaConfig,
-        make: Callable[..., Any] = layer_weights,
-        count: int | None = None,
-    ):
-        self._read, self._config, self._make = read, config, make
-        self._count = config.num_layers if count is None else count
+    def __init__(self, tensors: Mapping[str, Any], config: GemmaConfig):
+        self._tensors, self._config = tensors, config
         self._held: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return self._config.num_layers
 
     def __getitem__(self, layer: int) -> Any:  # type: ignore[override]
         if not 0 <= layer < len(self):
             raise IndexError(layer)
         if self._held is None or self._held[0] != layer:
             self._held = None  # let go of the old one before reading the next
-            self._held = layer, self._make(self._read, layer, self._config)
+            self._held = layer, self._read(layer)
         return self._held[1]
+
+    def _read(self, layer: int) -> Any:
+        return layer_weights(self._tensors, layer, self._config)
+
+
+class VisionLayersOnDisk(LayersOnDisk):
+    """The same of the image tower."""
+
+    def __len__(self) -> int:
+        return self._config.vision.num_layers if self._config.vision else 0
+
+    def _read(self, layer: int) -> Any:
+        return vision_layer_weights(self._tensors, layer, self._config)
 
 
 def to_named(weights: Weights, config: GemmaConfig) -> dict[str, Any]:

@@ -1,15 +1,6 @@
-"""How much the model feels an error in what it caches: the Fisher matrix of every K and V, by going backwards.
+"""The way back through a layer: the chain rule, written out, a function for each step of `model.Model.block`.
 
-If the normed K (or V) of one token is wrong by a small n, the prediction moves by
-
-    KL(p || p') = 1/2 n^T F n,       F = E[grad grad^T],   grad = d log p(y) / d K,   y drawn from p itself,
-
-summed over all positions that read this token. Only first derivatives are needed: one pass forward, one backward, which
-is written out below, a function for each step of `model.Model.block`. The gradient by a key contains the queries that
-ask for it and the one by a value W_O, so this is what weighting a basis of K by its queries and one of V by W_O aim at,
-with every layer's weight beside it.
-
-Layers are visited one by one, forwards for the states in front of each, then backwards; only one is held in memory.
+`compress.calibrate` asks for gradients by the normed K and V of every layer; only one layer's are held at a time.
 """
 
 from __future__ import annotations
@@ -20,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..core import attention, masks, rope
-from ..core.factorize import second_moment
 from ..core.norm import rms_norm, rms_scale
-from ..gemma.mlp import gelu_tanh, mlp
-from ..gemma.weights import LayerWeights
+from .mlp import gelu_tanh, mlp
+from .weights import LayerWeights
 
 einsum = partial(np.einsum, optimize=True)
 ROWS = 128  # positions whose probabilities are held at once
@@ -80,8 +70,8 @@ def block_backward(
     Shapes: dy and x [b,q,m], positions [b,q] -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
     """
     config = model.config
-    eps, g, scale = config.rms_eps, config.num_kv_heads, config.query_scale
-    tables = rope.rope_tables(positions_bq, config.head_dim, *config.rope(layer))
+    eps, _g, scale = config.rms_eps, config.num_kv_heads, config.query_scale
+    tables = rope.rope_tables(positions_bq, config.head_dim, *config.rope(config.is_global[layer]))
 
     # forwards again, keeping what the way back needs
     a_bqm = rms_norm(x_bqm, w.attn_norm_m, eps)
@@ -92,21 +82,12 @@ def block_backward(
     seen_bqk = masks.visible(positions_bq, positions_bq, config.window(layer))
     P_bhqk = attention.softmax(masks.apply_mask(attention.scores_dense(Q_bqhd, K_bkgd, scale), seen_bqk))
     o_bqm = einsum("bqhe,mhe->bqm", attention.values_dense(P_bhqk, V_bkge), w.WO_mhe)
-    y_bqm = x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps)
-    c_bqm = rms_norm(y_bqm, w.mlp_norm_m, eps)
 
-    # backwards: MLP
-    dz_bqm = rms_norm_backward(dy_bqm, mlp(c_bqm, w), w.post_mlp_norm_m, eps)
-    dy_bqm = dy_bqm + rms_norm_backward(mlp_backward(dz_bqm, c_bqm, w), y_bqm, w.mlp_norm_m, eps)
-
-    # backwards: attention
+    # backwards: MLP, then attention
+    dy_bqm = mlp_block_backward(dy_bqm, x_bqm + rms_norm(o_bqm, w.post_attn_norm_m, eps), w, eps)
     do_bqm = rms_norm_backward(dy_bqm, o_bqm, w.post_attn_norm_m, eps)
     dO_bqhe = einsum("bqm,mhe->bqhe", do_bqm, w.WO_mhe)
-    dV_bkge = over_queries(P_bhqk, dO_bqhe, g)
-    dP_bhqk = attention.scores_dense(dO_bqhe, V_bkge, 1.0)  # dO . v, as logits are q . k
-    dL_bhqk = softmax_backward(dP_bhqk, P_bhqk) * scale
-    dQ_bqhd = attention.values_dense(dL_bhqk, K_bkgd)  # sum over k, as values are
-    dK_bkgd = over_queries(dL_bhqk, Q_bqhd, g)
+    dQ_bqhd, dK_bkgd, dV_bkge = attention_backward(dO_bqhe, Q_bqhd, K_bkgd, V_bkge, P_bhqk, scale)
     cos, sin = tables
     dQ_bqhd, dK_bkgd = rope.rotate(dQ_bqhd, cos, -sin), rope.rotate(dK_bkgd, cos, -sin)  # R^T: turned back
 
@@ -114,8 +95,25 @@ def block_backward(
     da_bqm = einsum("bqhd,hdm->bqm", rms_norm_backward(dQ_bqhd, rawQ_bqhd, w.q_norm_d, eps), w.WQ_hdm)
     da_bqm += einsum("bkgd,gdm->bkm", rms_norm_backward(dK_bkgd, rawK_bkgd, w.k_norm_d, eps), w.WK_gdm)
     da_bqm += einsum("bkge,gem->bkm", dV_bkge, w.WV_gem)
-    dx_bqm = dy_bqm + rms_norm_backward(da_bqm, x_bqm, w.attn_norm_m, eps)
-    return dx_bqm, dK_bkgd, dV_bkge
+    return dy_bqm + rms_norm_backward(da_bqm, x_bqm, w.attn_norm_m, eps), dK_bkgd, dV_bkge
+
+
+def mlp_block_backward(dz_bqm: np.ndarray, y_bqm: np.ndarray, w: LayerWeights, eps: float) -> np.ndarray:
+    """Gradient by y of y + norm(mlp(norm(y)))."""
+    c_bqm = rms_norm(y_bqm, w.mlp_norm_m, eps)
+    dc_bqm = mlp_backward(rms_norm_backward(dz_bqm, mlp(c_bqm, w), w.post_mlp_norm_m, eps), c_bqm, w)
+    return dz_bqm + rms_norm_backward(dc_bqm, y_bqm, w.mlp_norm_m, eps)
+
+
+def attention_backward(
+    dO_bqhe: np.ndarray, Q_bqhd: np.ndarray, K_bkgd: np.ndarray, V_bkge: np.ndarray, P_bhqk: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients by the rotated Q and K and by V of O = P V, P = softmax(scale Q K^T)."""
+    g = K_bkgd.shape[2]
+    dP_bhqk = attention.scores_dense(dO_bqhe, V_bkge, 1.0)  # dO . v, as logits are q . k
+    dL_bhqk = softmax_backward(dP_bhqk, P_bhqk) * scale
+    dQ_bqhd = attention.values_dense(dL_bhqk, K_bkgd)  # sum over k, as values are
+    return dQ_bqhd, over_queries(dL_bhqk, Q_bqhd, g), over_queries(P_bhqk, dO_bqhe, g)
 
 
 def logits_backward(model: Any, x_bqm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -141,31 +139,3 @@ def draw(P_bqv: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sums_bqv = np.cumsum(P_bqv, -1, dtype=np.float64)
     level_bq1 = rng.random(P_bqv.shape[:2])[..., None] * sums_bqv[..., -1:]
     return np.minimum((sums_bqv < level_bq1).sum(-1), P_bqv.shape[-1] - 1)
-
-
-# ---- layer by layer ----
-
-
-def begin_backward(model: Any, states: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Gradients by the states behind the last layer, one a window."""
-    rng = np.random.default_rng(seed)
-    return [logits_backward(model, x_bqm, rng) for x_bqm in states]
-
-
-def back_through_layer(
-    model: Any, layer: int, states: list[np.ndarray], gradients: list[np.ndarray]
-) -> tuple[list[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(gradients by the states in front of a layer, Fisher matrices of its K and V, [g,d,g,d] each).
-
-    states: those in front of the layer; gradients: those by the states behind it.
-    """
-    block = model.weights.layers[layer]
-    in_front: list[np.ndarray] = []
-    sums: list[Any] = [0.0, 0.0]
-    for x_bqm, dy_bqm in zip(states, gradients, strict=True):
-        positions_bq = np.arange(x_bqm.shape[1])[None]
-        dx_bqm, dK_bkgd, dV_bkge = block_backward(model, dy_bqm, x_bqm, layer, block, positions_bq)
-        in_front.append(dx_bqm)
-        sums = [total + second_moment(d) for total, d in zip(sums, (dK_bkgd, dV_bkge), strict=True)]
-    tokens = sum(x_bqm.shape[1] for x_bqm in states)
-    return in_front, (sums[0] / tokens, sums[1] / tokens)

@@ -1,0 +1,140 @@
+"""`fixed-a`: TPA with a constant A. The query absorbs it; what remains is multi-query attention with R keys of d."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .attention import join_heads, split_heads
+from .mode import Mode, Parts, Tokens, register
+from .transform import relative_error
+
+einsum = partial(np.einsum, optimize=True)
+
+
+@register
+@dataclass(frozen=True)
+class FixedA(Mode):
+    """Cached are the b's, B = (1/R) A X, [R,d]. At full rank this is the GQA cache written as TPA.
+
+    basis: A [s,g], or [s,g,d] with one complex number for every pair of features that RoPE rotates (`mix_heads`).
+    """
+
+    basis: Any = field(default=None, repr=False)
+
+    name = "fixed-a"
+    rotated = "B"
+    constants = ("basis",)
+
+    @classmethod
+    def exact_rank(cls, g: int, d: int) -> int:
+        return g
+
+    @classmethod
+    def fit(
+        cls, g: int, d: int, rank: int, dtype: str, M_gdgd: np.ndarray, mean_gd: Any = None, F_gdgd: Any = None
+    ) -> FixedA:
+        if rank == g:
+            return cls(g, d, rank, dtype, 0.0, g * np.eye(g))
+        A_sgd, error = leading_pairs(M_gdgd, rank)
+        return cls(g, d, rank, dtype, error, A_sgd)
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        return {"B": (self.rank, self.d)}
+
+    def array_shapes(self) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
+        return {"basis": ((self.rank, self.g), (self.rank, self.g, self.d))}
+
+    def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
+        """B = (1/R) A X; A has rows R u_r, so this is the projection u_r^T X."""
+        return {"B": mix_heads_back(self.basis.astype(X_bkgd.dtype), X_bkgd) / self.rank}
+
+    def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
+        return mix_heads(self.basis.astype(parts["B"].dtype), parts["B"]) / self.rank
+
+    def scores(self, Q_bqhd: np.ndarray, parts: Parts, tokens: Tokens, scale: float) -> np.ndarray:
+        return scores_fixed_a(Q_bqhd, self.basis.astype(Q_bqhd.dtype), parts["B"], scale)
+
+    def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
+        return values_fixed_a(P_bhqk, self.basis.astype(P_bhqk.dtype), parts["B"])
+
+
+def leading_pairs(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """Constant A for each RoPE frequency pair by itself: leading eigenvectors of E[z z^H] in C^{g x g}, z the heads'
+    pair as complex numbers, rows times R. As many bytes per token as one A for all pairs, and never worse.
+
+    Shapes: M [g,d,g,d] = E[x x^T] of the flattened token -> A [R,g,d] (see `mix_heads`), relative error.
+    """
+    g, d = M_gdgd.shape[:2]
+    M_ggxy = M_gdgd.reshape(g, 2, d // 2, g, 2, d // 2)
+    pair = np.arange(d // 2)
+    M_pgjxy = M_ggxy[:, :, pair, :, :, pair].transpose(0, 1, 3, 2, 4)  # x, y: real or imaginary part
+    Z_pgj = M_pgjxy[..., 0, 0] + M_pgjxy[..., 1, 1] + 1j * (M_pgjxy[..., 1, 0] - M_pgjxy[..., 0, 1])
+    values_pg, U_pgs = np.linalg.eigh((Z_pgj + Z_pgj.conj().swapaxes(1, 2)) / 2)
+    U_psg = U_pgs[..., ::-1].swapaxes(1, 2)[:, :rank]
+    largest = np.take_along_axis(U_psg, np.abs(U_psg).argmax(-1, keepdims=True), -1)
+    U_psg = U_psg * (np.abs(largest) / largest)  # a complex eigenvector has a free phase
+    return rank * from_pairs(U_psg.transpose(1, 2, 0)), relative_error(values_pg[:, g - rank :].sum(), values_pg.sum())
+
+
+def scores_fixed_a(Q_bqhd: np.ndarray, A_sg: np.ndarray, B_bksd: np.ndarray, scale: float) -> np.ndarray:
+    """The query absorbs A: q^_s = A[s,g] q (the conjugate, where A is complex), then q^ . b.
+
+    Shapes: Q [b,q,h,d], A [s,g] or [s,g,d], B [b,k,s,d] (rotated) -> [b,h,q,k].
+    """
+    s, g = A_sg.shape[:2]
+    Q_bqgnd = split_heads(Q_bqhd, g)
+    if A_sg.ndim == 2:
+        Q_bqgnsd = einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
+    else:
+        Q_bqgnsd = from_pairs(einsum("sgp,bqgnp->bqgnsp", as_pairs(A_sg).conj(), as_pairs(Q_bqgnd)))
+    return join_heads(einsum("bqgnsd,bksd->bgnqk", Q_bqgnsd, B_bksd) * (scale / s))
+
+
+def values_fixed_a(P_bhqk: np.ndarray, A_ug: np.ndarray, B_bkue: np.ndarray) -> np.ndarray:
+    """Aggregate b's first (all heads share them), mix with A once per query.
+
+    Shapes: P [b,h,q,k], A [u,g] or [u,g,e], B [b,k,u,e] -> [b,q,h,e].
+    """
+    b, h, q, _ = P_bhqk.shape
+    u, g = A_ug.shape[:2]
+    Y_bqgnue = einsum("bhqk,bkue->bqhue", P_bhqk, B_bkue).reshape(b, q, g, h // g, u, -1)
+    if A_ug.ndim == 2:
+        return einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue).reshape(b, q, h, -1) / u
+    O_bqgne = from_pairs(einsum("ugp,bqgnup->bqgnp", as_pairs(A_ug), as_pairs(Y_bqgnue)))
+    return O_bqgne.reshape(b, q, h, -1) / u
+
+
+def mix_heads(A: np.ndarray, B_bksd: np.ndarray) -> np.ndarray:
+    """sum_s a_s (x) b_s with a constant A: [s,g], or [s,g,d], one complex number for every pair of features that RoPE
+    rotates (real part at i, imaginary part at i + d/2). Such an A turns a pair like RoPE does, so the two commute.
+
+    Shapes: A, B [b,k,s,d] -> [b,k,g,d].
+
+    >>> mix_heads(np.array([[[0.0, 1.0]]]), np.array([[[[1.0, 0.0]]]])).tolist()  # times i: a quarter turn
+    [[[[0.0, 1.0]]]]
+    """
+    if A.ndim == 2:
+        return einsum("sg,bksd->bkgd", A, B_bksd)
+    return from_pairs(einsum("sgp,bksp->bkgp", as_pairs(A), as_pairs(B_bksd)))
+
+
+def mix_heads_back(A: np.ndarray, X_bkgd: np.ndarray) -> np.ndarray:
+    """The adjoint of `mix_heads`: b_s = sum_g conj(a_sg) x_g. With it <x, A b> = <mix_heads_back(A, x), b>."""
+    if A.ndim == 2:
+        return einsum("sg,bkgd->bksd", A, X_bkgd)
+    return from_pairs(einsum("sgp,bkgp->bksp", as_pairs(A).conj(), as_pairs(X_bkgd)))
+
+
+def as_pairs(x: np.ndarray) -> np.ndarray:
+    """Features i and i + d/2, which RoPE rotates together, as one complex number: [..., d] -> [..., d/2]."""
+    real, imaginary = np.split(x, 2, -1)
+    return real + 1j * imaginary
+
+
+def from_pairs(z: np.ndarray) -> np.ndarray:
+    """The inverse of `as_pairs`."""
+    return np.concatenate([z.real, z.imag], -1)

@@ -1,0 +1,73 @@
+"""`spectral`: `latent` whose coefficients have a width of their own each, 1 to 8 bits. Not in the paper.
+
+Rank and precision become one decision: in the coordinates of the damage (`transform`) the strongest coefficients get
+most bits and the weakest none at all, as in JPEG. K and V of a token may be one vector (`pair.Joint`), and what the
+token itself tells of them, W z, need not be coded (`compress.token_prediction`):
+
+    c = E (x - mean - W z),        x^ = mean + B c + W z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import codes
+from .latent import Latent, values_latent
+from .mode import Parts, Stored, Tokens
+
+einsum = partial(np.einsum, optimize=True)
+
+
+@dataclass(frozen=True)
+class CodedLatent(Latent):
+    """Coefficient s of unit variance takes widths[s] bits, packed; nothing but codes is stored.
+
+    predictor: W^T [z,g,d], or None. It is no mode that can be asked for by name: a rate chooses it, and its widths.
+
+    >>> CodedLatent(g=1, d=4, rank=3, widths=(4, 3, 2)).token_bytes
+    2
+    """
+
+    widths: tuple[int, ...] = field(default=(), repr=False)
+    predictor: Any = field(default=None, repr=False)
+
+    name = "spectral"
+    constants = ("basis", "encoder", "mean", "predictor")
+
+    def array_shapes(self) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
+        z = 0 if self.predictor is None else len(self.predictor)
+        basis, mean = (self.rank, self.g, self.d), (self.g, self.d)
+        return {"basis": (basis,), "encoder": (basis,), "mean": (mean,), "predictor": (None, (z, self.g, self.d))}
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
+
+    def store(self, parts: Parts) -> Stored:
+        return {"C.codes": codes.quantize(parts["C"], self.widths)}
+
+    def load(self, stored: Stored, dtype: Any) -> Parts:
+        return {"C": codes.dequantize(stored["C.codes"], self.widths).astype(dtype, copy=False)}
+
+    def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
+        return super().encode(X_bkgd - self.predicted(tokens, X_bkgd.dtype), tokens)
+
+    def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
+        return super().decode(parts, tokens) + self.predicted(tokens, parts["C"].dtype)
+
+    def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
+        """Token vectors are coefficients like others: summed first, mapped once per query."""
+        O_bqhe = super().values(P_bhqk, parts, tokens)
+        if self.predictor is None:
+            return O_bqhe
+        return O_bqhe + values_latent(P_bhqk, tokens.Z_bkz, self.predictor.astype(P_bhqk.dtype))
+
+    def predicted(self, tokens: Tokens, dtype: Any) -> Any:
+        """What the tokens tell of K or V, W z: [b,k,g,d]; zero where nothing is predicted."""
+        if self.predictor is None:
+            return np.zeros((), dtype)
+        assert tokens.Z_bkz is not None
+        return einsum("bkz,zgd->bkgd", tokens.Z_bkz, self.predictor.astype(tokens.Z_bkz.dtype))

@@ -1,0 +1,149 @@
+"""The transform behind the spectral cache: the coordinates in which an error's damage is simplest. Not in the paper.
+
+1. How much does an error n in a cached vector x hurt? For small n the KL divergence of the model's predictions is a
+   quadratic form, KL = 1/2 n^T F n, with the Fisher matrix F = E[grad grad^T] of the log-likelihood
+   (`compress.sensitivity`).
+2. In which coordinates is that simplest? In c = U^T F^(1/2) (x - mean), where U are the eigenvectors of
+   F^(1/2) Cov F^(1/2): there coefficients are uncorrelated, their variances are lambda_s, and an error of variance D in
+   any of them costs D/2 nats, in whatever layer (the Karhunen-Loeve transform in the metric of the damage).
+3. How many bits does each deserve? Those that remove most damage for each stored byte (`compress.bits`).
+
+x is K and V of a token side by side, all heads of both. F has no block between K and V, which measurably adds nothing.
+Coefficients are divided by their standard deviation, so one table of levels per width serves all of them.
+
+Below are the plain tools as well: leading eigenvectors, second moments of data and of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+einsum = partial(np.einsum, optimize=True)
+FLOOR = 1e-4  # share of the mean sensitivity of every direction, at least: few tokens cannot prove that one has none
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """K and V of one layer (or one of them) in the coordinates of the damage, strongest coefficient first.
+
+    Coefficients of a token: c = encoder (x - mean - W z), of unit variance; back: x = mean + basis^T c + W z.
+    variance_s / 2 is what the model loses, in nats per token, when coefficient s is not stored. predictor: W^T or None.
+    """
+
+    encoder_sgd: Any
+    basis_sgd: Any
+    mean_gd: Any
+    variance_s: np.ndarray
+    predictor_zgd: Any = None
+
+
+def spectrum(M_gdgd: np.ndarray, mean_gd: np.ndarray, F: Sequence[np.ndarray | None]) -> Spectrum:
+    """The transform of x = (K, V), or of one of them, from its second moment, its mean and its sensitivity.
+
+    F: one Fisher matrix for each of the equal blocks of heads, K's and V's. None (nothing is known of the damage):
+    every direction of the block counts the same, and losing all of them costs 1/2 nat.
+
+    Shapes: M [g,d,g,d] = E[x x^T], mean [g,d], F [g/blocks,d,g/blocks,d] each -> encoder and basis [g d, g, d],
+    variance [g d].
+    """
+    g, d = mean_gd.shape
+    mean_x = mean_gd.reshape(-1).astype(np.float64)
+    C_xx = M_gdgd.reshape(g * d, g * d).astype(np.float64) - np.outer(mean_x, mean_x)
+    root_xx, inverse_xx = np.zeros_like(C_xx), np.zeros_like(C_xx)
+    n = g * d // len(F)
+    for index, F_gdgd in enumerate(F):
+        at = slice(index * n, (index + 1) * n)
+        C_xx[at, at] += FLOOR * max(np.trace(C_xx[at, at]) / n, 1e-30) * np.eye(n)
+        F_xx = np.eye(n) / np.trace(C_xx[at, at]) if F_gdgd is None else F_gdgd.reshape(n, n).astype(np.float64)
+        root_xx[at, at], inverse_xx[at, at] = symmetric_root(F_xx)
+    values, U_xs = np.linalg.eigh(root_xx @ C_xx @ root_xx)
+    variance_s = np.maximum(values[::-1], 1e-12 * max(values[-1], 1e-30))
+    U_sx = fix_signs(U_xs[:, ::-1].T)
+    deviation_s1 = np.sqrt(variance_s)[:, None]
+    encoder_sx, basis_sx = U_sx @ root_xx / deviation_s1, U_sx @ inverse_xx * deviation_s1
+    return Spectrum(encoder_sx.reshape(-1, g, d), basis_sx.reshape(-1, g, d), mean_gd, variance_s)
+
+
+def symmetric_root(F_xx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(F^(1/2), F^(-1/2)) of a symmetric matrix whose eigenvalues are brought to a floor.
+
+    >>> root, inverse = symmetric_root(np.diag([4.0, 9.0]))
+    >>> root.round(6).tolist(), inverse.round(6).tolist()
+    ([[2.0, 0.0], [0.0, 3.0]], [[0.5, 0.0], [0.0, 0.333333]])
+    """
+    values, U = np.linalg.eigh((F_xx + F_xx.T) / 2)
+    root = np.sqrt(np.maximum(values, max(FLOOR * values.mean(), 1e-30)))
+    return (U * root) @ U.T, (U / root) @ U.T
+
+
+def truncated(found: Spectrum, rank: int) -> tuple[Any, Any]:
+    """(encoder, basis) of the `rank` strongest coefficients, [R,g,d] each, on the scale of their damage: an equal error
+    in any of them costs the same.
+    """
+    deviation_s11 = np.sqrt(found.variance_s)[:rank, None, None]
+    return found.encoder_sgd[:rank] * deviation_s11, found.basis_sgd[:rank] / deviation_s11
+
+
+def loss(variances: Sequence[np.ndarray], rank: int) -> float:
+    """The share of the damage that coefficients from a rank on carry, as a relative norm.
+
+    >>> loss([np.array([3.0, 1.0])], rank=1)
+    0.5
+    """
+    lost, total = (sum(variance_s[start:].sum() for variance_s in variances) for start in (rank, 0))
+    return float(np.sqrt(lost / total)) if total > 0 else 0.0
+
+
+def leading(M: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """(leading eigenvectors as rows, largest entry positive; relative error of leaving out the others)."""
+    values, U = np.linalg.eigh((M + M.T).astype(np.float64) / 2)
+    return fix_signs(U[:, ::-1][:, :rank].T), relative_error(values[::-1][:rank].sum(), values.sum())
+
+
+def fix_signs(U_sx: np.ndarray) -> np.ndarray:
+    """Rows with their largest entry made positive: eigenvectors have no sign, but both backends choose one."""
+    largest = np.take_along_axis(U_sx, np.abs(U_sx).argmax(-1, keepdims=True), -1)
+    return U_sx * np.where(largest < 0, -1, 1)
+
+
+def relative_error(kept: float, total: float) -> float:
+    """What is left out, as a relative norm: sqrt(1 - kept / total)."""
+    return float(np.sqrt(max(0.0, 1 - kept / total))) if total > 0 else 0.0
+
+
+def second_moment(X_bkgd: np.ndarray) -> np.ndarray:
+    """Sum over tokens of x x^T for the flattened heads of each token: [b,k,g,d] -> [g,d,g,d]."""
+    g, d = X_bkgd.shape[2:]
+    X_tx = X_bkgd.reshape(-1, g * d).astype(np.float64)
+    return (X_tx.T @ X_tx).reshape(g, d, g, d)
+
+
+def moment_from_weights(W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: np.ndarray | None = None) -> np.ndarray:
+    """Second moment of K (or V) from the weights alone: the input after its norm is taken as white noise times 1 + w.
+
+    For K give `k_norm_d`: every head is brought to rms 1 and multiplied with 1 + w_d, as QK-norm does on average.
+
+    Shapes: W [g,d,m], input norm [m], k norm [d] or None -> [g,d,g,d].
+    """
+    W_gdm = W_gdm.astype(np.float64) * (1 + input_norm_m.astype(np.float64))
+    if k_norm_d is not None:
+        rms_g = np.sqrt(np.square(W_gdm).sum(-1).mean(-1))
+        W_gdm = W_gdm / np.maximum(rms_g, 1e-30)[:, None, None] * (1 + k_norm_d.astype(np.float64))[:, None]
+    return einsum("gdm,jcm->gdjc", W_gdm, W_gdm)
+
+
+def truncate_query_heads(WQ_hdm: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Head-mixing rank of Q: W_Q = sum_r a_r (x) B_r with a_r in R^h (`fixed-a` on the query heads, by SVD of W_Q).
+
+    Shapes: W_Q [h,d,m], R -> A [R,h], W [R,d,m] (W_Q = einsum("rh,rdm->hdm", A, W)), relative error.
+    """
+    h = WQ_hdm.shape[0]
+    flat = WQ_hdm.reshape(h, -1).astype(np.float64)
+    A_rh, error = leading(flat @ flat.T, rank)
+    W_rdm = (A_rh @ flat).reshape(rank, *WQ_hdm.shape[1:])
+    return A_rh, W_rdm, error

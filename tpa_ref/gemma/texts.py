@@ -1,0 +1,43 @@
+"""Texts as windows of tokens, as calibration and evaluation read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import TPAError
+from .tokenizer import BOS
+
+
+def read_text(text_or_path: str | Path) -> str:
+    """A text, or the content of the UTF-8 file of that name. A single line that names a file is taken as a path."""
+    if isinstance(text_or_path, Path) or ("\n" not in text_or_path and len(text_or_path) < 4096):
+        path = Path(text_or_path)
+        try:
+            if isinstance(text_or_path, Path) or path.is_file():
+                return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as problem:
+            raise TPAError(
+                f"text: {path} is not UTF-8: byte {problem.start} is {problem.object[problem.start]:#x}"
+            ) from None
+        except OSError as problem:
+            if isinstance(text_or_path, Path):
+                raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
+    return str(text_or_path)
+
+
+def text_windows(
+    model: Any, text_or_path: str | Path, max_tokens: int, length: int | None = None
+) -> Iterator[list[int]]:
+    """The text as token windows of at most `length` (default: 1024 or the model's positions), BOS on every one."""
+    if model.tokenizer is None:
+        raise TPAError(
+            "text: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
+        )
+    length = min(length or 1024, model.config.max_positions)
+    ids = model.tokenizer.encode(read_text(text_or_path), bos=False)[:max_tokens]
+    if not ids:
+        raise TPAError("text: at least one token is needed, got an empty text")
+    for start in range(0, len(ids), length - 1):
+        yield [BOS, *ids[start : start + length - 1]]
