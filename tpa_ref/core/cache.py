@@ -52,12 +52,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Keys:
-    """All that a chunk of queries reads in one layer. at: where the queries stand; window, exact: the layer's."""
+    """All that a chunk of queries reads in one layer. at: where the queries stand; held: where the keys are from;
+    lengths_b: what was held of each row before the new tokens.
+    """
 
     segments: list[Segment]
     at: Any
-    window: int | None
-    exact: Exact
+    held: LayerCache
+    lengths_b: np.ndarray
 
     def scores(self, Q_bqhd: np.ndarray, scale: float) -> np.ndarray:
         """Logits [b,h,q,k] over the keys of all segments, masked."""
@@ -79,8 +81,8 @@ class Keys:
 
     def seen(self, segment: Segment) -> np.ndarray:
         """Which keys of a segment each query reads there, [b,q,k]."""
-        at, positions_bk, exact = self.at, segment.positions_bk, self.exact
-        seen_bqk = masks.visible(at.positions_bq, positions_bk, self.window, at.last_bq)
+        at, positions_bk, exact = self.at, segment.positions_bk, self.held.exact
+        seen_bqk = masks.visible(at.positions_bq, positions_bk, self.held.window, at.last_bq)
         return masks.segment_mask(segment.kind, seen_bqk, at.positions_bq, positions_bk, exact.sinks, exact.recent)
 
 
@@ -185,7 +187,7 @@ class LayerCache:
                 before_b = np.minimum(lengths_b, ring.slots)
             stored, positions_bk = ring.append(new, positions_bq, before_b)
             segments.append(Segment(kind, ring.pair, stored, positions_bk, at.tokens(positions_bk, kind)))
-        return self.keys_class(segments, at, self.window, self.exact)
+        return self.keys_class(segments, at, self, lengths_b)
 
 
 class Cache:

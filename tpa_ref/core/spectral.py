@@ -53,10 +53,12 @@ class CodedLatent(Latent):
         return {"C": codes.dequantize(stored["C.codes"], self.widths).astype(dtype, copy=False)}
 
     def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
-        return super().encode(X_bkgd - self.predicted(tokens, X_bkgd.dtype), tokens)
+        predicted = self.predicted(tokens)
+        return super().encode(X_bkgd if predicted is None else X_bkgd - predicted.astype(X_bkgd.dtype), tokens)
 
     def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
-        return super().decode(parts, tokens) + self.predicted(tokens, parts["C"].dtype)
+        predicted, X_bkgd = self.predicted(tokens), super().decode(parts, tokens)
+        return X_bkgd if predicted is None else X_bkgd + predicted.astype(X_bkgd.dtype)
 
     def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
         """Token vectors are coefficients like others: summed first, mapped once per query."""
@@ -65,9 +67,9 @@ class CodedLatent(Latent):
             return O_bqhe
         return O_bqhe + values_latent(P_bhqk, tokens.Z_bkz, self.predictor.astype(P_bhqk.dtype))
 
-    def predicted(self, tokens: Tokens, dtype: Any) -> Any:
-        """What the tokens tell of K or V, W z: [b,k,g,d]; zero where nothing is predicted."""
+    def predicted(self, tokens: Tokens) -> Any:
+        """What the tokens tell of K or V, W z: [b,k,g,d]; None where nothing is predicted."""
         if self.predictor is None:
-            return np.zeros((), dtype)
+            return None
         assert tokens.Z_bkz is not None
         return einsum("bkz,zgd->bkgd", tokens.Z_bkz, self.predictor.astype(tokens.Z_bkz.dtype))

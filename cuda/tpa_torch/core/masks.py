@@ -17,7 +17,7 @@ def visible(positions_bq: Tensor, positions_bk: Tensor, window: int | None, last
     return seen_bqk if window is None else seen_bqk & (positions_bq[:, :, None] - positions_bk[:, None, :] < window)
 
 
-def of_segment(
+def segment_mask(
     kind: str, seen_bqk: Tensor, positions_bq: Tensor, positions_bk: Tensor, sinks: int, recent: int
 ) -> Tensor:
     """Which of the visible keys of a segment a query reads there: each key in exactly one segment. [b,q,k]."""

@@ -7,8 +7,9 @@ token. Elsewhere the same step runs as it is written, which is how it is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpa_ref.core.cache import LayerCache
-from tpa_ref.core.factorize import Factorization
+from tpa_ref.core.cache import LayerCache, Ring
+from tpa_ref.core.mode import Parts
+from tpa_ref.gemma.sampling import Sampling
 from tpa_ref.gemma.tokenizer import STOP
-from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Tracer, no_trace
 
-from ..core import attention, factorize, masks, rope
-from ..core import cache as kv
-from ..core.norm import rms_norm
-from ..gemma.model import Model
+from ..core import contextual, masks
+from ..core.attention import softmax
+from ..core.cache import Cache
+from ..core.contextual import Contextual, fix_signs
+from ..core.mode import Mode
 from . import kernels
 
 SQUARINGS = 12  # the Gram matrix to the power 2^12: neighbours a hundredth apart are e^-40 of each other
@@ -68,167 +70,148 @@ def of_unit_length(u_xg1: Tensor) -> Tensor:
     return u_xg1 / u_xg1.square().sum(-2, keepdim=True).sqrt().clamp(min=1e-30)
 
 
-def contextual_factors(X_bkgd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`factorize.contextual_factors` without `eigh`."""
-    if X_bkgd.shape[2] == 1:
-        return factorize.contextual_factors(X_bkgd, rank)
-    d = X_bkgd.shape[-1]
-    if X_bkgd.dtype != torch.float64 and d >= 16 and d & (d - 1) == 0 and kernels.runs_on(X_bkgd.device):
-        return kernels.contextual_factors(X_bkgd, rank, SQUARINGS)  # all of what follows in one launch
-    X32 = X_bkgd if X_bkgd.dtype == torch.float64 else X_bkgd.float()
-    U_bksg = factorize.steady_signs(leading_vectors(X32 @ X32.mT, rank))
-    return (rank * U_bksg).to(X_bkgd.dtype), (U_bksg @ X32).to(X_bkgd.dtype)
+class WithoutEigh(Contextual):
+    """`contextual` whose factors never wait for the device."""
+
+    def factor(self, X_bkgd: Tensor) -> tuple[Tensor, Tensor]:
+        d = X_bkgd.shape[-1]
+        if X_bkgd.shape[2] == 1:
+            return contextual.factor(X_bkgd, self.rank)
+        if X_bkgd.dtype != torch.float64 and d >= 16 and d & (d - 1) == 0 and kernels.runs_on(X_bkgd.device):
+            return kernels.contextual_factors(X_bkgd, self.rank, SQUARINGS)  # all of what follows in one launch
+        X32 = X_bkgd if X_bkgd.dtype == torch.float64 else X_bkgd.float()
+        U_bksg = fix_signs(leading_vectors(X32 @ X32.mT, self.rank))
+        return (self.rank * U_bksg).to(X_bkgd.dtype), (U_bksg @ X32).to(X_bkgd.dtype)
 
 
-def encode_pair(
-    K_bkgd: Tensor, V_bkge: Tensor, how: tuple[Factorization, Factorization], Z_bkz: Tensor | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`factorize.encode_pair` without `eigh`."""
-    if how[1].dtype == "shared":
-        return factorize.encode_pair(K_bkgd, V_bkge, how, Z_bkz)
-    k, v = (encode(X_bkgd, one) for X_bkgd, one in zip((K_bkgd, V_bkge), how, strict=True))
-    return k, v
-
-
-def encode(X_bkgd: Tensor, how: Factorization) -> dict[str, Tensor]:
-    """`factorize.encode` without `eigh`."""
-    if how.mode != "contextual":
-        return factorize.encode(X_bkgd, how)
-    A_bksg, B_bksd = contextual_factors(X_bkgd, how.rank)
-    return {"A": A_bksg.flatten(2), "B": B_bksd}
+def static(mode: Any, dtype: torch.dtype) -> Mode:
+    """The mode as a captured step encodes by it: nothing waits, and no step converts a constant array anew."""
+    if isinstance(mode, Contextual):
+        return WithoutEigh(**vars(mode))
+    return mode.with_arrays({name: None if x is None else x.to(dtype) for name, x in mode.arrays().items()})
 
 
 # ---- one layer on static buffers ----
 
 
 class NewTokens:
-    """What the layers need to know of the new token of each row, in the place of `model.Views`.
+    """The new token of each row, in the place of `gemma.positions.Positions`.
 
     position_b: where it goes; runs_b: rows that take part, the others neither write nor see anything; text_bt: the
-    text by position (`words.numbered`), where something is predicted from it.
+    numbered ids by position, where something is predicted from them.
     """
 
     def __init__(
-        self, model: Model, cache: kv.Cache, position_b: Tensor, runs_b: Tensor, text_bt: Tensor | None = None
+        self,
+        model: Any,
+        is_global: bool,
+        max_len: int,
+        position_b: Tensor,
+        runs_b: Tensor,
+        text_bt: Tensor | None = None,
     ):
-        self.text_bt = text_bt
-        self.model, self.cache, self.position_b, self.runs_b = model, cache, position_b, runs_b
+        self.model, self.is_global, self.max_len, self.text_bt = model, is_global, max_len, text_bt
+        self.position_b, self.runs_b = position_b, runs_b
         query_b, length_b = torch.where(runs_b, position_b, -1), position_b + runs_b
         self.step = kernels.Step(query_b.int(), length_b.int())
-        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
-    def query_tables(self, layer: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the new positions, [b,1,d/2] each."""
-        kind = self.model.config.is_global[layer]
-        if kind not in self._tables:
-            cos, sin = self.model.rope_table(layer, self.cache.max_len)
-            at_b = self.position_b.clamp(max=self.cache.max_len - 1)
-            self._tables[kind] = cos[at_b][:, None], sin[at_b][:, None]
-        return self._tables[kind]
+    @cached_property
+    def new_tokens(self) -> At:
+        """What is known of the new tokens."""
+        return At(self, self.position_b[:, None].clamp(max=self.max_len - 1))
 
-    def words(self, position_bk: Tensor) -> Tensor:
-        """z of the tokens at some positions, [b,k] -> [b,k,2m]."""
-        assert self.text_bt is not None
-        own_bk, previous_bk = (
-            torch.where(at_bk >= 0, self.text_bt.gather(1, at_bk.clamp(min=0)), 0)
-            for at_bk in (position_bk, position_bk - 1)
-        )
-        return self.model.word_table(own_bk, previous_bk)
-
-    def write(self, held: LayerCache, sides: tuple[kv.Parts, kv.Parts]) -> None:
+    def write(self, ring: Ring, new: Parts) -> None:
         """Store the new tokens in their slots; where a row takes no part, what was there stays."""
-        runs_b = self.runs_b if held.windowed else self.runs_b & (self.position_b < held.slots)
-        slot_b, row_b = self.position_b % held.slots, torch.arange(len(runs_b), device=runs_b.device)
-        new = [kv.store(parts, how) for parts, how in zip(sides, held.how, strict=True)]
-        for side, fresh in zip(held.stored, new, strict=True):
-            for part, fields in side.items():
-                for name, array in fields.items():
-                    written = fresh[part][name][:, 0].to(array.dtype)
-                    runs = runs_b.reshape(-1, *[1] * (written.ndim - 1))
-                    array[row_b, slot_b] = torch.where(runs, written, array[row_b, slot_b])
+        runs_b = self.runs_b if ring.windowed else self.runs_b & (self.position_b < ring.slots)
+        slot_b, row_b = self.position_b % ring.slots, torch.arange(len(runs_b), device=runs_b.device)
+        for name, array in ring.arrays.items():
+            written = new[name][:, 0].to(array.dtype)
+            runs = runs_b.reshape(-1, *[1] * (written.ndim - 1))
+            array[row_b, slot_b] = torch.where(runs, written, array[row_b, slot_b])
 
 
-class StaticModel(Model):
-    """The same model, whose layers take the new tokens from the device (`NewTokens`) instead of from the host."""
+class At:
+    """What is known of the tokens at some positions [b,k] (-1: none), by tensors on the device alone."""
 
-    def __init__(self, model: Model):
-        super().__init__(
-            model.config, model.weights, model.tokenizer, model.tpa, model.factors, model.query_factors,
-            model.stored_dtype,
-        )  # fmt: skip
-        self._tables = model._tables
-        kind = getattr(torch, self.dtype)
-        self.encoders = [(in_dtype(k, kind), in_dtype(v, kind)) for k, v in self.factors]
+    def __init__(self, new: NewTokens, position_bk: Tensor):
+        self.new, self.position_bk = new, position_bk
 
-    def attend(
-        self, a_bqm: Tensor, layer: int, w: LayerWeights, views: Any, cache: kv.Cache | None, trace: Tracer
-    ) -> Tensor:
-        """`Model.attend` of one new token a row."""
-        assert cache is not None
-        eps, held = self.config.rms_eps, cache.layers[layer]
-        how_k, how_v = self.encoders[layer]
-        tables_q = views.query_tables(layer)
-        Q_bqhd = rope.rotate(rms_norm(self.project_queries(a_bqm, layer, w), w.q_norm_d, eps), *tables_q)
-        K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, [b,k,d/2] each."""
+        cos, sin = self.new.model.rope_table(self.new.is_global, self.new.max_len)
+        at_bk = self.position_bk.clamp(min=0)
+        return cos[at_bk], sin[at_bk]
 
-        read = kv.reads_words([(how_k, how_v)])
-        Z_bqz = views.words(views.position_b[:, None]) if read else None
-        parts_k, parts_v = encode_pair(K_bkgd, V_bkge, (how_k, how_v), Z_bqz)
-        if how_k.rotated:
-            part = "X" if how_k.mode == "dense" else "B"
-            parts_k[part] = rope.rotate(parts_k[part], *tables_q)
-        views.write(held, (parts_k, parts_v))
-        for exact in (held.sinks, held.recent):
-            if exact is not None:
-                views.write(exact, ({"X": rope.rotate(K_bkgd, *tables_q)}, {"X": V_bkge}))
-
-        served = kernels.usable(self.device, self.config, self.factors[layer], Q_bqhd.dtype)
-        if served:
-            O_bqhe = kernels.attend(Q_bqhd, self, layer, cache, views.step)
-        else:
-            O_bqhe = attend_in_torch(Q_bqhd, self, layer, cache, views.step, views.words if read else None)
-        return F.linear(O_bqhe.flatten(2), w.WO_mhe.flatten(1))
+    @cached_property
+    def Z_bkz(self) -> Tensor:  # noqa: N802
+        """The token vectors [b,k,2m]."""
+        text_bt = self.new.text_bt
+        assert text_bt is not None
+        own_bk, previous_bk = (
+            torch.where(at_bk >= 0, text_bt.gather(1, at_bk.clamp(min=0)), 0)
+            for at_bk in (self.position_bk, self.position_bk - 1)
+        )
+        return self.new.model.token_table(own_bk, previous_bk)
 
 
-def in_dtype(how: Factorization, dtype: torch.dtype) -> Factorization:
-    """Constant arrays in the dtype that they multiply, so that no step converts them anew."""
-    arrays: dict[str, Any] = {name: None if x is None else x.to(dtype) for name, x in how.constants().items()}
-    return replace(how, **arrays)
+@dataclass(frozen=True)
+class StaticKeys:
+    """What one layer holds, with the new tokens in it."""
+
+    held: LayerCache
+    at: NewTokens
 
 
-def attend_in_torch(
-    Q_bqhd: Tensor,
-    model: Model,
-    layer: int,
-    cache: kv.Cache,
-    step: kernels.Step,
-    words: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """What `kernels.attend` computes, from whole buffers and masks of positions: [b,1,h,d] -> [b,1,h,e].
+class StaticCache:
+    """A cache that is written to on the device: lengths are tensors, and the host is told of nothing."""
 
-    words: z of the tokens at some positions.
-    """
-    config, held, exact = model.config, cache.layers[layer], model.exact(layer)
-    query_bq, g = step.query_b[:, None].long(), config.num_kv_heads
-    cos, sin = model.rope_table(layer, cache.max_len)
+    def __init__(self, cache: Cache, dtype: torch.dtype):
+        self.cache = cache
+        self.encoders = [
+            {
+                kind: type(ring.pair)(*(static(mode, dtype) for mode in ring.pair.modes))
+                for kind, ring in held.rings.items()
+            }
+            for held in cache.layers
+        ]
+
+    def append(self, layer: int, K_bkgd: Tensor, V_bkge: Tensor, at: NewTokens, trace: Tracer) -> StaticKeys:
+        """As `Cache.append`."""
+        held = self.cache.layers[layer]
+        for kind, ring in held.rings.items():
+            at.write(ring, self.encoders[layer][kind].encode(K_bkgd, V_bkge, at.new_tokens))
+        return StaticKeys(held, at)
+
+
+def attend(Q_bqhd: Tensor, keys: StaticKeys, model: Any) -> Tensor:
+    """By the kernels where they can read the layer, else by PyTorch: [b,1,h,d] -> [b,1,h,e]."""
+    held, at, scale = keys.held, keys.at, model.config.query_scale
+    if kernels.usable(Q_bqhd.device, held.pair, Q_bqhd.dtype):
+        return kernels.decode(Q_bqhd, held, at.step, model.rope_table(at.is_global, at.max_len), scale)
+    return attend_in_torch(Q_bqhd, held, at, scale)
+
+
+def attend_in_torch(Q_bqhd: Tensor, held: LayerCache, at: NewTokens, scale: float) -> Tensor:
+    """What the kernels compute, from whole buffers and masks of positions: [b,1,h,d] -> [b,1,h,e]."""
+    query_bq, exact = at.step.query_b[:, None].long(), held.exact
     logits, values = [], []
-    for kind, part in (("coded", held), ("sinks", held.sinks), ("recent", held.recent)):
-        if part is None:
-            continue
-        length_b = step.length_b.long() if part.windowed or kind == "coded" else step.length_b.clamp(max=part.slots)
-        position_bk = slot_positions(length_b, part.slots)
-        seen_bqk = masks.visible(query_bq, position_bk, config.window(layer))
-        seen_bqk = masks.of_segment(kind, seen_bqk, query_bq, position_bk, exact.sinks, exact.recent)
-        Z_bkz = words(position_bk) if words is not None and kv.reads_words([part.how]) else None
-        parts_k, parts_v = kv.load_pair(part.stored, part.how, g, config.head_dim, Q_bqhd.dtype, Z_bkz)
-        tables = cos[position_bk.clamp(min=0)], sin[position_bk.clamp(min=0)]
-        L_bhqk = attention.scores(Q_bqhd, parts_k, part.how[0], g, tables, config.query_scale)
-        L_bhqk = L_bhqk if model.dtype == "float64" else L_bhqk.float()
+    for kind, ring in held.rings.items():
+        length_b = at.step.length_b.long()
+        length_b = length_b if ring.windowed or kind == "coded" else length_b.clamp(max=ring.slots)
+        position_bk = slot_positions(length_b, ring.slots)
+        seen_bqk = masks.visible(query_bq, position_bk, held.window)
+        seen_bqk = masks.segment_mask(kind, seen_bqk, query_bq, position_bk, exact.sinks, exact.recent)
+        tokens = At(at, position_bk)
+        parts_k, parts_v = ring.pair.load(ring.arrays, Q_bqhd.dtype)
+        L_bhqk: Any = ring.pair.k.scores(Q_bqhd, parts_k, tokens, scale)  # type: ignore[arg-type]
+        L_bhqk = L_bhqk if Q_bqhd.dtype == torch.float64 else L_bhqk.float()
         logits.append(masks.apply_mask(L_bhqk, seen_bqk))
-        values.append((parts_v, part.how[1]))
-    P_bhqk = attention.softmax(torch.cat(logits, -1)).to(Q_bqhd.dtype)
+        values.append((ring.pair.v, parts_v, tokens))
+    P_bhqk: Any = softmax(torch.cat(logits, -1)).to(Q_bqhd.dtype)
     each = P_bhqk.split([L.shape[-1] for L in logits], -1)
-    return torch.stack([attention.values(P, *of, g) for P, of in zip(each, values, strict=True)]).sum(0)
+    found: Any = [mode.values(P, parts, tokens) for P, (mode, parts, tokens) in zip(each, values, strict=True)]
+    return torch.stack(found).sum(0)
 
 
 def slot_positions(length_b: Tensor, slots: int) -> Tensor:
@@ -241,50 +224,43 @@ def slot_positions(length_b: Tensor, slots: int) -> Tensor:
 # ---- the next token, on the device ----
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0: the most likely one."""
+def uniform_numbers(sampling: Sampling, steps: int, device: torch.device) -> Tensor:
+    """One number in [0, 1) a step, drawn before the first: every row has the same, as if it were alone."""
+    rng = torch.Generator().manual_seed(sampling.seed)
+    return torch.rand(steps, generator=rng, dtype=torch.float64).float().clamp(max=1 - 2**-24).to(device)
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
 
-    def uniform(self, steps: int, device: torch.device) -> Tensor:
-        """One number in [0, 1) a step, drawn before the first: every row has the same, as if it were alone."""
-        rng = torch.Generator().manual_seed(self.seed)
-        return torch.rand(steps, generator=rng, dtype=torch.float64).float().clamp(max=1 - 2**-24).to(device)
-
-    def choose(self, L_bv: Tensor, uniform: Tensor) -> Tensor:
-        """One token a row [b]: where the cumulated probability of the kept ones passes the uniform number."""
-        if self.temperature == 0:
-            return L_bv.argmax(-1)
-        count = L_bv.shape[-1] if self.top_k is None else min(self.top_k, L_bv.shape[-1])
-        L_bv, order_bv = L_bv.topk(count, dim=-1)
-        P_bv = torch.softmax((L_bv - L_bv[:, :1]) / self.temperature, -1)
-        if self.top_p is not None:
-            before_bv = P_bv.cumsum(-1) - P_bv
-            P_bv = torch.where(before_bv < self.top_p - 1e-7, P_bv, 0.0)
-            P_bv[:, 0].clamp_(min=1e-30)
-        total_bv = P_bv.cumsum(-1)
-        passed_bv = total_bv <= uniform * total_bv[:, -1:]
-        return order_bv.gather(-1, passed_bv.sum(-1, keepdim=True).clamp(max=count - 1))[:, 0]
+def choose(sampling: Sampling, L_bv: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row [b]: where the cumulated probability of the kept ones passes the uniform number."""
+    if sampling.temperature == 0:
+        return L_bv.argmax(-1)
+    count = L_bv.shape[-1] if sampling.top_k is None else min(sampling.top_k, L_bv.shape[-1])
+    L_bv, order_bv = L_bv.topk(count, dim=-1)
+    P_bv = torch.softmax((L_bv - L_bv[:, :1]) / sampling.temperature, -1)
+    if sampling.top_p is not None:
+        before_bv = P_bv.cumsum(-1) - P_bv
+        P_bv = torch.where(before_bv < sampling.top_p - 1e-7, P_bv, 0.0)
+        P_bv[:, 0].clamp_(min=1e-30)
+    total_bv = P_bv.cumsum(-1)
+    passed_bv = total_bv <= uniform * total_bv[:, -1:]
+    return order_bv.gather(-1, passed_bv.sum(-1, keepdim=True).clamp(max=count - 1))[:, 0]
 
 
 class GraphDecoder:
     """Decodes what a cache holds, one token a row and step.
 
-    After `begin` (with the hidden states of a prefill) `token_b` holds the first new token of each row, and every
-    `step` feeds it and puts the next one in its place: -1 where a row has stopped. The host learns nothing of it, so
-    the cache's own lengths stand still until `settle`.
+    model: a `gemma.model.StaticModel`. After `begin` (with the logits behind a prefill) `token_b` holds the first new
+    token of each row, and every `step` feeds it and puts the next one in its place: -1 where a row has stopped. The
+    host learns nothing of it, so the cache's own lengths stand still until `settle`.
     """
 
-    def __init__(self, model: Model, cache: kv.Cache, sampling: Sampling | None = None, steps: int = 4096):
-        self.model, self.cache, self.sampling = StaticModel(model), cache, sampling or Sampling()
+    def __init__(self, model: Any, cache: Cache, sampling: Sampling | None = None, steps: int = 4096):
+        self.model, self.cache, self.sampling = model, cache, sampling or Sampling()
+        self.static = StaticCache(cache, getattr(torch, model.dtype))
         device = model.device
         self.embed_factor = model.embed_factor
         self.stop_s = torch.tensor(sorted(STOP), device=device)
-        self.uniform_t = self.sampling.uniform(steps, device)
+        self.uniform_t = uniform_numbers(self.sampling, steps, device)
         self.time = torch.zeros(1, dtype=torch.int64, device=device)
         self.position_b = torch.from_numpy(np.array(cache.lengths_b, np.int64)).to(device)
         self.token_b = torch.full((cache.batch,), -1, dtype=torch.int64, device=device)
@@ -295,13 +271,13 @@ class GraphDecoder:
         self.graph: Any = None
 
     @torch.inference_mode()
-    def begin(self, x_bqm: Tensor) -> Tensor:
-        """The first new token of each row, from the hidden states [b,1,m] of the last tokens of the prompts."""
+    def begin(self, L_bv: Tensor) -> Tensor:
+        """The first new token of each row, from the logits [b,v] behind the prompts."""
         if self.model.device.type == "cuda" and self.graph is None:
             self._capture()  # no row runs yet, so nothing is written
             self.time.zero_()
         self.runs_b.fill_(True)
-        self._next(x_bqm)
+        self._next(L_bv.to(self.model.device))
         return self.token_b
 
     @torch.inference_mode()
@@ -339,19 +315,21 @@ class GraphDecoder:
             at_b1 = self.position_b.clamp(max=self.cache.max_len - 1)[:, None]
             number_b1 = torch.where(self.runs_b, self.token_b + 1, self.text_bt.gather(1, at_b1)[:, 0])[:, None]
             self.text_bt.scatter_(1, at_b1, number_b1)
-        tokens = NewTokens(model, self.cache, self.position_b, self.runs_b, self.text_bt)
+        at = [
+            NewTokens(model, kind, self.cache.max_len, self.position_b, self.runs_b, self.text_bt)
+            for kind in (False, True)
+        ]
         x_bqm = F.embedding(self.token_b.clamp(min=0)[:, None], weights.embed_vm) * self.embed_factor
         for layer, block in enumerate(weights.layers):
-            x_bqm = model.block(x_bqm, layer, block, tokens, self.cache, no_trace)  # type: ignore[arg-type]
+            x_bqm = model.block(x_bqm, layer, block, at, self.static, no_trace)
         self.position_b += self.runs_b
-        self._next(rms_norm(x_bqm, weights.final_norm_m, model.config.rms_eps))
+        self._next(model.logits(model.norm(x_bqm, weights.final_norm_m))[:, 0])
 
-    def _next(self, x_bqm: Tensor) -> None:
+    def _next(self, L_bv: Tensor) -> None:
         """Choose the next tokens; a row that stopped says -1, and one that says <eos> or <end_of_turn> now stops."""
-        L_bv = self.model.logits(x_bqm)[:, 0]
         if self.model.config.vision is not None:  # the placeholder of an image is no word
             L_bv[:, self.model.config.vision.image_token].fill_(-torch.inf)
-        chosen_b = self.sampling.choose(L_bv, self.uniform_t[self.time])
+        chosen_b = choose(self.sampling, L_bv, self.uniform_t[self.time])
         self.token_b.copy_(torch.where(self.runs_b, chosen_b, -1))
         self.runs_b.logical_and_((self.token_b[:, None] != self.stop_s).all(-1))
         self.time.add_(1).clamp_(max=len(self.uniform_t) - 1)
@@ -360,23 +338,22 @@ class GraphDecoder:
 # ---- for `generate` ----
 
 
-def serves(model: Model, cache: kv.Cache, max_new_tokens: int) -> bool:
+def serves(model: Any, cache: Cache, max_new_tokens: int) -> bool:
     """Is decoding captured? On CUDA, where the kernels read every layer and the cache has room for all tokens."""
     return (
-        isinstance(model, Model)
-        and model.device.type == "cuda"
+        model.device.type == "cuda"
         and int(np.max(cache.lengths_b)) + max_new_tokens - 1 <= cache.max_len
-        and all(kernels.usable(model.device, model.config, how, getattr(torch, model.dtype)) for how in model.factors)
+        and all(kernels.usable(model.device, pair, getattr(torch, model.dtype)) for pair in model.pairs)
     )
 
 
 def stream(
-    model: Model, cache: kv.Cache, x_bqm: Tensor, max_new_tokens: int, sampling: Sampling
+    model: Any, cache: Cache, L_bv: Tensor, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[list[int | None]]:
-    """`generate.generate_rows` behind its prefill. The device is a step ahead of what the host has read."""
+    """`generate.steps`. The device is a step ahead of what the host has read."""
     decoder = GraphDecoder(model, cache, sampling, max_new_tokens + 1)
     start_b, fed_b = np.array(cache.lengths_b), np.zeros(cache.batch, np.int64)
-    decoder.begin(x_bqm)
+    decoder.begin(L_bv)
     try:
         for number in range(1, max_new_tokens + 1):
             arrived = Copy(decoder.token_b)

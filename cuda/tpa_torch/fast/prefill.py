@@ -6,40 +6,46 @@ out, and masks are made for a block only, so that memory grows with the length o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.attention import split_heads
+from ..core.cache import Segment
+from .blocks import blocks_of
 
-Block = tuple[slice, Sequence[slice]]  # queries, and the keys of each segment that they may see
-Formed = tuple[Tensor, Tensor]  # K [b,k,g,d], rotated, and V [b,k,g,e] of a segment
 
-
-def attend(
-    Q_bqhd: Tensor,
-    segments: Sequence[Formed],
-    blocks: Sequence[Block],
-    seen: Callable[[Block], Tensor],
-    scale: float,
-) -> Tensor:
-    """Rotated queries over formed keys and values: [b,q,h,d] -> [b,q,h,e]. seen: the mask [b,q,k] of a block."""
+def attend(Q_bqhd: Tensor, keys: Any, scale: float) -> Tensor:
+    """Rotated queries over all that they read: [b,q,h,d] -> [b,q,h,e]."""
+    sides = list(zip(*(formed(segment, Q_bqhd.dtype) for segment in keys.segments), strict=True))
     outputs = []
-    for block in blocks:
-        queries, keys = block
+    for queries, of_segments in blocks_of(keys):
         K_bgkd, V_bgke = (
-            torch.cat([side[:, here] for side, here in zip(sides, keys, strict=True)], 1).transpose(1, 2)
-            if len(keys) > 1
-            else sides[0][:, keys[0]].transpose(1, 2)
-            for sides in zip(*segments, strict=True)
+            joined([side[:, here] for side, here in zip(of_side, of_segments, strict=True)], 1).transpose(1, 2)
+            for of_side in sides
         )
-        outputs.append(_fused(Q_bqhd[:, queries], K_bgkd, V_bgke, seen(block), scale))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        seen = [keys.seen(segment, queries, here) for segment, here in zip(keys.segments, of_segments, strict=True)]
+        outputs.append(fused(Q_bqhd[:, queries], K_bgkd, V_bgke, joined(seen, -1), scale))
+    return joined(outputs, 1)
 
 
-def _fused(Q_bqhd: Tensor, K_bgkd: Tensor, V_bgke: Tensor, seen_bqk: Tensor, scale: float) -> Tensor:
+def formed(segment: Segment, dtype: torch.dtype) -> tuple[Any, Any]:
+    """K after RoPE and V of a segment, [b,k,g,d] each."""
+    parts_k, parts_v = segment.pair.load(segment.stored, dtype)
+    return (
+        segment.pair.k.rotated_keys(parts_k, segment.tokens),
+        segment.pair.v.decode(parts_v, segment.tokens),
+    )
+
+
+def joined(parts: list[Tensor], axis: int) -> Tensor:
+    """One after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def fused(Q_bqhd: Tensor, K_bgkd: Tensor, V_bgke: Tensor, seen_bqk: Tensor, scale: float) -> Tensor:
     """The queries of a KV head are more queries of one head: K and V are not repeated."""
     g, (b, q, k) = K_bgkd.shape[1], seen_bqk.shape
     Q_bgnqd = split_heads(Q_bqhd, g).permute(0, 2, 3, 1, 4)

@@ -1,66 +1,24 @@
-"""Models from disk and back. Twin of `tpa_ref.checkpoint`, whose format and checks it uses."""
+"""Models from disk. Formats, checks and saving are those of `tpa_ref.files`; what differs is where tensors go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tpa_ref.atomic import replacing, writing
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.compress.moments import Moments
 from tpa_ref.errors import TPAError
-from tpa_ref.files.checkpoint import (
-    Found,
-    assemble,
-    check_factors,
-    check_output,
-    check_tensors,
-    config_json,
-    constant_shapes,
-    describe,
-    factorization,
-    inspect,
-    is_basis,
-    layer_part,
-    outer_part,
-    parts,
-    save_pt,
-    shard_count,
-    shard_name,
-    stored_bytes,
-    vision_part,
-    write_beside,
-    write_index,
-    write_safetensors,
-)
+from tpa_ref.files import checkpoint as reference
+from tpa_ref.files.found import Found, inspect
+from tpa_ref.files.pairs import is_basis
+from tpa_ref.files.stream import check_folder, convert_on_disk
 from tpa_ref.gemma.config import GemmaConfig
 
 from ..gemma.model import Model
-
-__all__ = [
-    "assemble",
-    "check_factors",
-    "check_output",
-    "check_tensors",
-    "config_json",
-    "constant_shapes",
-    "describe",
-    "factorization",
-    "inspect",
-    "is_basis",
-    "layer_part",
-    "outer_part",
-    "parts",
-    "shard_count",
-    "shard_name",
-    "stored_bytes",
-    "vision_part",
-    "write_beside",
-    "write_index",
-    "writing",
-]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -75,26 +33,36 @@ def load(
     on_disk: bool = False,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """A model from any of the formats of `tpa_ref.formats`, on a device ("auto": the best one).
+    """A model from any of the formats of `tpa_ref.files`, on a device ("auto": the best one).
 
-    variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found; where there is no config.json it is guessed
-    from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
-    published. tokenizer: path of a tokenizer.model. dtype: float32, bfloat16 or float64. progress: wraps the tensors
-    being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that no more than
-    one is in memory. A multimodal checkpoint comes with its image tower where config and tensors have one.
+    dtype: what is computed in: float32, bfloat16 or float64. The other arguments are those of `tpa_ref.load`.
     """
     if dtype not in DTYPES:
         raise TPAError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
     if place.type == "mps" and dtype == "float64":
         raise TPAError("load: float64 does not exist on Apple GPUs; use device cpu or dtype float32")
-    found = inspect(path, variant, config, tokenizer)
-    return assemble(Model, found, lambda name: read(found, name, dtype, place), progress, on_disk)
+    return Loader(inspect(path, variant, config, tokenizer), dtype, place).model(progress, on_disk)
 
 
-def read(found: Found, name: str, dtype: str, device: str | torch.device = "cpu") -> Tensor:
-    """One tensor, in the dtype that is computed in."""
-    return widen(name, found.entries[name].read("pt"), None if is_basis(name) else dtype).to(device)
+class Loader(reference.Loader):
+    """The tensors of a checkpoint by name, on a device, in the dtype that is computed in."""
+
+    model_class = Model
+
+    def __init__(self, found: Found, dtype: str, device: torch.device):
+        super().__init__(found, dtype)
+        self.device = device
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; infinities and NaN are named and refused."""
+        x = self.found.entries[name].read("pt")
+        x = x if is_basis(name) else x.to(getattr(torch, self.dtype))
+        # Both ends show what is not finite, without the temporary arrays of a test of every number.
+        if x.is_floating_point() and x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
+            count = int((~torch.isfinite(x)).sum())
+            raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
+        return x.to(self.device)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -111,31 +79,20 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def widen(name: str, value: Tensor, dtype: str | None) -> Tensor:
-    """A stored tensor in the dtype that is computed in (None: as it is); infinities and NaN are named and refused."""
-    value = value if dtype is None else value.to(getattr(torch, dtype))
-    # Both ends show what is not finite, without the temporary arrays of a test of every number.
-    if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
-        count = int((~torch.isfinite(value)).sum())
-        raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
-    return value
-
-
-def save(model: Model, path: str | Path) -> Path:
-    """Write a model, dense or TPA, atomically; the suffix decides: .pt, .safetensors, none for a folder.
-
-    A folder above 4 GB gets one file for each layer, and an index.
-    """
-    path = check_output(path)
-    with replacing(path) as temporary:
-        if path.suffix == ".pt":
-            save_pt(model, {name: value for part in parts(model, cast) for name, value in part.items()}, temporary)
-        else:
-            write_safetensors(model, parts(model, cast), temporary, save_file)
-    return path
-
-
-def cast(value: Tensor, dtype: str | None) -> Tensor:
-    """A tensor in the dtype it is stored in (None: its own), on the CPU."""
-    kind = value.dtype if dtype is None else getattr(torch, dtype)
-    return value.cpu().to(kind).contiguous()
+def convert_checkpoint(
+    path: str | Path,
+    target: str | Path,
+    tpa: TPAConfig | None = None,
+    calibration: Moments | str | Path | None = None,
+    variant: str | None = None,
+    config: GemmaConfig | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str = "float32",
+    max_tokens: int = 4096,
+    progress: Callable[[Any], Any] = iter,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """`tpa_ref.convert_checkpoint`, computed on a device."""
+    target = check_folder(target)
+    dense = load(path, variant, config, tokenizer, dtype, on_disk=True, device=device)
+    return convert_on_disk(dense, path, target, tpa, calibration, max_tokens, progress)

@@ -7,32 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_ref.gemma.config import VisionConfig
-from tpa_ref.gemma.vision import (
-    as_pixels,
-    check_images,
-    check_pixels,
-    image_blocks,
-    images_between,
-    last_seen,
-    require_vision,
-    without_placeholders,
-)
 from tpa_ref.gemma.weights import VisionLayerWeights, VisionWeights
 from tpa_ref.trace import Tracer, no_trace, scoped
 
 from ..core.norm import rms_norm
 from .mlp import gelu_tanh
-
-__all__ = [
-    "as_pixels",
-    "check_images",
-    "check_pixels",
-    "image_blocks",
-    "images_between",
-    "last_seen",
-    "require_vision",
-    "without_placeholders",
-]
 
 
 def embed_images(pixels_icxy: Tensor, w: VisionWeights, config: VisionConfig, trace: Tracer = no_trace) -> Tensor:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpa_ref.gemma.config import GemmaConfig
-from tpa_ref.trace import Tracer, wants_whole_arrays
+from tpa_ref.core.cache import PassThrough
 
-from ...core import cache as kv
+from ...core.fixed_a import FixedA
 from ...core.quantize import GROUP
+from ...core.spectral import CodedLatent
 
-STORED = ("float32", "bfloat16", "int8", "int4", "spectral", "shared")
+STORED = ("float32", "bfloat16", "int8", "int4", "spectral")
+MODES = ("dense", "contextual", "fixed-a", "fixed-b", "latent", "spectral")
 
 
 @lru_cache(maxsize=1)
@@ -32,11 +33,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def usable(device: torch.device | str, config: GemmaConfig, factors: kv.LayerFactors, dtype: torch.dtype) -> bool:
+def usable(device: torch.device | str, pair: Any, dtype: torch.dtype) -> bool:
     """Can the kernels read such a layer on this device?"""
-    return (
-        runs_on(device) and dtype in (torch.float32, torch.bfloat16) and all(readable(config, how) for how in factors)
-    )
+    return runs_on(device) and dtype in (torch.float32, torch.bfloat16) and all(map(readable, pair.modes))
 
 
 def runs_on(device: torch.device | str) -> bool:
@@ -57,13 +56,16 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def readable(config: GemmaConfig, how: Any) -> bool:
+def readable(mode: Any) -> bool:
     """Head sizes are powers of two, as Gemma's all are (half of one is a side of a matrix product). What is predicted
-    from words is left to PyTorch.
+    from tokens is left to PyTorch.
     """
-    d = config.head_dim
-    flat = how.mode != "fixed-a" or how.dtype not in ("int8", "int4") or d >= GROUP  # its R rows are read as one
-    return how.dtype in STORED and d >= 32 and d & (d - 1) == 0 and flat and how.predictor is None
+    d = mode.d
+    flat = (
+        not isinstance(mode, FixedA) or mode.dtype not in ("int8", "int4") or d >= GROUP
+    )  # its R rows are read as one
+    predicted = isinstance(mode, CodedLatent) and mode.predictor is not None
+    return mode.name in MODES and mode.dtype in STORED and d >= 32 and d & (d - 1) == 0 and flat and not predicted
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,25 @@ class Step:
     length_b: Tensor
 
 
-def serve(model: Any, layer: int, views: Any, cache: kv.Cache | None, trace: Tracer) -> bool:
-    """Do the kernels attend in this layer of a pass? To one new token a row, where nobody traces logits."""
+def serve(Q_bqhd: Tensor, keys: Any) -> bool:
+    """Do the kernels attend here? To one new token a row, on what a cache holds."""
+    held, at = keys.held, keys.at
     return (
-        cache is not None
-        and views.positions_bq.shape[1] == 1
-        and usable(model.device, model.config, model.factors[layer], getattr(torch, model.dtype))
-        and not wants_whole_arrays(trace)
-        and bool((views.last_bq == views.positions_bq).all())
+        Q_bqhd.shape[1] == 1
+        and not isinstance(held.rings["coded"], PassThrough)
+        and usable(Q_bqhd.device, held.pair, Q_bqhd.dtype)
+        and bool((at.last_seen_bq == at.positions_bq).all())
     )
 
 
-def attend(Q_bqhd: Tensor, model: Any, layer: int, cache: kv.Cache, step: Step) -> Tensor:
-    """`decode` with what a model knows of one of its layers; the new token is already in the cache."""
-    config = model.config
-    tables = model.rope_table(layer, cache.max_len)
-    window, g = config.window(layer), config.num_kv_heads
-    return decode(Q_bqhd, cache.layers[layer], step, tables, window, model.exact(layer), g, config.query_scale)
+def attend(Q_bqhd: Tensor, keys: Any, model: Any) -> Tensor:
+    """`decode` of what one layer of a model holds; the new token is already in the cache."""
+    at = keys.at
+    if "step" not in at.kept:
+        at.kept["step"] = step_of(at.positions_bq, keys.lengths_b, Q_bqhd.device)
+    longest = max(int(at.positions_bq.max()), int(keys.lengths_b.max())) + 1
+    tables = model.rope_table(at.is_global, longest)
+    return decode(Q_bqhd, keys.held, at.kept["step"], tables, model.config.query_scale)
 
 
 def step_of(positions_bq: np.ndarray, lengths_b: np.ndarray, device: torch.device) -> Step:

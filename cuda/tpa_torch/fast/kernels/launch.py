@@ -17,11 +17,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpa_ref.core.cache import LayerCache
+from tpa_ref.core.cache import LayerCache, Ring
+from tpa_ref.core.mode import Stored, of_part
 
-from ...core import cache as kv
-from ...core import quantize
-from ...core.factorize import Factorization, multiply_pairs, part_shapes
+from ...core.codes import digits, packing
+from ...core.contextual import Contextual
+from ...core.dense import Dense
+from ...core.fixed_a import FixedA, absorb, mix
+from ...core.fixed_b import FixedB
+from ...core.latent import Latent
+from ...core.mode import Mode
+from ...core.pair import Joint
+from ...core.spectral import CodedLatent
 from . import Step
 from .triton_kernels import attend_split, merge_splits
 
@@ -66,9 +73,6 @@ def decode(
     held: LayerCache,
     step: Step,
     tables: tuple[Tensor, Tensor],
-    window: int | None,
-    exact: kv.Exact,
-    g: int,
     scale: float,
     splits: int | None = None,
     tile: Tile | None = None,
@@ -78,12 +82,10 @@ def decode(
     tables: cos and sin [T,d/2] of the layer for all positions. Splits and tile are chosen where None is given.
     Shapes: rotated queries [b,1,h,d] -> [b,1,h,e].
     """
-    Q_bhd, bounds = Q_bqhd[:, 0], (window or MANY, exact.sinks, exact.recent)
-    segments = {"coded": held, "sinks": held.sinks, "recent": held.recent}
+    bounds = held.window or MANY, held.exact.sinks, held.exact.recent
     found = [
-        segment(kind, part, Q_bhd, step, tables, bounds, g, scale, splits, tile)
-        for kind, part in segments.items()
-        if part is not None
+        segment(kind, ring, Q_bqhd[:, 0], step, tables, bounds, scale, splits, tile)
+        for kind, ring in held.rings.items()
     ]
     return joined(found).to(Q_bqhd.dtype)[:, None]
 
@@ -101,37 +103,42 @@ def joined(found: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def segment(
     kind: str,
-    held: LayerCache,
+    ring: Ring,
     Q_bhd: Tensor,
     step: Step,
     tables: tuple[Tensor, Tensor],
     bounds: tuple[int, int, int],
-    g: int,
     scale: float,
     splits: int | None,
     tile: Tile | None,
 ) -> tuple[Tensor, Tensor]:
     """One segment of keys: output [b,h,e] and log-sum-exp [b,h] (base 2), float32."""
-    d = Q_bhd.shape[-1]
-    how_k, how_v = (as_rows(how, g) for how in held.how)
-    k = side(held.stored[0], how_k, g, d)
-    v = k if how_v.dtype == "shared" else side(held.stored[1], how_v, g, d)
-    k = replace(k, form="rebuilt") if how_k.mode in ("fixed-b", "latent") else k
-    Q_bhd, scale = absorbed(Q_bhd, how_k, g, scale)
+    mode_k, mode_v = (as_rows(mode) for mode in ring.pair.modes)
+    k = side(of_part(ring.arrays, "k"), mode_k)
+    v = k if isinstance(ring.pair, Joint) else side(of_part(ring.arrays, "v"), mode_v)
+    k = replace(k, form="rebuilt") if isinstance(mode_k, FixedB | Latent) else k
+    Q_bhd, scale = absorbed(Q_bhd, mode_k, scale)
     partial, lse = attend(
-        kind, k, v, rebuild(how_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, held.slots, g, scale, splits, tile
+        kind, k, v, rebuild(mode_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, ring.slots, mode_k.g, scale, splits, tile
     )
     O_bhe, lse_bh = merge(partial, lse)
-    return finished(O_bhe, how_v, g), lse_bh
+    return finished(O_bhe, mode_v), lse_bh
 
 
 # ---- every mode as rows ----
 
 
-def as_rows(how: Factorization, g: int) -> Factorization:
+def as_rows(mode: Any) -> Any:
     """`fixed-a` at full rank with A = g I holds the heads themselves: read as a dense cache, at g times fewer FLOPs."""
-    exact = how.mode == "fixed-a" and how.rank == g and how.basis.ndim == 2 and is_identity(how.basis)
-    return replace(how, mode="dense") if exact else how
+    exact = isinstance(mode, FixedA) and mode.rank == mode.g and mode.basis.ndim == 2 and is_identity(mode.basis)
+    return Renamed(mode.g, mode.d, dtype=mode.dtype) if exact else mode
+
+
+class Renamed(Dense):
+    """A dense cache whose part is called B, as `fixed-a` calls it."""
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        return {"B": (self.g, self.d)}
 
 
 _known: Any = WeakIdKeyDictionary()  # constant array -> what was asked of it before, so that a device waits only once
@@ -156,33 +163,31 @@ def cast(array: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return known[dtype]
 
 
-def side(stored: kv.Parts, how: Factorization, g: int, d: int) -> Side:
+def side(stored: Stored, mode: Any) -> Side:
     """The arrays of K or V of a cache as rows of numbers."""
-    shapes = part_shapes(how.mode, how.rank, g, d)
-    name = list(stored)[-1]  # the only part, or the b's of `contextual`
-    width = list(shapes.values())[-1][-1]
-    width *= how.rank if how.mode == "fixed-a" else 1  # the R rows of a token lie side by side
-    per_head = how.mode in ("dense", "fixed-b")
-    store, pointers = fields(stored[name], how)
+    contextual, absorbs = isinstance(mode, Contextual), isinstance(mode, FixedA)
+    name, shape = list(mode.parts().items())[-1]  # the only part, or the b's of `contextual`
+    width = shape[-1] * (mode.rank if absorbs else 1)  # the R rows of a token lie side by side
+    store, pointers = fields(of_part(stored, name), mode, name)
     x = pointers[0]
     assert x is not None
-    stride = x.shape[-1] * (how.rank if how.mode == "fixed-a" else 1)
-    rows = how.rank if how.mode == "contextual" else 1
+    stride = x.shape[-1] * (mode.rank if absorbs else 1)
     planes = pointers[1].shape[0] if store == "spectral" and pointers[1] is not None else 1
-    made = Side("rows", per_head, rows, width, stride, store, pointers, planes)
-    if how.mode != "contextual":
+    per_head = isinstance(mode, Dense | FixedB)
+    made = Side("rows", per_head, mode.rank if contextual else 1, width, stride, store, pointers, planes)
+    if not contextual:
         return made
-    store_a, a = fields(stored["A"], replace(how, dtype=kv.part_dtype("A", 3, how.dtype)))
+    store_a, a = fields(of_part(stored, "A"), mode, "A")
     return replace(made, form="contextual", a=a, store_a=store_a)
 
 
-def fields(stored: dict[str, Tensor], how: Factorization) -> tuple[str, Pointers]:
+def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointers]:
     """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
-    if how.dtype == "spectral":
-        return "spectral", (stored["codes"], *unpacking(how.widths, stored["codes"].device))
+    if isinstance(mode, CodedLatent):
+        return "spectral", (stored["codes"], *unpacking(mode.widths, stored["codes"].device))
     if "x" in stored:
         return "float", (stored["x"], None, None)
-    return how.dtype, (stored["codes"], stored["scale"], stored.get("minimum"))
+    return mode.part_dtype(part), (stored["codes"], stored["scale"], stored.get("minimum"))
 
 
 @lru_cache(maxsize=512)
@@ -194,64 +199,50 @@ def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     """
     found = torch.zeros(3, 4, max(1, len(widths)), dtype=torch.int32)
     taken = [0] * len(widths)
-    for part in quantize.digits(widths):
+    for part in digits(widths):
         for byte, column, left in zip(part.byte.tolist(), part.column.tolist(), part.left.tolist(), strict=True):
             place = torch.tensor([byte, part.shift, (1 << part.bits) - 1, left], dtype=torch.int32)
             found[taken[column], :, column] = place
             taken[column] += 1
-    packing = quantize.packing(widths, device)
-    levels = torch.stack([packing.scale_s, packing.kappa_s, packing.offset_s]) if widths else torch.zeros(3, 1)
+    spec = packing(widths, device)
+    levels = torch.stack([spec.scale_s, spec.kappa_s, spec.offset_s]) if widths else torch.zeros(3, 1)
     return found[: max(1, *taken, 1)].contiguous().to(device), levels.contiguous().to(device)
 
 
-def absorbed(Q_bhd: Tensor, how: Factorization, g: int, scale: float) -> tuple[Tensor, float]:
+def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:
     """(queries as long as a row of K, scale with the 1/R): in `fixed-a` the query takes A, [b,h,d] -> [b,h,R d]."""
-    if how.mode == "contextual":
-        return Q_bhd.contiguous(), scale / how.rank
-    if how.mode != "fixed-a":
+    if isinstance(mode, Contextual):
+        return Q_bhd.contiguous(), scale / mode.rank
+    if not isinstance(mode, FixedA):
         return Q_bhd.contiguous(), scale
-    Q_bgnd = Q_bhd.unflatten(1, (g, -1))
-    A = cast(how.basis, Q_bhd.dtype)
+    A = cast(mode.basis, Q_bhd.dtype)
     assert A is not None
-    if A.ndim == 2:
-        Q_bgnsd = torch.einsum("sg,bgnd->bgnsd", A, Q_bgnd)
-    else:  # one complex number per RoPE pair; the query takes its conjugate
-        real, imaginary = A.movedim(0, 1)[:, None].chunk(2, -1)  # [g,1,s,d/2], against [b,g,n,1,d/2]
-        Q_bgnsd = multiply_pairs(real, -imaginary, Q_bgnd[..., None, :])
-    return Q_bgnsd.flatten(-2).flatten(1, 2).contiguous(), scale / how.rank
+    Q_bgnsd = absorb(Q_bhd.unflatten(1, (mode.g, -1))[:, None], A)[:, 0]
+    return Q_bgnsd.flatten(-2).flatten(1, 2).contiguous(), scale / mode.rank
 
 
-def rebuild(how: Factorization, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def rebuild(mode: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Basis and mean of a K that is rebuilt."""
-    if how.mode not in ("fixed-b", "latent"):
+    if not isinstance(mode, FixedB | Latent):
         return None, None
-    return cast(how.basis, dtype), cast(how.mean, dtype)
+    return cast(mode.basis, dtype), cast(mode.mean, dtype)
 
 
-def finished(O_bhe: Tensor, how: Factorization, g: int) -> Tensor:
+def finished(O_bhe: Tensor, mode: Mode) -> Tensor:
     """Constant factors and mean of V, once a query instead of once a key: [b,h,E] -> [b,h,e]."""
-    if how.mode == "dense":
+    if isinstance(mode, Dense):
         return O_bhe
-    if how.mode == "contextual":
-        return O_bhe / how.rank
-    O_bgnx, basis = O_bhe.unflatten(1, (g, -1)), cast(how.basis, torch.float32)
+    if isinstance(mode, Contextual):
+        return O_bhe / mode.rank
+    assert isinstance(mode, FixedA | FixedB | Latent)
+    O_bgnx, basis = O_bhe.unflatten(1, (mode.g, -1)), cast(mode.basis, torch.float32)
     assert basis is not None
-    if how.mode == "fixed-b":
-        O_bgne = torch.einsum("bgnu,gue->bgne", O_bgnx, basis)
-    elif how.mode == "latent":
-        O_bgne = torch.einsum("bgnu,uge->bgne", O_bgnx, basis)
-    else:
-        O_bgne = mixed(O_bgnx.unflatten(-1, (how.rank, -1)), basis) / how.rank
-    mean_ge = cast(how.mean, torch.float32)
+    if isinstance(mode, FixedA):
+        return mix(O_bgnx.unflatten(-1, (mode.rank, -1))[:, None], basis)[:, 0].flatten(1, 2) / mode.rank
+    letters = "bgnu,gue->bgne" if isinstance(mode, FixedB) else "bgnu,uge->bgne"
+    O_bgne = torch.einsum(letters, O_bgnx, basis)
+    mean_ge = cast(mode.mean, torch.float32)
     return (O_bgne if mean_ge is None else O_bgne + mean_ge[:, None]).flatten(1, 2)
-
-
-def mixed(Y_bgnue: Tensor, A: Tensor) -> Tensor:
-    """The heads of V from aggregated b's of `fixed-a`: A [u,g] or, complex for every RoPE pair, [u,g,e]."""
-    if A.ndim == 2:
-        return torch.einsum("ug,bgnue->bgne", A, Y_bgnue)
-    real, imaginary = A.movedim(0, 1)[:, None].chunk(2, -1)
-    return multiply_pairs(real, imaginary, Y_bgnue).sum(-2)
 
 
 # ---- the launches ----

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core import quantize
+from ...core import codes
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -295,7 +295,7 @@ def _coefficients(widths: tuple[int, ...]) -> Tensor:
     """Where the digits of each coefficient lie, as `cpu.cpp` reads it; a tensor of bytes."""
     found = np.zeros(len(widths), _COEFFICIENT)
     found["width"] = widths
-    for part in quantize.digits(widths):
+    for part in codes.digits(widths):
         for byte, column, left in zip(part.byte, part.column, part.left, strict=True):
             row = found[column]
             at = row["pieces"]
@@ -312,9 +312,9 @@ def _coefficients(widths: tuple[int, ...]) -> Tensor:
 @lru_cache(maxsize=1)
 def _tables() -> tuple[Tensor, Tensor]:
     """t (1 + kappa t^2), the levels of every width without their scales, in float32 and in bfloat16 [9,256]."""
-    tables = torch.zeros(quantize.MAX_WIDTH + 1, 256)
-    for width in range(1, quantize.MAX_WIDTH + 1):
-        _, kappa = quantize.odd_compander(width)
+    tables = torch.zeros(codes.MAX_WIDTH + 1, 256)
+    for width in range(1, codes.MAX_WIDTH + 1):
+        _, kappa = codes.odd_compander(width)
         t = 2 * torch.arange(1 << width, dtype=torch.float32) - ((1 << width) - 1)
         tables[width, : 1 << width] = (t * t * kappa + 1) * t
     return tables, tables.bfloat16()

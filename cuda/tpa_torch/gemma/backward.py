@@ -1,5 +1,5 @@
-"""How much the model feels an error in what it caches. Twin of `tpa_ref.sensitivity`, which writes the way back out;
-here autograd goes it, one layer at a time, so that no more than one layer's activations are held.
+"""The way back through a layer. Twin of `tpa_ref.gemma.backward`, which writes it out; here autograd goes it, one layer at
+a time, so that no more than one layer's activations are held.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpa_ref.compress.sensitivity import ROWS
+from tpa_ref.gemma.backward import ROWS
 from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Watch
 
-from ..core.factorize import second_moment
 from ..core.norm import rms_norm
 
 
 @torch.enable_grad()
 def block_backward(
-    model: Any, dy_bqm: Tensor, x_bqm: Tensor, layer: int, w: LayerWeights, positions_bq: Any
+    model: Any, dy_bqm: Tensor, x_bqm: Tensor, layer: int, w: LayerWeights, positions_bq: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one layer of the dense model, given that by its output: by its input, normed K and V.
 
-    Shapes: dy and x [b,q,m]; positions [b,q], or the model's `views` of them -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
+    Shapes: dy and x [b,q,m] -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
     """
-    views = model.views(positions_bq) if isinstance(positions_bq, np.ndarray) else positions_bq
+    at = model.positions(np.arange(x_bqm.shape[1])[None] if positions_bq is None else positions_bq)
     x_bqm = x_bqm.detach().requires_grad_()
     leaves: dict[str, Tensor] = {}
     watch = Watch({"attn.K_bkgd": leaves.__setitem__, "attn.V_bkge": leaves.__setitem__})
-    y_bqm = model.block(x_bqm, layer, w, views, None, watch)
+    y_bqm = model.block(x_bqm, layer, w, at, model.whole_text(*x_bqm.shape[:2]), watch)
     dx_bqm, dK, dV = torch.autograd.grad(y_bqm, (x_bqm, leaves["attn.K_bkgd"], leaves["attn.V_bkge"]), dy_bqm)
     return dx_bqm, dK, dV
 
@@ -62,26 +61,20 @@ def draw(P_bqv: Tensor, rng: np.random.Generator) -> Tensor:
     return (sums_bqv < level_bq1).sum(-1).clamp(max=P_bqv.shape[-1] - 1)
 
 
-# ---- layer by layer ----
+def second_moment(X_bkgd: Tensor) -> Tensor:
+    """Sum over tokens of x x^T for the flattened heads of each token: [b,k,g,d] -> [g,d,g,d], at least float32."""
+    g, d = X_bkgd.shape[2:]
+    X_tx = X_bkgd.reshape(-1, g * d)
+    X_tx = X_tx if X_tx.dtype.itemsize == 8 else X_tx.float()
+    return (X_tx.mT @ X_tx).reshape(g, d, g, d)
 
 
-def begin_backward(model: Any, states: list[Tensor], seed: int) -> list[Tensor]:
-    """Gradients by the states behind the last layer, one a window."""
-    rng = np.random.default_rng(seed)
-    return [logits_backward(model, x_bqm, rng) for x_bqm in states]
-
-
-def back_through_layer(
-    model: Any, layer: int, states: list[Tensor], gradients: list[Tensor]
-) -> tuple[list[Tensor], tuple[np.ndarray, np.ndarray]]:
-    """(gradients by the states in front of a layer, Fisher matrices of its K and V, [g,d,g,d] each)."""
-    block = model.weights.layers[layer]
-    views = {length: model.views(np.arange(length)[None]) for length in {x_bqm.shape[1] for x_bqm in states}}
-    in_front: list[Tensor] = []
-    sums: list[Any] = [0.0, 0.0]
-    for x_bqm, dy_bqm in zip(states, gradients, strict=True):
-        dx_bqm, *d = block_backward(model, dy_bqm, x_bqm, layer, block, views[x_bqm.shape[1]])
-        in_front.append(dx_bqm)
-        sums = [total + second_moment(one).cpu().numpy().astype(np.float64) for total, one in zip(sums, d, strict=True)]
-    tokens = sum(x_bqm.shape[1] for x_bqm in states)
-    return in_front, (sums[0] / tokens, sums[1] / tokens)
+def moments(K_bkgd: Tensor, V_bkge: Tensor, Z_bkz: Tensor | None) -> dict[str, Tensor]:
+    """Sums over tokens of x = (K, V): x x^T, x, and x z^T, at least in float32."""
+    X_bkgd = torch.cat([K_bkgd, V_bkge], 2)
+    X_bkgd = X_bkgd if X_bkgd.dtype == torch.float64 else X_bkgd.float()
+    sums = {"M": second_moment(X_bkgd), "mean": X_bkgd.sum((0, 1))}
+    if Z_bkz is None:
+        return sums
+    X_tx, Z_tz = X_bkgd.flatten(0, 1).flatten(1), Z_bkz.flatten(0, 1).to(X_bkgd.dtype)
+    return sums | {"N": (X_tx.mT @ Z_tz).unflatten(0, X_bkgd.shape[2:])}

@@ -1,0 +1,28 @@
+"""K and V of one layer. Twin of `tpa_ref.core.pair`, which explains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpa_ref.core import pair as reference
+
+from .dense import Dense
+from .rope import rotate
+
+
+class Pair(reference.Pair):
+    """K by one mode, V by another (or by the same)."""
+
+    @staticmethod
+    def dense(g: int, d: int, dtype: str = "bfloat16") -> Pair:
+        """How a layer that is not converted caches K and V."""
+        return Pair(Dense(g, d, dtype=dtype), Dense(g, d, dtype=dtype))
+
+    @staticmethod
+    def turned(X_bksd: Any, tokens: Any) -> Any:
+        """RoPE."""
+        return rotate(X_bksd, *tokens.tables)
+
+
+class Joint(Pair, reference.Joint):
+    """K and V as one vector: what V repeats of K is coded once."""

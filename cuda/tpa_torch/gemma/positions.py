@@ -1,0 +1,66 @@
+"""Where new tokens stand. Twin of `tpa_ref.gemma.positions`; what all layers of a kind share is made once here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpa_ref.gemma import positions as reference
+from tpa_ref.gemma.token_vectors import with_previous
+
+from .token_vectors import TokenVectors
+
+
+class Tokens:
+    """What is known of some tokens: turns [1 or b,k,d/2], cos + i sin of their positions, and their token vectors."""
+
+    def __init__(self, turns_bkp: Tensor, vectors: TokenVectors | None = None, keys: slice = slice(None)):
+        self.turns_bkp, self.vectors, self.keys = turns_bkp[:, keys], vectors, keys
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin."""
+        return self.turns_bkp.real, self.turns_bkp.imag
+
+    @property
+    def Z_bkz(self) -> Tensor | None:
+        """The token vectors, where something is predicted from them."""
+        return None if self.vectors is None else self.vectors(self.keys)
+
+    def of(self, keys: slice) -> Tokens:
+        """A slice of them."""
+        return Tokens(self.turns_bkp, self.vectors, keys)
+
+
+class Positions(reference.Positions):
+    """Positions of new tokens as one kind of layer sees them. Nothing of the size queries x keys is kept for more than a
+    few queries.
+    """
+
+    def __init__(self, model: Any, is_global: bool, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None):
+        super().__init__(model, is_global, positions_bq, last_bq, text_bt)
+        self.last_seen_bq = positions_bq if last_bq is None else last_bq
+        self.kept: dict[Any, Any] = {}  # what the layers before this one have made
+
+    def tokens(self, positions_bk: np.ndarray, name: str) -> Tokens:  # type: ignore[override]
+        """What is known of the tokens at positions that all layers of a kind have under a name."""
+        if name not in self.kept:
+            self.kept[name] = Tokens(self._turns(positions_bk), self._vectors(positions_bk))
+        return self.kept[name]
+
+    def _turns(self, positions_bk: np.ndarray) -> Tensor:
+        turns = self.model.rope_turns(self.is_global, int(positions_bk.max(initial=0)) + 1)
+        first = int(positions_bk[0, 0]) if positions_bk.size else 0
+        if first >= 0 and (positions_bk == np.arange(first, first + positions_bk.shape[1])).all():
+            return turns[None, first : first + positions_bk.shape[1]]
+        return turns[torch.from_numpy(np.maximum(positions_bk, 0)).to(turns.device)]
+
+    def _vectors(self, positions_bk: np.ndarray) -> TokenVectors | None:
+        if self.text_bt is None:
+            return None
+        found = with_previous(self.text_bt.astype(np.int64), positions_bk)
+        own_bk, previous_bk = (torch.from_numpy(numbers_bk).to(self.model.device) for numbers_bk in found)
+        return TokenVectors(self.model.token_table, own_bk, previous_bk)
