@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from tpa_ref.errors import TPAError
 from tpa_ref.gemma.config import GemmaConfig, layer_pattern
 from tpa_ref.gemma.weights import from_named, hf_names
 from tpa_ref.trace import Trace
@@ -53,6 +56,17 @@ def relative(a: Any, b: Any) -> float:
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
     error = float(np.abs(a - b).max() / np.abs(b).max())
     return error if np.isfinite(error) else float("inf")
+
+
+def refused(call: Callable[[], Any], *words: Any) -> str:
+    """The call raises `TPAError` with one line that holds every word; returns the line."""
+    with pytest.raises(TPAError) as caught:
+        call()
+    message = str(caught.value)
+    assert message and "\n" not in message and "\r" not in message, repr(message)
+    for word in words:
+        assert str(word) in message, message
+    return message
 
 
 def in_kind(backend: ModuleType, model: Any, kind: str, **choices: Any) -> Any:
@@ -96,7 +110,7 @@ MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 
 
 def part(backend: Any, name: str) -> Any:
-    """A module of a backend by its path inside: `part(backend, "core.rope")`. What is written once is the reference's."""
+    """A module of a backend by its path inside, `part(backend, "core.rope")`; what is written once is the reference's."""
     try:
         return importlib.import_module(f"{backend.__name__}.{name}")
     except ModuleNotFoundError as problem:

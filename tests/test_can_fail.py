@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import TOLERANCE, in_kind, largest_relative, relative, run_cached, run_whole, submodule
+from helpers import TOLERANCE, in_kind, largest_relative, relative, run_cached, run_whole, submodule
 
 CLEARLY = 100  # a mistake must exceed the tolerance by this factor
 

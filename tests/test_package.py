@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+import helpers
 
 import tpa_ref
 from tpa_ref.gemma.config import VARIANTS, GemmaConfig, VisionConfig
@@ -36,7 +36,7 @@ def python(code, *arguments, cwd=ROOT, path=(".", "cuda")):
 
 def test_the_reference_needs_no_torch(tmp_path):
     """Importing tpa_ref, loading safetensors, converting, running and saving leave torch (and transformers) alone."""
-    folder = small.write_folder(tmp_path / "model", tokenizer=small.tokenizer_proto())
+    folder = helpers.write_folder(tmp_path / "model", tokenizer=helpers.tokenizer_proto())
     code = """if True:
         import sys
         import tpa_ref
@@ -51,7 +51,7 @@ def test_the_reference_needs_no_torch(tmp_path):
 
 def test_without_torch_a_pt_is_refused_with_the_way_out(tmp_path):
     """Neither reading nor writing .pt works without torch; both say so in one line and leave nothing behind."""
-    folder = small.write_folder(tmp_path / "model")
+    folder = helpers.write_folder(tmp_path / "model")
     (tmp_path / "there.pt").write_bytes(b"x")
     code = """if True:
         import sys
@@ -90,7 +90,7 @@ def test_there_is_no_package_called_cuda_here():
     assert not (ROOT / "cuda" / "__init__.py").exists()
 
 
-@pytest.mark.skipif(not small.has_torch(), reason="needs torch")
+@pytest.mark.skipif(not helpers.has_torch(), reason="needs torch")
 def test_both_packages_import_side_by_side(nvidia):
     """tpa_torch from cuda/ on the path, tpa_ref from the root, and NVIDIA's package, in one interpreter."""
     code = (
@@ -103,9 +103,9 @@ def test_both_packages_import_side_by_side(nvidia):
 def test_both_packages_offer_the_same_names():
     """The twin has the names of the reference, and its version; only torch trains (`heal`)."""
     pytest.importorskip("torch")
-    ours, theirs = ({name for name in package.__all__ if name[0] != "_"} for package in small.backends())
+    ours, theirs = ({name for name in package.__all__ if name[0] != "_"} for package in helpers.backends())
     assert theirs - ours == {"heal"} and ours <= theirs and len(ours) >= 12
-    assert all(hasattr(package, name) for package in small.backends() for name in [*ours, "__version__"])
+    assert all(hasattr(package, name) for package in helpers.backends() for name in [*ours, "__version__"])
 
 
 # ---- doctests ----
@@ -115,7 +115,7 @@ def modules_of(package):
     return [package.__name__, *(f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))]
 
 
-@pytest.mark.parametrize("name", [name for package in small.backends() for name in modules_of(package)])
+@pytest.mark.parametrize("name", [name for package in helpers.backends() for name in modules_of(package)])
 def test_doctests(name):
     """Every example in a docstring is true."""
     if name.endswith("__main__"):
@@ -174,7 +174,7 @@ def test_compare_never_calls_nan_or_too_much_ok(wrong):
 def test_a_trace_names_every_stage_by_layer():
     """Stages of a real forward pass come in order, each layer under its number; without a tracer nothing is kept."""
     trace = Trace()
-    small.model(tpa_ref, small.config(num_layers=2))(small.tokens(3), trace=trace)
+    helpers.model(tpa_ref, helpers.config(num_layers=2))(helpers.tokens(3), trace=trace)
     names = list(trace.stages)
     assert names[0] == "embed.x_bqm" and names[-1] == "logits_bqv"
     assert [name for name in names if name.endswith("K_bkgd")] == ["layers.0.attn.K_bkgd", "layers.1.attn.K_bkgd"]
@@ -185,13 +185,13 @@ def test_a_trace_names_every_stage_by_layer():
 
 def test_the_first_differing_stage_of_two_models_is_found(backend):
     """The reason for traces: a change in layer 4 shows at that layer and no earlier."""
-    right, wrong = (small.model(backend, dtype="float64") for _ in range(2))
+    right, wrong = (helpers.model(backend, dtype="float64") for _ in range(2))
     layer = wrong.weights.layers[4]
     layer.WV_gem = layer.WV_gem * 1.01
     traces = []
     for model in (right, wrong):
         traces.append(Trace())
-        model(small.tokens(6), trace=traces[-1])
+        model(helpers.tokens(6), trace=traces[-1])
     assert compare(traces[0].stages, traces[1].stages, show=[].append) == "layers.4.attn.V_bkge"
 
 
@@ -258,7 +258,7 @@ def test_config_round_trip(variant, tmp_path):
 
 def test_an_unpublished_config_makes_the_round_trip():
     """Other bases, an odd pattern of layers, a query scale of its own: nothing is replaced by a default."""
-    config = small.config(
+    config = helpers.config(
         is_global=(True, False, False, True, False, False, False),
         rope_base_local=5_000.0,
         rope_base_global=77_000.0,
@@ -307,9 +307,9 @@ def test_the_query_scale_is_applied(backend):
     traces = []
     for scalar in (16, 64):
         traces.append(Trace())
-        model = small.model(backend, small.config(query_pre_attn_scalar=scalar, num_layers=1), "float64")
-        model(small.tokens(5), trace=traces[-1])
-    one, four = (small.back(trace.stages["layers.0.attn.L_bhqk"]) for trace in traces)
+        model = helpers.model(backend, helpers.config(query_pre_attn_scalar=scalar, num_layers=1), "float64")
+        model(helpers.tokens(5), trace=traces[-1])
+    one, four = (helpers.back(trace.stages["layers.0.attn.L_bhqk"]) for trace in traces)
     seen = np.broadcast_to(np.tril(np.ones((5, 5), bool)), one.shape)
     np.testing.assert_allclose(four[seen], one[seen] / 2, rtol=1e-12)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import KINDS, TOLERANCE, in_kind, relative, run_cached, submodule, to_numpy
+from helpers import KINDS, TOLERANCE, in_kind, relative, run_cached, submodule, to_numpy
 
 import tpa_ref
 from tpa_ref.compress.config import KV_DTYPES, MODES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import relative, to_numpy
+from helpers import relative, to_numpy
 
 from tpa_ref.cli import options as cli
 from tpa_ref.compress.calibrate import read_text

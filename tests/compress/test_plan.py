@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import submodule
+from helpers import submodule
 
 import tpa_ref
 from tpa_ref.cli import options as cli

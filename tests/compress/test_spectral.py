@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import relative, run_cached, submodule, to_numpy
+from helpers import relative, run_cached, submodule, to_numpy
 
 import tpa_ref
 from tpa_ref.cli.options import TINY

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import relative, run_cached, submodule, to_numpy
+from helpers import relative, run_cached, submodule, to_numpy
 from test_spectral import RATE, TEXT, Bytes
 
 import tpa_ref

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small
-from small import MODES, back, part, to
+import helpers
+from helpers import MODES, back, part, to
 
 from tpa_ref.core.factorize import Factorization
 
@@ -233,10 +233,10 @@ def test_visible_by_hand(backend):
 
 def test_window_of_a_whole_model(backend):
     """A model whose window covers the text equals one that has none but the local RoPE base; a shorter one differs."""
-    ids = small.tokens(12)
+    ids = helpers.tokens(12)
 
     def run(window):
-        return small.logits(small.model(backend, small.config(sliding_window=window), "float64"), ids)
+        return helpers.logits(helpers.model(backend, helpers.config(sliding_window=window), "float64"), ids)
 
     np.testing.assert_allclose(run(12), run(100), rtol=0, atol=1e-10)
     short = run(11)
@@ -247,19 +247,19 @@ def test_window_of_a_whole_model(backend):
 @pytest.mark.parametrize("mode", MODES)
 def test_full_rank_tpa_model_is_the_dense_model(backend, mode):
     """convert at exact rank with full precision changes no logit, calibrated or not, for K and V alike."""
-    dense = small.model(backend, dtype="float64")
+    dense = helpers.model(backend, dtype="float64")
     rank = {"contextual": 2, "fixed-a": 2, "fixed-b": 16, "latent": 32}[mode]
     tpa = backend.convert(dense, backend.TPAConfig(mode=mode, k_rank=rank, v_rank=rank, kv_dtype="float32"))
-    ids = small.tokens(20, batch=2)
-    np.testing.assert_allclose(small.logits(tpa, ids), small.logits(dense, ids), rtol=0, atol=1e-10)
+    ids = helpers.tokens(20, batch=2)
+    np.testing.assert_allclose(helpers.logits(tpa, ids), helpers.logits(dense, ids), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_mqa_gqa_and_mha_models_convert_exactly(backend, kv_heads):
     """g = 1, 2, 4 of four query heads: contextual TPA of rank g is the model itself."""
-    dense = small.model(backend, small.config(num_kv_heads=kv_heads), "float64")
+    dense = helpers.model(backend, helpers.config(num_kv_heads=kv_heads), "float64")
     tpa = backend.convert(
         dense, backend.TPAConfig(mode="contextual", k_rank=kv_heads, v_rank=kv_heads, kv_dtype="float32")
     )
-    ids = small.tokens(14)
-    np.testing.assert_allclose(small.logits(tpa, ids), small.logits(dense, ids), rtol=0, atol=1e-10)
+    ids = helpers.tokens(14)
+    np.testing.assert_allclose(helpers.logits(tpa, ids), helpers.logits(dense, ids), rtol=0, atol=1e-10)

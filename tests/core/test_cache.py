@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-import small
+import helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import MODES, back, part, to
+from helpers import MODES, back, part, to
 
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.core.factorize import Factorization
@@ -71,8 +71,8 @@ def assert_every_query_finds_its_keys(values, keys, at, window, value_of=float):
 )
 def test_every_query_finds_its_keys_whatever_the_chunks(chunks, layer):
     """A chunk longer than the ring, shorter, or of one token: the keys read are those of the window, none twice."""
-    for backend in small.backends():
-        cache = cache_of(backend, small.config(), Factorization("dense", dtype="float32"), max_len=sum(chunks))
+    for backend in helpers.backends():
+        cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), max_len=sum(chunks))
         window = WINDOW if layer == 0 else sum(chunks)
         assert cache.layers[layer].slots == min(window, sum(chunks))
         for chunk in chunks:
@@ -86,7 +86,7 @@ def test_every_query_finds_its_keys_whatever_the_chunks(chunks, layer):
 @pytest.mark.parametrize("layer", [0, 5])
 def test_rows_of_different_length(backend, layer):
     """Padding writes nothing: each row of the batch keeps its own count, in rings as in global layers."""
-    cache = cache_of(backend, small.config(), Factorization("dense", dtype="float32"), batch=3, max_len=60)
+    cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), batch=3, max_len=60)
     window = WINDOW if layer == 0 else 60
     for lengths in ([5, 2, 0], [1, 1, 1], [9, 0, 14], [1, 0, 1], [12, 13, 1], [1, 1, 0]):
         at = cache.positions(max(lengths), np.array(lengths))
@@ -98,7 +98,7 @@ def test_rows_of_different_length(backend, layer):
 
 def test_ring_contents_by_hand(backend):
     """13 tokens in 11 slots: 0 and 1 are overwritten by 11 and 12, in place."""
-    cache = cache_of(backend, small.config(), Factorization("dense", dtype="float32"), max_len=40)
+    cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), max_len=40)
     at = cache.positions(13, None)
     extend(backend, cache, 0, at)
     held = back(cache.layers[0].stored[0]["X"]["x"])[0, :, 0, 0]
@@ -147,7 +147,7 @@ def side_bytes(mode, rank, dtype, g, d):
 @pytest.mark.parametrize("mode", RANKS)
 def test_nbytes_is_what_is_held_and_what_arithmetic_says(backend, mode, dtype, batch):
     """nbytes = bytes of all arrays really held = nbytes_at = slots x bytes per token, by mode, dtype, batch."""
-    config, how = small.config(), Factorization(mode, RANKS[mode], dtype)
+    config, how = helpers.config(), Factorization(mode, RANKS[mode], dtype)
     cache = cache_of(backend, config, how, batch=batch, max_len=20)
     by_hand = batch * (1 * 20 + 6 * WINDOW) * 2 * side_bytes(mode, RANKS[mode], dtype, g=2, d=16)
     assert cache.nbytes == by_hand
@@ -158,10 +158,10 @@ def test_nbytes_is_what_is_held_and_what_arithmetic_says(backend, mode, dtype, b
 
 def test_nbytes_does_not_grow_with_use(backend):
     """Everything is allocated once: a full cache takes what an empty one takes, and so after truncate and reset."""
-    model = backend.convert(small.model(backend), TPAConfig(mode="contextual", k_rank=1, v_rank=2, kv_dtype="int4"))
+    model = backend.convert(helpers.model(backend), TPAConfig(mode="contextual", k_rank=1, v_rank=2, kv_dtype="int4"))
     cache = model.new_cache(batch=2, max_len=30)
     before = cache.nbytes
-    model.hidden(small.tokens(30, batch=2), cache=cache)
+    model.hidden(helpers.tokens(30, batch=2), cache=cache)
     assert cache.nbytes == held_bytes(cache.layers) == before == cache.nbytes_at(30, batch=2)
     cache.truncate(29)
     cache.reset()
@@ -173,7 +173,7 @@ def test_sides_and_layers_may_differ(backend):
     tpa = TPAConfig(
         k_mode="latent", v_mode="fixed-b", k_rank=9, v_rank=3, k_dtype="int8", v_dtype="int4", layers="global"
     )
-    model = backend.convert(small.model(backend), tpa)
+    model = backend.convert(helpers.model(backend), tpa)
     cache = model.new_cache(max_len=25)
     globally = side_bytes("latent", 9, "int8", 2, 16) + side_bytes("fixed-b", 3, "int4", 2, 16)
     locally = 2 * side_bytes("dense", 0, "bfloat16", 2, 16)
@@ -246,11 +246,11 @@ def test_baselines_at_32k_by_hand(variant, full, windowed):
 
 def test_the_dense_cache_is_the_windowed_baseline(backend):
     """The fair baseline is not a formula of its own: it is what our dense bf16 cache really takes."""
-    for config in (small.config(), GemmaConfig.gemma3_4b()):
+    for config in (helpers.config(), GemmaConfig.gemma3_4b()):
         cache = cache_of(backend, config, Factorization("dense", dtype="bfloat16"))
         for n in (5, 11, 12, 2000):
             assert cache.nbytes_at(n) == memory.windowed_bytes(config, n)
-    assert cache_of(backend, small.config(), Factorization("dense"), max_len=50).nbytes == 2 * 2 * 32 * (50 + 6 * 11)
+    assert cache_of(backend, helpers.config(), Factorization("dense"), max_len=50).nbytes == 2 * 2 * 32 * (50 + 6 * 11)
 
 
 def test_memory_report_by_hand():
@@ -274,7 +274,7 @@ def test_memory_report_by_hand():
 
 def models(backend):
     """A dense model and every mode below full rank, in float64 so that two ways to the same place can be compared."""
-    dense = small.model(backend, dtype="float64")
+    dense = helpers.model(backend, dtype="float64")
     made = {"dense": dense}
     for mode in MODES:
         made[mode] = backend.convert(dense, TPAConfig(mode=mode, kv_dtype="float32"))
@@ -287,7 +287,7 @@ def models(backend):
 def test_truncate_then_continue_equals_a_fresh_run(backend, name, ran, kept):
     """What was taken back leaves no trace: new tokens, in a chunk and singly, give the logits of a text without it."""
     model = models(backend)[name]
-    first, later = small.tokens(ran, seed=1), small.tokens(16, seed=2)
+    first, later = helpers.tokens(ran, seed=1), helpers.tokens(16, seed=2)
     cache, fresh = model.new_cache(max_len=60), model.new_cache(max_len=60)
     model.hidden(first, cache=cache)
     cache.truncate(kept)
@@ -296,16 +296,16 @@ def test_truncate_then_continue_equals_a_fresh_run(backend, name, ran, kept):
         model.hidden(first[:, :kept], cache=fresh)
     for piece in (later[:, :7], later[:, 7:8], later[:, 8:9], later[:, 9:]):
         np.testing.assert_allclose(
-            small.logits(model, piece, cache=cache), small.logits(model, piece, cache=fresh), rtol=0, atol=1e-8
+            helpers.logits(model, piece, cache=cache), helpers.logits(model, piece, cache=fresh), rtol=0, atol=1e-8
         )
 
 
 @pytest.mark.parametrize(("ran", "kept"), [(12, 10), (12, 1), (12, 0), (30, 28), (30, 5)])
 def test_truncate_is_refused_once_a_ring_has_overwritten_what_it_needs(backend, ran, kept):
     """Past its window a ring has lost the keys the next query would read; the cache says so and stays as it was."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     cache, fresh = model.new_cache(max_len=60), model.new_cache(max_len=60)
-    ids = small.tokens(ran + 1)
+    ids = helpers.tokens(ran + 1)
     model.hidden(ids[:, :ran], cache=cache)
     model.hidden(ids[:, :ran], cache=fresh)
     with pytest.raises(TPAError, match=f"truncate to {kept} tokens") as caught:
@@ -313,19 +313,19 @@ def test_truncate_is_refused_once_a_ring_has_overwritten_what_it_needs(backend, 
     assert "\n" not in str(caught.value)
     assert cache.lengths_b.tolist() == [ran]
     np.testing.assert_array_equal(
-        small.logits(model, ids[:, ran:], cache=cache), small.logits(model, ids[:, ran:], cache=fresh)
+        helpers.logits(model, ids[:, ran:], cache=cache), helpers.logits(model, ids[:, ran:], cache=fresh)
     )
 
 
 def test_truncate_twice_past_the_window_is_refused(backend):
     """Only the newest token can be taken back, not one more after it; new tokens make room again."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     cache = model.new_cache(max_len=60)
-    model.hidden(small.tokens(20), cache=cache)
+    model.hidden(helpers.tokens(20), cache=cache)
     cache.truncate(19)
     with pytest.raises(TPAError):
         cache.truncate(18)
-    model.hidden(small.tokens(3), cache=cache)
+    model.hidden(helpers.tokens(3), cache=cache)
     cache.truncate(21)
     with pytest.raises(TPAError):
         cache.truncate(20)
@@ -333,9 +333,9 @@ def test_truncate_twice_past_the_window_is_refused(backend):
 
 def test_truncate_beyond_the_end_changes_nothing_and_below_zero_is_refused(backend):
     """truncate(n) with n >= length keeps everything; a negative n is a mistake."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     cache = model.new_cache(max_len=60)
-    model.hidden(small.tokens(20), cache=cache)
+    model.hidden(helpers.tokens(20), cache=cache)
     cache.truncate(20)
     cache.truncate(999)
     assert cache.lengths_b.tolist() == [20]
@@ -345,30 +345,30 @@ def test_truncate_beyond_the_end_changes_nothing_and_below_zero_is_refused(backe
 
 def test_truncate_without_overwriting_works_at_any_length(backend):
     """A cache no longer than the window never overwrites, nor does one whose text just fills the ring."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     for max_len in (10, 11, 60):
         cache = model.new_cache(max_len=max_len)
-        model.hidden(small.tokens(min(max_len, 11)), cache=cache)
+        model.hidden(helpers.tokens(min(max_len, 11)), cache=cache)
         cache.truncate(2)
         assert cache.lengths_b.tolist() == [2]
 
 
 def test_truncate_of_a_ragged_batch(backend):
     """Rows shorter than n stay; the others are cut to n."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     cache = model.new_cache(batch=2, max_len=60)
-    model.hidden(small.tokens(9, batch=2), cache=cache, lengths_b=np.array([5, 9]))
+    model.hidden(helpers.tokens(9, batch=2), cache=cache, lengths_b=np.array([5, 9]))
     cache.truncate(6)
     assert cache.lengths_b.tolist() == [5, 6]
 
 
 def test_a_row_that_stood_still_keeps_its_history(backend):
     """A row cut back by one token, then left alone while a shorter one goes on, still cannot be cut again."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     cache = model.new_cache(batch=2, max_len=60)
-    model.hidden(small.tokens(20, batch=2), cache=cache, lengths_b=np.array([20, 4]))
+    model.hidden(helpers.tokens(20, batch=2), cache=cache, lengths_b=np.array([20, 4]))
     cache.truncate(19)
-    model.hidden(small.tokens(1, batch=2), cache=cache, lengths_b=np.array([0, 1]))
+    model.hidden(helpers.tokens(1, batch=2), cache=cache, lengths_b=np.array([0, 1]))
     assert cache.lengths_b.tolist() == [19, 5]
     with pytest.raises(TPAError):
         cache.truncate(18)
@@ -378,14 +378,14 @@ def test_a_row_that_stood_still_keeps_its_history(backend):
 
 def test_reset_forgets_everything(backend):
     """After reset the same cache gives a new text's logits, even where rings had gone round."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     cache = model.new_cache(max_len=60)
-    model.hidden(small.tokens(30, seed=1), cache=cache)
+    model.hidden(helpers.tokens(30, seed=1), cache=cache)
     cache.reset()
     assert cache.lengths_b.tolist() == [0]
-    ids = small.tokens(25, seed=2)
-    got = [small.logits(model, ids[:, a:b], cache=cache) for a, b in ((0, 6), (6, 7), (7, 25))]
-    np.testing.assert_allclose(np.concatenate(got, 1), small.logits(model, ids), rtol=0, atol=1e-9)
+    ids = helpers.tokens(25, seed=2)
+    got = [helpers.logits(model, ids[:, a:b], cache=cache) for a, b in ((0, 6), (6, 7), (7, 25))]
+    np.testing.assert_allclose(np.concatenate(got, 1), helpers.logits(model, ids), rtol=0, atol=1e-9)
     cache.reset()
     model.hidden(ids[:, :9], cache=cache)
     cache.truncate(3)  # allowed again: nothing of this text was overwritten
@@ -394,14 +394,14 @@ def test_reset_forgets_everything(backend):
 
 def test_a_ragged_batch_gives_the_logits_of_each_text_alone(backend):
     """Padding, rings and lengths together: every row as if it were alone."""
-    model = small.model(backend, dtype="float64")
-    ids, lengths = small.tokens(18, batch=3), [18, 4, 13]
+    model = helpers.model(backend, dtype="float64")
+    ids, lengths = helpers.tokens(18, batch=3), [18, 4, 13]
     cache = model.new_cache(batch=3, max_len=40)
-    first = small.logits(model, ids, cache=cache, lengths_b=np.array(lengths))
-    more = small.tokens(1, batch=3, seed=9)
-    second = small.logits(model, more, cache=cache)
+    first = helpers.logits(model, ids, cache=cache, lengths_b=np.array(lengths))
+    more = helpers.tokens(1, batch=3, seed=9)
+    second = helpers.logits(model, more, cache=cache)
     for row, length in enumerate(lengths):
-        alone = small.logits(model, np.concatenate([ids[row : row + 1, :length], more[row : row + 1]], 1))
+        alone = helpers.logits(model, np.concatenate([ids[row : row + 1, :length], more[row : row + 1]], 1))
         np.testing.assert_allclose(first[row, :length], alone[0, :-1], rtol=0, atol=1e-9)
         np.testing.assert_allclose(second[row], alone[0, -1:], rtol=0, atol=1e-9)
 
@@ -419,46 +419,46 @@ def refused(call, *words):
 
 def test_a_cache_that_is_too_small_is_named_before_anything_is_stored(backend):
     """9 tokens in 8 slots: both numbers in the error, nothing written, and the cache is still of use."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     cache = model.new_cache(max_len=8)
-    ids = small.tokens(9)
+    ids = helpers.tokens(9)
     model.hidden(ids[:, :4], cache=cache)
     refused(lambda: model.hidden(ids[:, 4:], cache=cache), "9 tokens", "max_len 8")
     assert cache.lengths_b.tolist() == [4]
-    got = small.logits(model, ids[:, 4:8], cache=cache)
-    np.testing.assert_allclose(got, small.logits(model, ids[:, :8])[:, 4:], rtol=0, atol=1e-9)
+    got = helpers.logits(model, ids[:, 4:8], cache=cache)
+    np.testing.assert_allclose(got, helpers.logits(model, ids[:, :8])[:, 4:], rtol=0, atol=1e-9)
 
 
 def test_a_cache_of_another_model_is_refused(backend):
     """Another mode, rank, dtype, conversion, other sizes: all are refused with the way out."""
-    dense = small.model(backend)
+    dense = helpers.model(backend)
     latent = backend.convert(dense, TPAConfig(mode="latent", k_rank=4, v_rank=4))
     others = [
         backend.convert(dense, TPAConfig(mode="contextual")),
         backend.convert(dense, TPAConfig(mode="latent", k_rank=5, v_rank=4)),
         backend.convert(dense, TPAConfig(mode="latent", k_rank=4, v_rank=4, v_dtype="int8")),
-        small.model(backend, small.config(sliding_window=12)),
+        helpers.model(backend, helpers.config(sliding_window=12)),
         backend.convert(dense, TPAConfig(mode="latent", k_rank=4, v_rank=4)),  # may have other constant factors
         dense,
     ]
     for other in others:
         cache = other.new_cache(max_len=8)
-        refused(lambda cache=cache: latent.hidden(small.tokens(3), cache=cache), "another model", "new_cache()")
-    latent.hidden(small.tokens(3), cache=latent.new_cache(max_len=8))
+        refused(lambda cache=cache: latent.hidden(helpers.tokens(3), cache=cache), "another model", "new_cache()")
+    latent.hidden(helpers.tokens(3), cache=latent.new_cache(max_len=8))
 
 
 def test_a_cache_for_another_batch_is_refused(backend):
     """Both batch sizes are named."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(
-        lambda: model.hidden(small.tokens(3, batch=2), cache=model.new_cache(batch=3, max_len=8)), "batch 3", "batch 2"
+        lambda: model.hidden(helpers.tokens(3, batch=2), cache=model.new_cache(batch=3, max_len=8)), "batch 3", "batch 2"
     )
 
 
 @pytest.mark.parametrize(("batch", "max_len"), [(0, 5), (1, 0), (-1, 5)])
 def test_an_empty_cache_is_refused(backend, batch, max_len):
     """batch and max_len must be at least 1, for a cache and for its arithmetic."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(lambda: model.new_cache(batch, max_len), batch, max_len)
     refused(lambda: model.new_cache(max_len=1).nbytes_at(max_len, batch), batch, max_len)
 
@@ -478,12 +478,12 @@ def test_an_empty_cache_is_refused(backend, batch, max_len):
 )
 def test_wrong_tokens_and_lengths_are_refused(backend, ids, lengths, words):
     """Ids outside the vocabulary, wrong shapes, wrong lengths: one line with rule and value."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(lambda: model.hidden(np.array(ids), lengths_b=None if lengths is None else np.array(lengths)), *words)
 
 
 def test_a_text_beyond_the_models_positions_is_refused(backend):
     """max_positions 128: 129 tokens are one too many."""
-    model = small.model(backend)
-    model.hidden(small.tokens(128))
-    refused(lambda: model.hidden(small.tokens(129)), "129", "128")
+    model = helpers.model(backend)
+    model.hidden(helpers.tokens(128))
+    refused(lambda: model.hidden(helpers.tokens(129)), "129", "128")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small import MODES, back, backends, part, to
+from helpers import MODES, back, backends, part, to
 
 from tpa_ref.core.factorize import Factorization, numbers_per_token, part_shapes
 from tpa_ref.gemma.config import GemmaConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+import helpers
 
 GOLDEN = Path(__file__).parent / "golden"
 ROPE = {
@@ -37,23 +37,23 @@ def test_rope_tables_are_those_of_transformers(backend, golden, kind):
     arrays = golden["rope"]
     base, scale = ROPE[kind]
     d = arrays["x_bhkd"].shape[-1]
-    tables = small.part(backend, "rope").rope_tables(small.to(backend, arrays["positions_bk"]), d, base, scale)
+    tables = helpers.part(backend, "rope").rope_tables(helpers.to(backend, arrays["positions_bk"]), d, base, scale)
     atol = 1e-6 + 1.2e-7 * arrays["positions_bk"][..., None]
     for name, table in zip(("cos", "sin"), tables, strict=True):
         expected = arrays[f"{kind}_{name}_bkd"]
-        assert small.back(table).shape == (*arrays["positions_bk"].shape, d // 2)
+        assert helpers.back(table).shape == (*arrays["positions_bk"].shape, d // 2)
         for half in (expected[..., : d // 2], expected[..., d // 2 :]):  # transformers writes every angle twice
-            assert (np.abs(small.back(table) - half) <= atol).all()
+            assert (np.abs(helpers.back(table) - half) <= atol).all()
 
 
 @pytest.mark.parametrize("kind", ROPE)
 def test_rotated_vectors_are_those_of_transformers(backend, golden, kind):
     """Half-split pairing, sign and order of the rotation: apply_rotary_pos_emb on the same vectors."""
     arrays = golden["rope"]
-    rope = small.part(backend, "rope")
+    rope = helpers.part(backend, "rope")
     x = np.swapaxes(arrays["x_bhkd"], 1, 2)
-    tables = rope.rope_tables(small.to(backend, arrays["positions_bk"]), x.shape[-1], *ROPE[kind])
-    rotated = small.back(rope.rotate(small.to(backend, x), *tables))
+    tables = rope.rope_tables(helpers.to(backend, arrays["positions_bk"]), x.shape[-1], *ROPE[kind])
+    rotated = helpers.back(rope.rotate(helpers.to(backend, x), *tables))
     expected = np.swapaxes(arrays[f"{kind}_rotated_bhkd"], 1, 2)
     atol = 2 * np.abs(x).max() * (1e-6 + 1.2e-7 * arrays["positions_bk"][0, :, None, None])
     assert (np.abs(rotated[0] - expected[0]) <= atol).all()
@@ -67,8 +67,8 @@ def test_masks_of_whole_padded_texts_are_those_of_transformers(backend, golden, 
     expected = arrays[f"{kind}_bqk"].astype(bool)
     step = np.arange(expected.shape[1])
     positions = np.where(step < lengths_b[:, None], step, -1)
-    seen = small.back(
-        small.part(backend, "masks").visible(small.to(backend, positions), small.to(backend, positions), window)
+    seen = helpers.back(
+        helpers.part(backend, "masks").visible(helpers.to(backend, positions), helpers.to(backend, positions), window)
     )
     for row, length in enumerate(lengths_b):  # what padding itself would see is of no concern
         np.testing.assert_array_equal(seen[row, :length], expected[row, :length])
@@ -81,22 +81,22 @@ def test_masks_of_a_later_chunk_are_those_of_transformers(backend, golden, kind)
     window = int(arrays["window_size"]) if kind == "window" else None
     order = np.random.default_rng(0).permutation(12)
     queries, keys = np.array([[9, 10, 11]]), order[None]
-    seen = small.part(backend, "masks").visible(small.to(backend, queries), small.to(backend, keys), window)
-    np.testing.assert_array_equal(small.back(seen), arrays[f"{kind}_chunk_bqk"].astype(bool)[:, :, order])
+    seen = helpers.part(backend, "masks").visible(helpers.to(backend, queries), helpers.to(backend, keys), window)
+    np.testing.assert_array_equal(helpers.back(seen), arrays[f"{kind}_chunk_bqk"].astype(bool)[:, :, order])
 
 
 def test_rms_norm_is_that_of_transformers(backend, golden):
     """x / rms(x) * (1 + w), for vectors from 1e-4 to 1e4 in size and for the zero vector."""
     arrays = golden["pointwise"]
-    y = small.part(backend, "norm").rms_norm(
-        small.to(backend, arrays["norm_x"]), small.to(backend, arrays["norm_w"]), 1e-6
+    y = helpers.part(backend, "norm").rms_norm(
+        helpers.to(backend, arrays["norm_x"]), helpers.to(backend, arrays["norm_w"]), 1e-6
     )
-    assert small.back(y).dtype == np.float32
-    np.testing.assert_allclose(small.back(y), arrays["norm_y"], rtol=2e-6, atol=1e-7)
+    assert helpers.back(y).dtype == np.float32
+    np.testing.assert_allclose(helpers.back(y), arrays["norm_y"], rtol=2e-6, atol=1e-7)
 
 
 def test_gelu_is_the_tanh_form_of_transformers(backend, golden):
     """The tanh approximation, not the exact GELU: they differ by up to 5e-4, far above the tolerance."""
     arrays = golden["pointwise"]
-    y = small.part(backend, "mlp").gelu_tanh(small.to(backend, arrays["gelu_x"]))
-    np.testing.assert_allclose(small.back(y), arrays["gelu_y"], rtol=0, atol=1e-12)
+    y = helpers.part(backend, "mlp").gelu_tanh(helpers.to(backend, arrays["gelu_x"]))
+    np.testing.assert_allclose(helpers.back(y), arrays["gelu_y"], rtol=0, atol=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-import small
+import helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,13 +16,13 @@ HALF = np.float16
 
 def stored(backend, x, dtype):
     """The stored fields as NumPy arrays."""
-    fields = small.part(backend, "quantize").quantize(small.to(backend, x), dtype)
-    return {name: small.back(array) for name, array in fields.items()}
+    fields = helpers.part(backend, "quantize").quantize(helpers.to(backend, x), dtype)
+    return {name: helpers.back(array) for name, array in fields.items()}
 
 
 def round_trip(backend, x, dtype):
-    quantize = small.part(backend, "quantize")
-    return small.back(quantize.dequantize(quantize.quantize(small.to(backend, x), dtype), dtype, x.shape[-1]))
+    quantize = helpers.part(backend, "quantize")
+    return helpers.back(quantize.dequantize(quantize.quantize(helpers.to(backend, x), dtype), dtype, x.shape[-1]))
 
 
 def bound(x, dtype):
@@ -124,12 +124,12 @@ def test_int4_packs_two_numbers_to_a_byte_low_half_first(backend):
 def test_int4_reads_bytes_it_did_not_write(backend):
     """Decoding by hand: byte 0x21 with scale 0.5 and minimum -1 is (-0.5, 0.0)."""
     fields = {
-        "codes": small.to(backend, np.array([0x21, 0x0F], np.uint8)),
-        "scale": small.to(backend, np.array([0.5], HALF)),
-        "minimum": small.to(backend, np.array([-1.0], HALF)),
+        "codes": helpers.to(backend, np.array([0x21, 0x0F], np.uint8)),
+        "scale": helpers.to(backend, np.array([0.5], HALF)),
+        "minimum": helpers.to(backend, np.array([-1.0], HALF)),
     }
     np.testing.assert_array_equal(
-        small.back(small.part(backend, "quantize").dequantize(fields, "int4", 3)), [-0.5, 0.0, 6.5]
+        helpers.back(helpers.part(backend, "quantize").dequantize(fields, "int4", 3)), [-0.5, 0.0, 6.5]
     )
 
 
@@ -147,24 +147,24 @@ def test_bytes_of_a_row_by_hand(backend, n, bytes_by_dtype):
     """n numbers: 4n; 2n; n + 2 ceil(n/64); ceil(n/2) + 4 ceil(n/64). The arrays really take as much."""
     x = np.ones((1, n), np.float32)
     for dtype, expected in zip(("float32", "bfloat16", "int8", "int4"), bytes_by_dtype, strict=True):
-        quantize = small.part(backend, "quantize")
+        quantize = helpers.part(backend, "quantize")
         assert quantize.stored_bytes(n, dtype) == expected
-        fields = quantize.quantize(small.to(backend, x), dtype)
+        fields = quantize.quantize(helpers.to(backend, x), dtype)
         assert sum(array.nbytes for array in fields.values()) == expected
 
 
 def test_bytes_of_a_dense_token_of_the_4b_model(backend):
     """K and V of 4 heads of 256: 4096 bytes in bfloat16, 2112 in int8, 1152 in int4."""
-    count = small.part(backend, "quantize").stored_bytes
+    count = helpers.part(backend, "quantize").stored_bytes
     assert [2 * 4 * count(256, dtype) for dtype in ("bfloat16", "int8", "int4")] == [4096, 2112, 1152]
 
 
 def test_field_shapes_are_those_of_the_arrays(backend):
     """What the cache allocates is what quantize returns, name by name, size by size, dtype by dtype."""
-    quantize = small.part(backend, "quantize")
+    quantize = helpers.part(backend, "quantize")
     for n in (1, 63, 64, 65, 129):
         for dtype in ("float64", "float32", "bfloat16", "int8", "int4"):
-            made = quantize.quantize(small.to(backend, np.ones((2, 3, n), np.float32)), dtype)
+            made = quantize.quantize(helpers.to(backend, np.ones((2, 3, n), np.float32)), dtype)
             expected = quantize.field_shapes(n, dtype)
             assert {name: (array.shape[-1], array.dtype) for name, array in made.items()} == expected
             assert all(tuple(array.shape[:2]) == (2, 3) for array in made.values())
@@ -227,7 +227,7 @@ def test_numbers_beyond_float16_never_become_nan_or_infinite(backend, dtype, siz
 def test_both_backends_store_the_same_bytes():
     """The codes of one backend are those of the other, so a cache means the same in both."""
     pytest.importorskip("torch")
-    tpa_ref, tpa_torch = small.backends()
+    tpa_ref, tpa_torch = helpers.backends()
     x = np.random.default_rng(3).standard_normal((5, 131)).astype(np.float32)
     for dtype in ("int8", "int4"):
         ours, theirs = stored(tpa_ref, x, dtype), stored(tpa_torch, x, dtype)

@@ -6,7 +6,7 @@ compiled kernel: its name, the bytes of shared memory of a program, and whether 
 
 from __future__ import annotations
 
-import small
+import helpers
 import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -59,7 +59,7 @@ def factors_of(mode, dtype, rank, g, d):
 def compile_decode(k, v, g, h, d, dtype, slots=2048):
     """One layer of a global kind, with everything that `launch.decode` would start."""
     how = factors_of(*k, g, d), factors_of(*v, g, d)
-    config = small.config(head_dim=d, num_heads=h, num_kv_heads=g, max_positions=4096)
+    config = helpers.config(head_dim=d, num_heads=h, num_kv_heads=g, max_positions=4096)
     held = kv.Cache(config, [how] * 7, 1, slots).layers[5]
     one, table = torch.zeros(1, dtype=torch.int32), torch.zeros(2048, d // 2)
     Q_bqhd = torch.zeros(1, 1, h, d, dtype=dtype)

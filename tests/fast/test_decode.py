@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small
-from conftest import relative, run_cached, to_numpy
+import helpers
+from helpers import relative, run_cached, to_numpy
 
 torch = pytest.importorskip("torch")
 
@@ -155,7 +155,7 @@ def test_a_lost_tile_is_seen(monkeypatch):
 
 def models(**choices):
     """The same small model in both backends, in float32, converted where there are choices."""
-    made = [small.model(backend, dtype="float32") for backend in (tpa_ref, tpa_torch)]
+    made = [helpers.model(backend, dtype="float32") for backend in (tpa_ref, tpa_torch)]
     if choices:
         made = [b.convert(m, b.TPAConfig(**choices)) for b, m in zip((tpa_ref, tpa_torch), made)]
     return made
@@ -217,7 +217,7 @@ def test_different_lengths(mode):
 def test_bfloat16(choices, tmp_path):
     """A bfloat16 model's fast path is as close to a float32 computation as its plain path is."""
     numpy, _ = models(**choices)
-    fast = tpa_torch.load(small.write_folder(tmp_path / "model"), dtype="bfloat16")
+    fast = tpa_torch.load(helpers.write_folder(tmp_path / "model"), dtype="bfloat16")
     fast = tpa_torch.convert(fast, tpa_torch.TPAConfig(**choices)) if choices else fast
     expected = run_cached(numpy, TEXT, (20,))[1]
     got = run_cached(fast, TEXT, (20,))[1]

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import small
+import helpers
 
 from tpa_ref.compress.config import TPAConfig
 
@@ -39,7 +39,7 @@ def test_its_comparison_of_kernels(script, monkeypatch):
 
 @pytest.mark.parametrize("tpa", [None, TPAConfig(mode="latent", rate=3.0)])
 def test_its_decode_of_a_whole_model(script, tpa):
-    found = script.model_speed(tpa, 1e10, small.config(max_positions=512), "cpu", prompt=20, steps=8)
+    found = script.model_speed(tpa, 1e10, helpers.config(max_positions=512), "cpu", prompt=20, steps=8)
     assert found["tokens_per_s"] > 0 and found["kv_bytes"] > 0
 
 

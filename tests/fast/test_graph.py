@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import small
-from conftest import relative, submodule
+import helpers
+from helpers import relative, submodule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpa_torch
@@ -26,7 +26,7 @@ CHOICES = {
     "newest exact": TPAConfig(mode="latent", k_rank=20, v_rank=20, kv_dtype="bfloat16", sinks=2, recent=3),
 }
 # Texts of which no number lies between two codes, where the last bit decides which one it gets.
-ROWS = [small.tokens(count, seed=seed)[0].tolist() for count, seed in ((9, 3), (3, 4), (6, 5))]
+ROWS = [helpers.tokens(count, seed=seed)[0].tolist() for count, seed in ((9, 3), (3, 4), (6, 5))]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def one_thread():
 
 
 def model_of(name):
-    model = small.model(tpa_torch, small.config(num_kv_heads=4, sliding_window=7))
+    model = helpers.model(tpa_torch, helpers.config(num_kv_heads=4, sliding_window=7))
     return tpa_torch.convert(model, CHOICES[name]) if CHOICES[name] else model
 
 
@@ -259,8 +259,8 @@ def test_sampled_tokens_are_repeatable():
 def test_with_kernels(monkeypatch):
     """Static buffers and Triton's kernels together, under its interpreter."""
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
-    config = small.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5, num_kv_heads=4)
-    model = tpa_torch.convert(small.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0))
+    config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5, num_kv_heads=4)
+    model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0))
     (tokens, _), _ = both(model, 4, rows=ROWS[:2])
     monkeypatch.setenv("TPA_TRITON", "1")
     _, (static_tokens, _) = both(model, 4, rows=ROWS[:2])

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOLERANCE, relative, to_numpy
+from helpers import TOLERANCE, relative, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-import small
+import helpers
 
 import tpa_ref
 import tpa_torch
@@ -61,7 +61,7 @@ def spectral(widths=WIDTHS, seed=0):
 
 def filled(how, lengths, slots, windowed, size=1.0, seed=0):
     """A layer's cache that holds random K and V of texts of some lengths."""
-    config = small.config(head_dim=D, num_heads=H, num_kv_heads=G, sliding_window=slots, max_positions=4096)
+    config = helpers.config(head_dim=D, num_heads=H, num_kv_heads=G, sliding_window=slots, max_positions=4096)
     cache = kv.Cache(config, [how] * 7, len(lengths), slots if not windowed else 4096, device=DEVICE)
     held = cache.layers[0 if windowed else 5]
     assert held.slots == slots and held.windowed == windowed
@@ -254,7 +254,7 @@ def test_factors_of_a_token(g, rank, kind, monkeypatch):
 @pytest.fixture(scope="module")
 def config():
     """Two layers, a window of five and a global one."""
-    return small.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
+    return helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
 
 
 CHOICES = {
@@ -277,10 +277,10 @@ def test_a_model_decodes_as_the_reference(config, name, monkeypatch):
     right = kernels.decode
     monkeypatch.setattr(kernels, "decode", lambda *args: calls.append(1) or right(*args))
     for backend in (tpa_ref, tpa_torch):
-        model = small.model(backend, config)
+        model = helpers.model(backend, config)
         if CHOICES[name]:
             model = backend.convert(model, CHOICES[name])
-        cache, ids = model.new_cache(2, 20), small.tokens(11, batch=2, seed=3)
+        cache, ids = model.new_cache(2, 20), helpers.tokens(11, batch=2, seed=3)
         model(ids[:, :7], cache=cache, lengths_b=np.array([7, 4]))
         found.append(np.concatenate([to_numpy(model(ids[:, t : t + 1], cache=cache)) for t in range(7, 11)], 1))
     assert len(calls) == 4 * config.num_layers
@@ -289,10 +289,10 @@ def test_a_model_decodes_as_the_reference(config, name, monkeypatch):
 
 def test_where_kernels_do_not_run(config, monkeypatch):
     """Without the switch, in float64, and in heads of a size that no kernel has: the PyTorch path, silently."""
-    factor = small.model(tpa_torch, config).factors[0]
+    factor = helpers.model(tpa_torch, config).factors[0]
     assert kernels.usable(DEVICE, config, factor, torch.float32)
     assert not kernels.usable(DEVICE, config, factor, torch.float64)
-    assert not kernels.usable(DEVICE, small.config(head_dim=48), factor, torch.float32)
+    assert not kernels.usable(DEVICE, helpers.config(head_dim=48), factor, torch.float32)
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert not kernels.usable(DEVICE, config, factor, torch.float32)
     monkeypatch.undo()

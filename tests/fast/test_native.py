@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import relative
+from helpers import relative
 
 torch = pytest.importorskip("torch")
 

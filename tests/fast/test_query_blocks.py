@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-import small
+import helpers
 
 import tpa_torch
 import tpa_torch.gemma.model as torch_model
@@ -15,7 +15,7 @@ from tpa_ref import TPAConfig
 
 @pytest.fixture
 def dense():
-    return small.model(tpa_torch, dtype="float64")
+    return helpers.model(tpa_torch, dtype="float64")
 
 
 @pytest.mark.parametrize("mode", ["dense", "contextual", "fixed-a", "fixed-b", "latent"])

@@ -14,19 +14,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import small
+import helpers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small import back, part, tensors, write_folder, write_sharded
+from helpers import back, part, tensors, write_folder, write_sharded
 
 import tpa_ref
 from tpa_ref import GemmaConfig, TPAConfig, TPAError
 from tpa_ref.gemma.weights import hf_names, to_named
 
 FORMATS = ("", ".safetensors", ".pt")
-IDS = small.tokens(25, batch=2, seed=3)
+IDS = helpers.tokens(25, batch=2, seed=3)
 
 CHOICES = {
     "dense": None,
@@ -37,17 +37,6 @@ CHOICES = {
     "global layers, q_rank": TPAConfig(mode="latent", q_rank=2, layers="global"),
     "float32": TPAConfig(mode="fixed-b", kv_dtype="float32"),
 }
-
-
-def refused(call, *words):
-    """One line of TPAError that holds every word; returns it."""
-    with pytest.raises(TPAError) as caught:
-        call()
-    message = str(caught.value)
-    assert message and "\n" not in message and "\r" not in message, repr(message)
-    for word in words:
-        assert str(word) in message, message
-    return message
 
 
 def loaded(backend, folder, choice, dtype="float32"):
@@ -65,7 +54,7 @@ def target(tmp_path, suffix):
 @pytest.fixture
 def folder(tmp_path):
     """A fresh checkpoint folder with a tokenizer."""
-    return write_folder(tmp_path / "model", tokenizer=small.tokenizer_proto())
+    return write_folder(tmp_path / "model", tokenizer=helpers.tokenizer_proto())
 
 
 def edit_config(folder, **changes):
@@ -86,14 +75,14 @@ def test_a_saved_model_gives_identical_logits(backend, tmp_path, folder, choice,
     assert backend.save(model, path) == path
     again = backend.load(path)
     assert again.config == model.config and again.tpa == model.tpa and again.stored_dtype == model.stored_dtype
-    assert again.tokenizer.proto == small.tokenizer_proto()
+    assert again.tokenizer.proto == helpers.tokenizer_proto()
     for ours, theirs in zip(model.factors, again.factors, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             if choice != "dense":
                 assert (a.mode, a.rank, a.dtype, a.error) == (b.mode, b.rank, b.dtype, b.error)
             if a.basis is not None:
                 np.testing.assert_array_equal(back(a.basis), back(b.basis))
-    np.testing.assert_array_equal(small.logits(again, IDS), small.logits(model, IDS))
+    np.testing.assert_array_equal(helpers.logits(again, IDS), helpers.logits(model, IDS))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", f"saved{suffix}"]
 
 
@@ -102,13 +91,13 @@ def test_a_saved_model_gives_identical_logits(backend, tmp_path, folder, choice,
 def test_each_backend_reads_what_the_other_saved(tmp_path, folder, choice, suffix):
     """One format for both: NumPy reads PyTorch's models and the other way round, to the same logits."""
     pytest.importorskip("torch")
-    for saver, reader in itertools.permutations(small.backends()):
+    for saver, reader in itertools.permutations(helpers.backends()):
         model = loaded(saver, folder, choice, "float64")
         path = saver.save(model, tmp_path / f"{saver.__name__}{suffix}")
         again = reader.load(path, dtype="float64")
         assert again.config == model.config and again.tpa == model.tpa
-        expected = small.logits(model, IDS)
-        error = np.abs(small.logits(again, IDS) - expected).max() / np.abs(expected).max()
+        expected = helpers.logits(model, IDS)
+        error = np.abs(helpers.logits(again, IDS) - expected).max() / np.abs(expected).max()
         # Equal codes almost everywhere; a number halfway between two codes may fall to either side.
         assert error < (1e-9 if choice in ("dense", "float32") else 1e-2)
 
@@ -116,7 +105,7 @@ def test_each_backend_reads_what_the_other_saved(tmp_path, folder, choice, suffi
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_bfloat16_weights_stay_bfloat16(backend, tmp_path, suffix):
     """They are computed in float32, and written as they were read: bit for bit, two bytes each."""
-    named = small.bfloat16(tensors(small.config()))
+    named = helpers.bfloat16(tensors(helpers.config()))
     model = backend.load(write_folder(tmp_path / "model", weights=named))
     assert model.stored_dtype == "bfloat16" and model.dtype == "float32"
     path = backend.save(model, target(tmp_path, suffix))
@@ -132,9 +121,9 @@ def test_a_saved_dense_folder_is_a_hugging_face_checkpoint(tmp_path, folder):
     """Text-only names and shapes, nothing more, and the config.json it was read from, with the dtype that is stored."""
     path = tpa_ref.save(tpa_ref.load(folder), tmp_path / "saved")
     held = load_file(path / "model.safetensors")
-    assert {name: value.shape for name, value in held.items()} == hf_names(small.config())
-    assert json.loads((path / "config.json").read_text()) == small.config().to_hf() | {"torch_dtype": "float32"}
-    assert (path / "tokenizer.model").read_bytes() == small.tokenizer_proto()
+    assert {name: value.shape for name, value in held.items()} == hf_names(helpers.config())
+    assert json.loads((path / "config.json").read_text()) == helpers.config().to_hf() | {"torch_dtype": "float32"}
+    assert (path / "tokenizer.model").read_bytes() == helpers.tokenizer_proto()
     with safe_open(path / "model.safetensors", "numpy") as handle:
         assert handle.metadata() == {"format": "pt"}  # transformers insists on it
 
@@ -143,7 +132,7 @@ def test_tpa_tensors_stand_beside_untouched_weights(tmp_path, folder):
     """A saved TPA model holds the dense weights bit for bit, plus bases and query factors under tpa.*"""
     model = loaded(tpa_ref, folder, "global layers, q_rank")
     held = load_file(tpa_ref.save(model, tmp_path / "saved") / "model.safetensors")
-    for name, value in tensors(small.config()).items():
+    for name, value in tensors(helpers.config()).items():
         np.testing.assert_array_equal(held.pop(name), value)
     queries = {f"tpa.layers.{layer}.q.{name}" for layer in range(7) for name in "AW"}
     assert set(held) == {"tpa.layers.5.k.basis", "tpa.layers.5.v.basis"} | queries
@@ -154,22 +143,22 @@ def test_multimodal_files_load_as_their_text_model(backend, tmp_path, prefix):
     """Every generation of prefixes; a separate lm_head is left alone, and so is an image tower that the config does
     not know of.
     """
-    named = {prefix + name.removeprefix("model."): value for name, value in tensors(small.config()).items()}
+    named = {prefix + name.removeprefix("model."): value for name, value in tensors(helpers.config()).items()}
     named["vision_tower.patch.weight"] = np.full(3, np.nan, np.float16)
     named["multi_modal_projector.w"] = np.ones(2, np.float32)
     named["lm_head.weight"] = named[prefix + "embed_tokens.weight"].copy()
     folder = write_folder(tmp_path / "model", weights=named)
-    content = {"model_type": "gemma3", "text_config": small.config().to_hf()}
+    content = {"model_type": "gemma3", "text_config": helpers.config().to_hf()}
     (folder / "config.json").write_text(json.dumps(content))
     plain = backend.load(write_folder(tmp_path / "plain"))
-    np.testing.assert_array_equal(small.logits(backend.load(folder), IDS), small.logits(plain, IDS))
+    np.testing.assert_array_equal(helpers.logits(backend.load(folder), IDS), helpers.logits(plain, IDS))
 
 
 def test_shards_load_as_one_file(backend, tmp_path):
     """An index and three shards give the model of one file."""
     sharded = backend.load(write_sharded(tmp_path / "sharded"))
     plain = backend.load(write_folder(tmp_path / "plain"))
-    np.testing.assert_array_equal(small.logits(sharded, IDS), small.logits(plain, IDS))
+    np.testing.assert_array_equal(helpers.logits(sharded, IDS), helpers.logits(plain, IDS))
 
 
 def test_a_lone_safetensors_file_needs_a_config(backend, tmp_path, folder):
@@ -178,16 +167,16 @@ def test_a_lone_safetensors_file_needs_a_config(backend, tmp_path, folder):
     path.parent.mkdir()
     shutil.copy(folder / "model.safetensors", path)
     refused(lambda: backend.load(path), path, "config=", "7 layers", "48")
-    expected = small.logits(backend.load(folder), IDS)
-    for config in (small.config(), folder / "config.json", str(folder / "config.json")):
-        np.testing.assert_array_equal(small.logits(backend.load(path, config=config), IDS), expected)
+    expected = helpers.logits(backend.load(folder), IDS)
+    for config in (helpers.config(), folder / "config.json", str(folder / "config.json")):
+        np.testing.assert_array_equal(helpers.logits(backend.load(path, config=config), IDS), expected)
 
 
 def test_the_tokenizer_can_be_given(backend, tmp_path):
     """tokenizer= is used where the folder has none, and wins where it has one."""
     folder = write_folder(tmp_path / "model")
     assert backend.load(folder).tokenizer is None
-    (tmp_path / "mine.model").write_bytes(small.tokenizer_proto())
+    (tmp_path / "mine.model").write_bytes(helpers.tokenizer_proto())
     assert backend.load(folder, tokenizer=tmp_path / "mine.model").tokenizer.vocab_size == 300
 
 
@@ -382,9 +371,9 @@ def test_a_config_that_is_not_gemma_3(backend, folder, changes, words):
 
 def test_whole_floats_and_null_in_a_config_are_read_as_meant(backend, folder):
     """JSON writers may say 48.0 for 48; null stands for the default."""
-    expected = small.logits(backend.load(folder), IDS)
+    expected = helpers.logits(backend.load(folder), IDS)
     edit_config(folder, hidden_size=48.0, num_hidden_layers=7.0, head_dim=16.0, vocab_size=300.0, rope_parameters=None)
-    np.testing.assert_array_equal(small.logits(backend.load(folder), IDS), expected)
+    np.testing.assert_array_equal(helpers.logits(backend.load(folder), IDS), expected)
 
 
 def test_a_config_that_contradicts_the_tensors(backend, folder):
@@ -397,7 +386,7 @@ def test_a_config_that_contradicts_the_tensors(backend, folder):
 
 def test_missing_and_unexpected_tensors_are_named_together(backend, tmp_path):
     """One error tells all, so that nobody repairs a file in rounds."""
-    named = tensors(small.config())
+    named = tensors(helpers.config())
     del named["model.layers.2.self_attn.k_norm.weight"]
     named["model.layers.2.self_attn.k_bias"] = np.ones(3, np.float32)
     folder = write_folder(tmp_path / "model", weights=named)
@@ -410,7 +399,7 @@ def test_missing_and_unexpected_tensors_are_named_together(backend, tmp_path):
 
 def test_names_with_line_breaks_stay_on_one_line(backend, tmp_path):
     """A tensor or a shard called "a(newline)b" does not break the rule of one line."""
-    named = tensors(small.config()) | {"a\nb": np.ones(2, np.float32)}
+    named = tensors(helpers.config()) | {"a\nb": np.ones(2, np.float32)}
     refused(lambda: backend.load(write_folder(tmp_path / "model", weights=named)), "unexpected")
     sharded = write_sharded(tmp_path / "sharded")
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
@@ -421,9 +410,9 @@ def test_names_with_line_breaks_stay_on_one_line(backend, tmp_path):
 
 def test_float16_weights_are_refused(backend, tmp_path):
     """Gemma 3's activations exceed 65,504; the error names the way out. In safetensors and in .pt alike."""
-    named = {name: value.astype(np.float16) for name, value in tensors(small.config()).items()}
+    named = {name: value.astype(np.float16) for name, value in tensors(helpers.config()).items()}
     refused(lambda: backend.load(write_folder(tmp_path / "model", weights=named)), "float16", "bfloat16")
-    if not small.has_torch():
+    if not helpers.has_torch():
         return
     import torch
 
@@ -437,7 +426,7 @@ def test_float16_weights_are_refused(backend, tmp_path):
 @pytest.mark.parametrize("kind", [np.int32, np.int8])
 def test_weights_that_are_no_floats_are_refused(backend, tmp_path, kind):
     """Quantized files of other programs."""
-    named = tensors(small.config())
+    named = tensors(helpers.config())
     named["model.norm.weight"] = named["model.norm.weight"].astype(kind)
     refused(lambda: backend.load(write_folder(tmp_path / "model", weights=named)), "bfloat16", "float32", "got")
 
@@ -445,7 +434,7 @@ def test_weights_that_are_no_floats_are_refused(backend, tmp_path, kind):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_named(backend, tmp_path, value):
     """The tensor and how many numbers are wrong."""
-    named = tensors(small.config())
+    named = tensors(helpers.config())
     named["model.layers.3.mlp.up_proj.weight"][1, 2:5] = value
     folder = write_folder(tmp_path / "model", weights=named)
     refused(lambda: backend.load(folder), "model.layers.3.mlp.up_proj.weight", "finite", "3")
@@ -523,7 +512,7 @@ def test_a_key_held_twice(backend, tmp_path):
     name, value = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: value}, second, {"format": "pt"})
     refused(lambda: backend.load(folder), name, first.name, second.name, "twice")
-    named = tensors(small.config())
+    named = tensors(helpers.config())
     named["language_model.model.norm.weight"] = named["model.norm.weight"]
     refused(lambda: backend.load(write_folder(tmp_path / "twice", weights=named)), "norm.weight", "twice")
 
@@ -533,11 +522,11 @@ def test_a_key_held_twice(backend, tmp_path):
 
 def test_a_tokenizer_of_another_vocabulary_size(backend, tmp_path):
     """More pieces than embedding rows, or more than 64 rows without a piece: both numbers are named."""
-    folder = write_folder(tmp_path / "model", tokenizer=small.tokenizer_proto(400, turns=True))
+    folder = write_folder(tmp_path / "model", tokenizer=helpers.tokenizer_proto(400, turns=True))
     refused(lambda: backend.load(folder), "tokenizer", "400", "300")
-    wide = write_folder(tmp_path / "wide", small.config(vocab_size=365), tokenizer=small.tokenizer_proto())
+    wide = write_folder(tmp_path / "wide", helpers.config(vocab_size=365), tokenizer=helpers.tokenizer_proto())
     refused(lambda: backend.load(wide), "tokenizer", "300", "365", "64")
-    spare = write_folder(tmp_path / "spare", small.config(vocab_size=364), tokenizer=small.tokenizer_proto())
+    spare = write_folder(tmp_path / "spare", helpers.config(vocab_size=364), tokenizer=helpers.tokenizer_proto())
     assert backend.load(spare).tokenizer.vocab_size == 300
 
 
@@ -572,7 +561,7 @@ def test_a_newer_format_is_refused(backend, tmp_path, saved):
     save_file(load_file(path), path, metadata | {"version": "1"})
     refused(lambda: backend.load(path), path, "version 1", "3")
 
-    if small.has_torch():
+    if helpers.has_torch():
         import torch
 
         path = backend.save(dense, tmp_path / "one.pt")
@@ -822,13 +811,13 @@ def test_a_pt_that_is_not_a_saved_model(backend, tmp_path, folder, wrong):
 )
 def test_unknown_modes_ranks_and_dtypes_are_refused(backend, choice, words):
     """One line with the name, the rule and the value."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(lambda: backend.convert(model, backend.TPAConfig(**choice)), "tpa config", *words)
 
 
 def test_ranks_above_the_exact_one_are_clamped_and_said(backend):
     """A rank that buys nothing is not an error: it becomes the exact one, and a note names both."""
-    model = backend.convert(small.model(backend), TPAConfig(k_rank=9, v_rank=2, q_rank=77))
+    model = backend.convert(helpers.model(backend), TPAConfig(k_rank=9, v_rank=2, q_rank=77))
     assert [(k.rank, v.rank) for k, v in model.factors] == [(2, 2)] * 7
     assert len(model.notes) == 2
     assert "k_rank 9" in model.notes[0] and "2" in model.notes[0]
@@ -837,7 +826,7 @@ def test_ranks_above_the_exact_one_are_clamped_and_said(backend):
 
 def test_a_tpa_model_is_not_converted_again(backend):
     """Its weights are the dense ones, but its factors are not; and calibration needs a tokenizer."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(lambda: backend.convert(backend.convert(model)), "convert", "already")
     refused(lambda: backend.convert(model, calibration="some text to calibrate on"), "tokenizer")
 
@@ -889,7 +878,7 @@ DAMAGE = settings(
 
 @pytest.fixture
 def original():
-    return tensors(small.config())
+    return tensors(helpers.config())
 
 
 @DAMAGE

@@ -6,21 +6,21 @@ import json
 
 import numpy as np
 import pytest
-import small
-from conftest import TOLERANCE, relative, to_numpy
+import helpers
+from helpers import TOLERANCE, relative, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import tensors, write_folder
+from helpers import tensors, write_folder
 
 from tpa_ref import GemmaConfig, TPAError
 from tpa_ref.files.formats import our_name
 
 torch = pytest.importorskip("torch")
-IDS = small.tokens(40, batch=2, seed=3)
+IDS = helpers.tokens(40, batch=2, seed=3)
 
 
 def gemma_pytorch(config, embedder="embedder", seed=0):
-    """The tensors of `small.tensors` as google/gemma_pytorch names, fuses and accompanies them."""
+    """The tensors of `helpers.tensors` as google/gemma_pytorch names, fuses and accompanies them."""
     named = {name: torch.from_numpy(value) for name, value in tensors(config, seed).items()}
     state = {f"{embedder}.weight": named.pop("model.embed_tokens.weight")}
     for layer in range(config.num_layers):
@@ -47,11 +47,11 @@ def quantized(state):
 
 
 def logits(backend, path, config, **more):
-    return small.logits(backend.load(path, config=config, **more), IDS)
+    return helpers.logits(backend.load(path, config=config, **more), IDS)
 
 
 def expected(backend, config, seed=0):
-    return small.logits(small.model(backend, config, seed=seed), IDS)
+    return helpers.logits(helpers.model(backend, config, seed=seed), IDS)
 
 
 def refused(call, *words):
@@ -70,7 +70,7 @@ def refused(call, *words):
 @pytest.mark.parametrize("bare", [False, True])
 def test_ckpt(backend, tmp_path, embedder, g, bare):
     """A .ckpt, the dict itself or under model_state_dict, has the logits of its weights; buffers are ignored."""
-    config = small.config(num_kv_heads=g)
+    config = helpers.config(num_kv_heads=g)
     state = gemma_pytorch(config, embedder)
     torch.save(state if bare else {"model_state_dict": state}, tmp_path / "model.ckpt")
     for path in (tmp_path / "model.ckpt", tmp_path):
@@ -79,7 +79,7 @@ def test_ckpt(backend, tmp_path, embedder, g, bare):
 
 def test_ckpt_rows_are_q_then_k_then_v(backend, tmp_path):
     """The seeded mistake: K and V exchanged in the fused rows is another model."""
-    config = small.config()
+    config = helpers.config()
     state = gemma_pytorch(config)
     h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
     for name in [name for name in state if "qkv" in name]:
@@ -92,13 +92,13 @@ def test_ckpt_rows_are_q_then_k_then_v(backend, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_bfloat16_ckpt(backend, tmp_path, zipped):
     """bf16 weights, in a file of today or of torch before 1.6, which cannot be mapped."""
-    config = small.config()
+    config = helpers.config()
     state = {name: value if value.is_complex() else value.bfloat16() for name, value in gemma_pytorch(config).items()}
     torch.save({"model_state_dict": state}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
-    write_folder(tmp_path / "hf", config, small.bfloat16(tensors(config)))
+    write_folder(tmp_path / "hf", config, helpers.bfloat16(tensors(config)))
     model = backend.load(tmp_path / "model.ckpt", config=config)
     assert model.stored_dtype == "bfloat16"
-    same = relative(small.logits(model, IDS), small.logits(backend.load(tmp_path / "hf"), IDS))
+    same = relative(helpers.logits(model, IDS), helpers.logits(backend.load(tmp_path / "hf"), IDS))
     assert same < TOLERANCE["float32"]
 
 
@@ -115,7 +115,7 @@ def sharded(folder, state, shards=3):
 
 def test_sharded_folder_of_gemma_pytorch(backend, tmp_path):
     """Three shards and an index."""
-    config = small.config()
+    config = helpers.config()
     folder = sharded(tmp_path / "model", gemma_pytorch(config, "text_token_embedder"))
     assert relative(logits(backend, folder, config), expected(backend, config)) < TOLERANCE["float32"]
     (folder / "pytorch_model-00002-of-00003.bin").unlink()
@@ -124,7 +124,7 @@ def test_sharded_folder_of_gemma_pytorch(backend, tmp_path):
 
 def test_one_key_in_two_pickled_shards(backend, tmp_path):
     """Which of the two is meant nobody can know."""
-    config = small.config()
+    config = helpers.config()
     folder = sharded(tmp_path / "model", gemma_pytorch(config))
     file = folder / "pytorch_model-00003-of-00003.bin"
     torch.save(torch.load(file, weights_only=True) | {"model.norm.weight": torch.ones(config.hidden_size)}, file)
@@ -134,7 +134,7 @@ def test_one_key_in_two_pickled_shards(backend, tmp_path):
 @pytest.mark.parametrize("as_shards", [False, True])
 def test_int8_with_scales(backend, tmp_path, as_shards):
     """w = weight * weight_scaler[:, None], exactly; within rounding of the model it came from."""
-    config = small.config()
+    config = helpers.config()
     state = quantized(gemma_pytorch(config))
     path = tmp_path / "model.ckpt"
     if as_shards:
@@ -154,7 +154,7 @@ def test_int8_with_scales(backend, tmp_path, as_shards):
 
 def test_int8_without_its_scales_is_refused(backend, tmp_path):
     """Scales of another length, or none at all."""
-    config = small.config()
+    config = helpers.config()
     state = quantized(gemma_pytorch(config))
     name = "model.layers.2.mlp.up_proj.weight"
     torch.save(state | {f"{name}_scaler": torch.ones(3)}, tmp_path / "short.ckpt")
@@ -165,7 +165,7 @@ def test_int8_without_its_scales_is_refused(backend, tmp_path):
 
 def test_all_that_is_wrong_with_a_ckpt_is_named_together(backend, tmp_path):
     """Missing, unexpected and misshapen tensors in one line, the fused one by its name in the file."""
-    config = small.config()
+    config = helpers.config()
     state = gemma_pytorch(config)
     state["model.layers.1.self_attn.qkv_proj.weight"] = torch.ones(7, 48)
     state["model.extra.weight"] = state.pop("model.norm.weight")
@@ -176,7 +176,7 @@ def test_all_that_is_wrong_with_a_ckpt_is_named_together(backend, tmp_path):
 
 def test_vision_tensors_are_left_out(backend, tmp_path):
     """An image tower that the config does not know of does not disturb the text model."""
-    config = small.config()
+    config = helpers.config()
     vision = {
         "siglip_vision_model.encoder_blocks.0.mlp.fc1.weight": torch.ones(2, 2),
         "mm_soft_embedding_norm.weight": torch.ones(4),
@@ -190,12 +190,12 @@ def test_vision_tensors_are_left_out(backend, tmp_path):
 def test_a_pickle_of_something_else(backend, tmp_path, content):
     """Plain values are no model, and say so in one line."""
     torch.save(content, tmp_path / "model.ckpt")
-    refused(lambda: backend.load(tmp_path / "model.ckpt", config=small.config()), "model.ckpt")
+    refused(lambda: backend.load(tmp_path / "model.ckpt", config=helpers.config()), "model.ckpt")
 
 
 def test_a_ckpt_that_is_no_published_size_needs_a_config(backend, tmp_path):
     """The size is guessed from the shapes; a variant that contradicts them is explained with both sizes."""
-    torch.save({"model_state_dict": gemma_pytorch(small.config())}, tmp_path / "model.ckpt")
+    torch.save({"model_state_dict": gemma_pytorch(helpers.config())}, tmp_path / "model.ckpt")
     refused(lambda: backend.load(tmp_path), "7 layers of width 48", "config=")
     refused(lambda: backend.load(tmp_path, variant="4b"), "34 layers of width 2560", "7 of 48")
 
@@ -203,8 +203,8 @@ def test_a_ckpt_that_is_no_published_size_needs_a_config(backend, tmp_path):
 def test_two_ckpt_files_in_a_folder(backend, tmp_path):
     """Which one is meant must be said."""
     for name in ("a.ckpt", "b.ckpt"):
-        torch.save({"model_state_dict": gemma_pytorch(small.config())}, tmp_path / name)
-    refused(lambda: backend.load(tmp_path, config=small.config()), "2 .ckpt files", "a.ckpt")
+        torch.save({"model_state_dict": gemma_pytorch(helpers.config())}, tmp_path / name)
+    refused(lambda: backend.load(tmp_path, config=helpers.config()), "2 .ckpt files", "a.ckpt")
 
 
 @pytest.mark.parametrize("variant", ["270m", "1b", "4b", "12b", "27b"])
@@ -226,7 +226,7 @@ def test_the_variant_is_guessed_from_the_shapes(variant):
 @given(wounds=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=30), at_end=st.booleans())
 def test_damaged_ckpt(backend, tmp_path, wounds, at_end):
     """Random bytes of a .ckpt, where its names and its directory are: a TPAError of one line, or a model."""
-    config, good, path = small.config(num_layers=1), tmp_path / "good.ckpt", tmp_path / "model.ckpt"
+    config, good, path = helpers.config(num_layers=1), tmp_path / "good.ckpt", tmp_path / "model.ckpt"
     if not good.exists():
         torch.save({"model_state_dict": gemma_pytorch(config)}, good)
     content = bytearray(good.read_bytes())

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+import helpers
 from safetensors.numpy import load_file
-from small import back, part, write_folder, write_sharded
+from helpers import back, part, write_folder, write_sharded
 
 import tpa_ref
 from tpa_ref import TPAConfig, TPAError
 from tpa_ref.gemma.weights import LayersOnDisk
 
 ROOT = Path(__file__).resolve().parent.parent
-IDS = small.tokens(25, batch=2, seed=3)
+IDS = helpers.tokens(25, batch=2, seed=3)
 TEXT = small.TEXT * 20
 CHOICES = {
     "default": None,
@@ -33,7 +33,7 @@ CHOICES = {
 def folder(tmp_path):
     """A fresh bf16 checkpoint with a tokenizer."""
     return write_folder(
-        tmp_path / "model", weights=small.bfloat16(small.tensors(small.config())), tokenizer=small.tokenizer_proto()
+        tmp_path / "model", weights=helpers.bfloat16(helpers.tensors(helpers.config())), tokenizer=helpers.tokenizer_proto()
     )
 
 
@@ -59,7 +59,7 @@ def test_it_is_load_convert_save(backend, folder, tmp_path, choice, calibrated):
     moments = backend.calibrate(dense, TEXT, max_tokens=700) if calibrated else None
     whole = backend.convert(dense, CHOICES[choice], moments)
     loaded = backend.load(written)
-    np.testing.assert_array_equal(small.logits(loaded, IDS), small.logits(whole, IDS))
+    np.testing.assert_array_equal(helpers.logits(loaded, IDS), helpers.logits(whole, IDS))
     assert loaded.tpa == whole.tpa and loaded.tokenizer.proto == dense.tokenizer.proto
     for ours, theirs in zip(loaded.factors, whole.factors, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -77,9 +77,9 @@ def test_moments_serve_as_calibration(backend, folder, tmp_path):
 def test_the_other_backend_reads_it(backend, folder, tmp_path):
     """What one backend writes both read."""
     written = backend.convert_checkpoint(folder, tmp_path / "tpa", calibration=TEXT, max_tokens=300)
-    for reader in small.backends():
+    for reader in helpers.backends():
         np.testing.assert_allclose(
-            small.logits(reader.load(written), IDS), small.logits(backend.load(written), IDS), rtol=0, atol=1e-3
+            helpers.logits(reader.load(written), IDS), helpers.logits(backend.load(written), IDS), rtol=0, atol=1e-3
         )
 
 
@@ -87,7 +87,7 @@ def test_a_model_on_disk_computes_the_same(backend, folder):
     """Logits, calibration, conversion: with blocks read when they are needed, everything is as in memory."""
     near, far = backend.load(folder), backend.load(folder, on_disk=True)
     assert isinstance(far.weights.layers, LayersOnDisk) and len(far.weights.layers) == 7
-    np.testing.assert_array_equal(small.logits(near, IDS), small.logits(far, IDS))
+    np.testing.assert_array_equal(helpers.logits(near, IDS), helpers.logits(far, IDS))
 
 
 def test_each_block_is_read_once_a_pass_and_one_is_kept():
@@ -96,10 +96,10 @@ def test_each_block_is_read_once_a_pass_and_one_is_kept():
 
     def read(name):
         reads.append(name)
-        shape = dict(tpa_ref.weights.hf_names(small.config()))[name]
+        shape = dict(tpa_ref.weights.hf_names(helpers.config()))[name]
         return np.zeros(shape, np.float32)
 
-    layers = LayersOnDisk(read, small.config())
+    layers = LayersOnDisk(read, helpers.config())
     first = layers[2]
     assert layers[2] is first and len(reads) == 13
     assert layers[3] is not first and len(reads) == 26
@@ -114,7 +114,7 @@ def test_a_sharded_checkpoint(backend, tmp_path):
     source = write_sharded(tmp_path / "sharded")
     written = backend.convert_checkpoint(source, tmp_path / "tpa")
     whole = backend.convert(backend.load(source))
-    np.testing.assert_array_equal(small.logits(backend.load(written), IDS), small.logits(whole, IDS))
+    np.testing.assert_array_equal(helpers.logits(backend.load(written), IDS), helpers.logits(whole, IDS))
 
 
 MEASURED = """
@@ -131,10 +131,10 @@ print(peak.bytes - before)
 
 def test_one_layer_is_enough_memory(backend, tmp_path):
     """A model of 24 layers is converted in less than a third of its size (in the dtype that is computed in)."""
-    config = small.config(num_layers=24, hidden_size=256, intermediate_size=4096)
-    named = small.bfloat16(small.tensors(config))
+    config = helpers.config(num_layers=24, hidden_size=256, intermediate_size=4096)
+    named = helpers.bfloat16(helpers.tensors(config))
     size = sum(value.size * 4 for value in named.values())
-    source = write_folder(tmp_path / "model", config, named, small.tokenizer_proto())
+    source = write_folder(tmp_path / "model", config, named, helpers.tokenizer_proto())
     script = MEASURED.format(
         path=[str(ROOT), str(ROOT / "cuda")],
         backend=backend.__name__,
@@ -238,7 +238,7 @@ def test_a_finished_folder_is_replaced(backend, folder, tmp_path):
 
 def test_nan_is_named_and_nothing_is_left(backend, tmp_path):
     """A NaN in a late layer is found when that layer is read; the layers already written are removed."""
-    named = small.tensors(small.config())
+    named = helpers.tensors(helpers.config())
     named["model.layers.5.mlp.up_proj.weight"][3, 4] = np.nan
     source = write_folder(tmp_path / "model", weights=named)
     refused(
@@ -291,7 +291,7 @@ def test_export_gives_the_weights_back(backend, folder, tmp_path):
     assert all((back_again[name] == original[name]).all() for name in original)
     model = backend.load(dense)
     assert model.tpa is None and model.tokenizer.proto == backend.load(folder).tokenizer.proto
-    np.testing.assert_array_equal(small.logits(model, IDS), small.logits(backend.load(folder), IDS))
+    np.testing.assert_array_equal(helpers.logits(model, IDS), helpers.logits(backend.load(folder), IDS))
 
 
 def test_transformers_loads_an_export(backend, random_gemma, tmp_path):

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import KINDS, TOLERANCE, hf_run, in_kind, largest_relative, relative, run_cached, run_whole, to_numpy
+from helpers import KINDS, TOLERANCE, hf_run, in_kind, largest_relative, relative, run_cached, run_whole, to_numpy
 
 # KV heads, query heads per KV head, head dimension, window: all windows are shorter than the text of 60 tokens.
 SHAPES = [(g, n, 8 if g == 4 else 16, window) for g, window in ((1, 11), (2, 7), (4, 16)) for n in (1, 2, 4)]

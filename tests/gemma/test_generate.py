@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import small
+import helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import MODES, part, to
+from helpers import MODES, part, to
 
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
@@ -17,7 +17,7 @@ P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
 
 
 def rng_of(backend, seed=0):
-    if not small.is_torch(backend):
+    if not helpers.is_torch(backend):
         return np.random.default_rng(seed)
     import torch
 
@@ -28,14 +28,6 @@ def draws(backend, count=400, p=P, seed=0, **rules):
     """`count` draws from logits log p under the rules."""
     sample, rng, logits = part(backend, "generate").sample, rng_of(backend, seed), to(backend, np.log(p))
     return [sample(logits, rng, **rules) for _ in range(count)]
-
-
-def refused(call, *words):
-    with pytest.raises(TPAError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert str(word) in str(caught.value), caught.value
 
 
 # ---- sampling ----
@@ -105,17 +97,17 @@ def repeated_argmax(model, ids, count):
     """Greedy by definition: a full forward pass over the whole text for every token."""
     ids = list(ids)
     for _ in range(count):
-        ids.append(int(small.logits(model, np.array([ids]))[0, -1].argmax()))
+        ids.append(int(helpers.logits(model, np.array([ids]))[0, -1].argmax()))
     return ids[-count:]
 
 
 @pytest.mark.parametrize("mode", ["dense", *MODES])
 def test_greedy_generation_equals_repeated_full_forward(backend, mode):
     """Prefill and steps through the cache, past the window, give the tokens of full passes without one."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     if mode != "dense":
         model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
-    ids = small.tokens(8)[0].tolist()
+    ids = helpers.tokens(8)[0].tolist()
     expected = repeated_argmax(model, ids, 12)
     assert not {EOS, END_OF_TURN} & set(expected) and len(set(expected)) > 3
     assert list(part(backend, "generate").generate_tokens(model, ids, 12)) == expected
@@ -125,23 +117,23 @@ def test_a_prompt_longer_than_a_prefill_chunk(backend):
     """520 tokens are run in two chunks, none twice, none left out: the state is that of one pass over all of them."""
     generate = part(backend, "generate")
     assert generate.PREFILL_CHUNK == 512
-    model = small.model(backend, small.config(max_positions=600, num_layers=6), "float64")
-    ids = small.tokens(520)
+    model = helpers.model(backend, helpers.config(max_positions=600, num_layers=6), "float64")
+    ids = helpers.tokens(520)
     cache = model.new_cache(max_len=520)
-    hidden = small.back(generate.prefill(model, ids.tolist(), cache))
+    hidden = helpers.back(generate.prefill(model, ids.tolist(), cache))
     assert cache.lengths_b.tolist() == [520]
-    np.testing.assert_allclose(hidden[:, 0], small.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(hidden[:, 0], helpers.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["dense", *MODES])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
     """Rows of 3, 40 and 17 tokens (the window is 8), padded on the right, past the window; also the random draws."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     if mode != "dense":
         model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
     generate = part(backend, "generate")
-    rows = [small.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)]
+    rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)]
     together = list(generate.generate_rows(model, rows, 12, temperature, seed=5))
     for row, ids in enumerate(rows):
         alone = list(generate.generate_tokens(model, ids, 12, temperature, seed=5))
@@ -151,9 +143,9 @@ def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
 
 def test_a_batch_goes_on_when_a_row_has_stopped(backend):
     """The row that said <eos> stays silent; the others get what they would get alone."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     generate = part(backend, "generate")
-    rows = [small.tokens(n, seed=n)[0].tolist() for n in (5, 9)]
+    rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (5, 9)]
     first, second = (list(generate.generate_tokens(model, ids, 8)) for ids in rows)
     stop = first[2]
     assert stop not in second and stop not in first[:2]
@@ -167,11 +159,11 @@ def test_a_batch_goes_on_when_a_row_has_stopped(backend):
 def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
     """Rows that end in different chunks of the prefill: the state of each is that of its own last token."""
     generate = part(backend, "generate")
-    model = small.model(backend, small.config(max_positions=600, num_layers=6), "float64")
-    rows = [small.tokens(n, seed=n)[0].tolist() for n in (515, 20, 512)]
-    together = small.back(generate.prefill(model, rows, model.new_cache(3, 600)))
+    model = helpers.model(backend, helpers.config(max_positions=600, num_layers=6), "float64")
+    rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (515, 20, 512)]
+    together = helpers.back(generate.prefill(model, rows, model.new_cache(3, 600)))
     for row, ids in enumerate(rows):
-        alone = small.back(model.hidden(np.array([ids])))[:, -1]
+        alone = helpers.back(model.hidden(np.array([ids])))[:, -1]
         np.testing.assert_allclose(together[row], alone, rtol=0, atol=1e-9)
 
 
@@ -181,8 +173,8 @@ def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
 def talk(backend, chat=True, max_len=400, new=6):
     from tpa_ref.gemma.conversation import Conversation
 
-    model = small.model(backend, small.config(max_positions=400), dtype="float64")
-    model.tokenizer = Tokenizer(small.tokenizer_proto())
+    model = helpers.model(backend, helpers.config(max_positions=400), dtype="float64")
+    model.tokenizer = Tokenizer(helpers.tokenizer_proto())
     return Conversation(model, part(backend, "generate").generate_tokens, max_len, chat, max_new_tokens=new)
 
 
@@ -222,9 +214,9 @@ def test_a_conversation_says_when_the_cache_is_full(backend):
 
 def test_the_cache_holds_all_but_the_last_token(backend):
     """A given cache is used and can be continued: prompt + new - 1 tokens are in it."""
-    model = small.model(backend, dtype="float64")
+    model = helpers.model(backend, dtype="float64")
     generate_tokens = part(backend, "generate").generate_tokens
-    ids = small.tokens(6)[0].tolist()
+    ids = helpers.tokens(6)[0].tolist()
     cache = model.new_cache(max_len=40)
     new = list(generate_tokens(model, ids, 5, cache=cache))
     assert len(new) == 5 and cache.lengths_b.tolist() == [10]
@@ -234,7 +226,7 @@ def test_the_cache_holds_all_but_the_last_token(backend):
 
 def test_a_seed_repeats_a_text_and_another_does_not(backend):
     """Same seed, same tokens; five other seeds do not all give the same."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     generate_tokens = part(backend, "generate").generate_tokens
 
     def run(seed):
@@ -247,7 +239,7 @@ def test_a_seed_repeats_a_text_and_another_does_not(backend):
 @pytest.mark.parametrize("seed", [-1, 2**70])
 def test_an_unusual_seed_works_or_is_refused_in_one_line(backend, seed):
     """Any whole number may be given on the command line: tokens or a TPAError, nothing else."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     try:
         tokens = list(part(backend, "generate").generate_tokens(model, [2, 5], 2, temperature=1.0, seed=seed))
     except TPAError as problem:
@@ -260,7 +252,7 @@ class Scripted:
     """A model that says given tokens, whatever it reads, and counts its forward passes."""
 
     def __init__(self, backend, script):
-        self.config, self.backend, self.script, self.passes = small.config(), backend, script, 0
+        self.config, self.backend, self.script, self.passes = helpers.config(), backend, script, 0
 
     def new_cache(self, batch, max_len):
         return None
@@ -290,8 +282,8 @@ def test_no_forward_pass_is_spent_on_the_last_token(backend):
 
 def test_generated_text_is_the_decoded_tokens(backend):
     """`generate` is `generate_tokens` on BOS and the prompt's pieces, decoded, without the stop token."""
-    model = small.model(backend)
-    model.tokenizer = tokenizer = Tokenizer(small.tokenizer_proto())
+    model = helpers.model(backend)
+    model.tokenizer = tokenizer = Tokenizer(helpers.tokenizer_proto())
     ids = [BOS, *tokenizer.encode("the list", bos=False)]
     tokens = list(part(backend, "generate").generate_tokens(model, ids, 12))
     kept = [token for token in tokens if token not in (EOS, END_OF_TURN)]
@@ -305,7 +297,7 @@ def streamed(ids):
     from tpa_ref.gemma.generate import text_of_rows
 
     steps = ([token] for token in ids)
-    return [piece for _, piece in text_of_rows(Tokenizer(small.tokenizer_proto()), 1, steps)]
+    return [piece for _, piece in text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps)]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +305,7 @@ def streamed(ids):
 )
 def test_streamed_pieces_are_whole_characters(text):
     """A character of several tokens appears once, whole, with its last token; joined, the pieces are the text."""
-    tokenizer = Tokenizer(small.tokenizer_proto())
+    tokenizer = Tokenizer(helpers.tokenizer_proto())
     ids = tokenizer.encode(text, bos=False)
     pieces = streamed(ids)
     assert "".join(pieces) == text
@@ -324,21 +316,21 @@ def test_streamed_pieces_are_whole_characters(text):
 
 def test_the_emoji_really_takes_several_tokens():
     """The test above is about byte pieces: this tokenizer has none for these characters."""
-    tokenizer = Tokenizer(small.tokenizer_proto())
+    tokenizer = Tokenizer(helpers.tokenizer_proto())
     assert len(tokenizer.encode("😀", bos=False)) == 4
     assert streamed(tokenizer.encode("a😀b", bos=False)) == ["a", "😀", "b"]
 
 
 def test_a_text_cut_inside_a_character_shows_that_it_is_broken():
     """Generation may end in the middle of a character: what is there is shown as replacement characters."""
-    ids = Tokenizer(small.tokenizer_proto()).encode("a😀", bos=False)
+    ids = Tokenizer(helpers.tokenizer_proto()).encode("a😀", bos=False)
     pieces = streamed(ids[:-1])
     assert pieces[0] == "a" and set("".join(pieces[1:])) == {"\ufffd"}
 
 
 def test_streaming_stops_before_the_stop_token():
     """<eos> is not shown, and a row that has stopped says nothing."""
-    ids = Tokenizer(small.tokenizer_proto()).encode("the list", bos=False)
+    ids = Tokenizer(helpers.tokenizer_proto()).encode("the list", bos=False)
     assert "".join(streamed([*ids, EOS, None, None])) == "the list"
 
 
@@ -346,7 +338,7 @@ def test_streaming_stops_before_the_stop_token():
 @given(st.lists(st.integers(4, 299).filter(lambda token: token != END_OF_TURN), max_size=12))
 def test_streaming_any_tokens_gives_their_text(ids):
     """Random tokens, invalid bytes among them: the pieces joined are the decoded whole."""
-    assert "".join(streamed(ids)) == Tokenizer(small.tokenizer_proto()).decode(ids)
+    assert "".join(streamed(ids)) == Tokenizer(helpers.tokenizer_proto()).decode(ids)
 
 
 # ---- chat ----
@@ -367,7 +359,7 @@ def test_chat_tokens_have_bos_once_and_the_turn_tokens():
     """BOS first and nowhere else, even if the text says so; 105 and 106 are single tokens."""
     from tpa_ref.gemma.generate import prompt_tokens
 
-    tokenizer = Tokenizer(small.tokenizer_proto(400, turns=True))
+    tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
     ids = prompt_tokens(tokenizer, "the <bos> list", chat=True)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert [token for token in ids if token in (START_OF_TURN, END_OF_TURN)] == [105, 106, 105]
@@ -379,7 +371,7 @@ def test_plain_prompts_have_bos_once():
     """Without it Gemma's predictions mean nothing; twice is as bad."""
     from tpa_ref.gemma.generate import prompt_tokens
 
-    tokenizer = Tokenizer(small.tokenizer_proto())
+    tokenizer = Tokenizer(helpers.tokenizer_proto())
     ids = prompt_tokens(tokenizer, "the list", chat=False)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert tokenizer.decode(ids[1:]) == "the list"
@@ -430,28 +422,28 @@ def test_the_longest_text_that_fits_is_accepted(backend):
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_empty_prompt_is_refused(backend, prompt, chat):
     """Nothing to continue."""
-    model = small.model(backend)
-    model.tokenizer = Tokenizer(small.tokenizer_proto())
+    model = helpers.model(backend)
+    model.tokenizer = Tokenizer(helpers.tokenizer_proto())
     refused(lambda: list(backend.generate(model, prompt, chat=chat)), "prompt", "empty")
 
 
 def test_no_tokens_and_no_tokenizer_are_refused(backend):
     """An empty list of ids; and text for a model without a tokenizer, with the way to give one."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     refused(lambda: list(part(backend, "generate").generate_tokens(model, [])), "prompt", 0)
     refused(lambda: list(backend.generate(model, "the list")), "tokenizer=")
 
 
 def test_a_prompt_too_long_is_refused_with_its_length(backend):
     """The model's positions are named as well."""
-    model = small.model(backend)
-    model.tokenizer = tokenizer = Tokenizer(small.tokenizer_proto())
+    model = helpers.model(backend)
+    model.tokenizer = tokenizer = Tokenizer(helpers.tokenizer_proto())
     prompt = "the list " * 100
     refused(lambda: list(backend.generate(model, prompt, 4)), len(tokenizer.encode(prompt)), 4, 128)
 
 
 def test_a_given_cache_that_is_too_small_is_refused(backend):
     """A cache for 4 tokens and a prompt of 6."""
-    model = small.model(backend)
+    model = helpers.model(backend)
     cache = model.new_cache(max_len=4)
     refused(lambda: list(part(backend, "generate").generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4")

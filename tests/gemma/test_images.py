@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small
-import vision_models as vm
+import helpers
+import helpers as vm
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -26,14 +26,6 @@ from tpa_ref.gemma.tokenizer import START_OF_IMAGE, Tokenizer, chat_text
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = VisionConfig(image_size=56, tokens_per_image=4, image_token=500, start_token=6, end_token=7)
-
-
-def refused(call, *words):
-    """The call raises one line that has all these words."""
-    with pytest.raises(TPAError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
 
 
 def picture(width=40, height=30, mode="RGB", seed=0):
@@ -241,7 +233,7 @@ def test_without_pillow(monkeypatch):
 
 def test_an_image_in_a_prompt():
     """Start, soft tokens and end, with an empty line before and after; BOS once; the rest as without an image."""
-    tokenizer = Tokenizer(small.tokenizer_proto(400, turns=True))
+    tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
     soft = [VISION.start_token, *[VISION.image_token] * 4, VISION.end_token]
     ids = tokenizer.encode_chat([("user", f"{START_OF_IMAGE}What is this?")], VISION)
     before = tokenizer.encode("<start_of_turn>user\n\n\n")
@@ -279,7 +271,7 @@ def checkpoint(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoint")
     vm.saved(folder, text={"vocab_size": 400}, image_token_index=401, boi_token_index=6, eoi_token_index=7)
-    (folder / "tokenizer.model").write_bytes(small.tokenizer_proto(400, turns=True))
+    (folder / "tokenizer.model").write_bytes(helpers.tokenizer_proto(400, turns=True))
     return folder
 
 
@@ -302,7 +294,7 @@ def test_generate_with_images(backend, checkpoint):
     assert rows == [alone, ask("return", images=images, chat=True)]
     refused(lambda: ask(f"{START_OF_IMAGE} the list", images=images), "got 1 for 2 images")
     refused(lambda: ask(f"{START_OF_IMAGE} the list"), "got 1 for 0 images")
-    text_only = small.model(backend)
+    text_only = helpers.model(backend)
     text_only.tokenizer = model.tokenizer
     refused(lambda: "".join(backend.generate(text_only, "the list", images=images)), "text only")
 
@@ -322,7 +314,7 @@ def test_the_readmes_example_runs(backend, checkpoint, tmp_path, monkeypatch, ca
 def test_a_conversation_about_images(backend, checkpoint):
     """What was shown stays in the cache; undo, also past the window, takes images back with their turn."""
     model = backend.load(checkpoint)
-    tokens = small.part(backend, "generate").generate_tokens
+    tokens = helpers.part(backend, "generate").generate_tokens
 
     def talk():
         return Conversation(model, tokens, 300, max_new_tokens=6)

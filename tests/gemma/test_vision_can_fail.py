@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import vision_models as vm
-from conftest import TOLERANCE, in_kind, relative, submodule, to_numpy
+import helpers as vm
+from helpers import TOLERANCE, in_kind, relative, submodule, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
