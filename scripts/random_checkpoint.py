@@ -38,9 +38,9 @@ from torch import Tensor
 from tpa_ref.atomic import replacing
 from tpa_ref.cli import options as cli
 from tpa_ref.errors import TPAError
-from tpa_ref.files.formats import GEMMA_PYTORCH_TOWER
+from tpa_ref.files.names import GEMMA_PYTORCH_TOWER
 from tpa_ref.gemma.config import VARIANTS, GemmaConfig, VisionConfig
-from tpa_ref.gemma.weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision
+from tpa_ref.gemma.weights import PROJECTOR, TOWER, VisionWeights, hf_names, is_vision, names_of
 
 FORMATS = ("hf", "hf-multimodal-old", "hf-multimodal", "ckpt", "ckpt-sharded", "ckpt-int8")
 SPECTRA = ROOT / "assets" / "gemma3_1b_weight_spectra.csv"
@@ -162,7 +162,7 @@ def multimodal_name(name: str, old: bool = False) -> str:
 
 def gemma_pytorch_vision(tensor: Planned) -> Planned:
     """A tensor of the image tower under google/gemma_pytorch's name; its projector is transposed."""
-    if tensor.name == VISION_NAMES["W_project_zm"][0]:
+    if tensor.name == names_of(VisionWeights)["W_project_zm"]:
         make = lambda: tensor.make().T.contiguous()  # noqa: E731
         return Planned("mm_input_projection.weight", tensor.shape[::-1], tensor.dtype, make)
     if tensor.name.startswith(PROJECTOR):

@@ -32,7 +32,7 @@ import tiny_corpus
 from tpa_ref.cli.options import describe_config, parameter_count
 from tpa_ref.compress import recall
 from tpa_ref.gemma.config import GemmaConfig
-from tpa_ref.gemma.weights import LAYER_NAMES, hf_names
+from tpa_ref.gemma.weights import LayerWeights, hf_names, names_of
 
 LENGTH = 1024  # tokens of a training sequence
 # (share of the run, tokens of a sequence, share of recall documents, share of repeated random tokens).
@@ -232,7 +232,7 @@ def forward(
     tables = {flag: rope_tables(config, flag, length, device) for flag in (False, True)}
     mask = window_mask(config.sliding_window, length, device)
     for layer, is_global in enumerate(config.is_global):
-        w = {field: parameters[f"model.layers.{layer}.{name}"] for field, (name, _) in LAYER_NAMES.items()}
+        w = {field: parameters[f"model.layers.{layer}.{name}"] for field, name in names_of(LayerWeights).items()}
         a_bqm = rms_norm(x_bqm, w["attn_norm_m"])
         q = F.linear(a_bqm, w["WQ_hdm"]).unflatten(-1, (config.num_heads, config.head_dim))
         k = F.linear(a_bqm, w["WK_gdm"]).unflatten(-1, (config.num_kv_heads, config.head_dim))

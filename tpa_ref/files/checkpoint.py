@@ -192,7 +192,7 @@ def vision_part(model: Any) -> dict[str, np.ndarray]:
 
 def layer_part(model: Any, layer: int) -> dict[str, np.ndarray]:
     """One layer's weights in the dtype they were stored in, and its constant factors as they are."""
-    block = to_named_layer(model.weights.layers[layer], layer, model.config)
+    block = to_named_layer(model.weights.layers[layer], layer)
     tensors = {stored_name(name, model.config): stored(model, x) for name, x in block.items()}
     factors = dict(named_arrays(model.pairs[layer], layer))
     factors |= {f"tpa.layers.{layer}.q.{name}": x for name, x in zip("AW", model.query_factors[layer] or ())}

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
-from ..gemma.weights import PROJECTOR, TOWER, VISION_NAMES, hf_names, is_vision
+from ..gemma.weights import PROJECTOR, TOWER, VisionWeights, hf_names, is_vision, names_of
 from .formats import Entry
 
 VISION_PREFIXES = {  # the longer one first
@@ -56,7 +56,7 @@ def named_entries(entries: dict[str, Entry]) -> dict[str, Entry]:
     made = _dequantized(renamed)
     if UNTRANSPOSED in made:
         entry = made.pop(UNTRANSPOSED)
-        made[VISION_NAMES["W_project_zm"][0]] = Entry(entry.shape[::-1], entry.dtype, _transposed(entry))
+        made[names_of(VisionWeights)["W_project_zm"]] = Entry(entry.shape[::-1], entry.dtype, _transposed(entry))
     return made
 
 

@@ -1,35 +1,45 @@
 """The weights of a Gemma 3 model, by the letters, and what Hugging Face calls each of them.
 
-The classes hold NumPy arrays in `tpa_ref` and torch tensors in `tpa_torch`; the tables of names and shapes live once,
-here.
+A field's suffix is its shape (`WQ_hdm`: h x d x m); its metadata is the name inside a Hugging Face file, where head and
+head dimension are one axis. The classes hold NumPy arrays in `tpa_ref` and torch tensors in `tpa_torch`.
 """
+
+# ruff: noqa: RUF009 (the defaults are fields)
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .config import GemmaConfig
+
+TOWER, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
+VISION_BLOCKS = f"{TOWER}encoder.layers."
+
+
+def hf(name: str) -> Any:
+    """A field that Hugging Face calls so."""
+    return field(metadata={"hf": name})
 
 
 @dataclass
 class LayerWeights:
     """One transformer block. Norm weights are stored as Gemma stores them: the factor applied is 1 + w."""
 
-    attn_norm_m: Any
-    WQ_hdm: Any
-    WK_gdm: Any
-    WV_gem: Any
-    WO_mhe: Any
-    q_norm_d: Any
-    k_norm_d: Any
-    post_attn_norm_m: Any
-    mlp_norm_m: Any
-    W_gate_fm: Any
-    W_up_fm: Any
-    W_down_mf: Any
-    post_mlp_norm_m: Any
+    attn_norm_m: Any = hf("input_layernorm.weight")
+    WQ_hdm: Any = hf("self_attn.q_proj.weight")
+    WK_gdm: Any = hf("self_attn.k_proj.weight")
+    WV_gem: Any = hf("self_attn.v_proj.weight")
+    WO_mhe: Any = hf("self_attn.o_proj.weight")
+    q_norm_d: Any = hf("self_attn.q_norm.weight")
+    k_norm_d: Any = hf("self_attn.k_norm.weight")
+    post_attn_norm_m: Any = hf("post_attention_layernorm.weight")
+    mlp_norm_m: Any = hf("pre_feedforward_layernorm.weight")
+    W_gate_fm: Any = hf("mlp.gate_proj.weight")
+    W_up_fm: Any = hf("mlp.up_proj.weight")
+    W_down_mf: Any = hf("mlp.down_proj.weight")
+    post_mlp_norm_m: Any = hf("post_feedforward_layernorm.weight")
 
 
 @dataclass
@@ -46,93 +56,52 @@ class Weights:
 class VisionLayerWeights:
     """One block of the image tower. h, d, e and f are the tower's own; LayerNorm multiplies with w, not with 1 + w."""
 
-    attn_norm_z: Any
-    attn_norm_bias_z: Any
-    WQ_hdz: Any
-    Q_bias_hd: Any
-    WK_hdz: Any
-    K_bias_hd: Any
-    WV_hez: Any
-    V_bias_he: Any
-    WO_zhe: Any
-    O_bias_z: Any
-    mlp_norm_z: Any
-    mlp_norm_bias_z: Any
-    W_up_fz: Any
-    up_bias_f: Any
-    W_down_zf: Any
-    down_bias_z: Any
+    attn_norm_z: Any = hf("layer_norm1.weight")
+    attn_norm_bias_z: Any = hf("layer_norm1.bias")
+    WQ_hdz: Any = hf("self_attn.q_proj.weight")
+    Q_bias_hd: Any = hf("self_attn.q_proj.bias")
+    WK_hdz: Any = hf("self_attn.k_proj.weight")
+    K_bias_hd: Any = hf("self_attn.k_proj.bias")
+    WV_hez: Any = hf("self_attn.v_proj.weight")
+    V_bias_he: Any = hf("self_attn.v_proj.bias")
+    WO_zhe: Any = hf("self_attn.out_proj.weight")
+    O_bias_z: Any = hf("self_attn.out_proj.bias")
+    mlp_norm_z: Any = hf("layer_norm2.weight")
+    mlp_norm_bias_z: Any = hf("layer_norm2.bias")
+    W_up_fz: Any = hf("mlp.fc1.weight")
+    up_bias_f: Any = hf("mlp.fc1.bias")
+    W_down_zf: Any = hf("mlp.fc2.weight")
+    down_bias_z: Any = hf("mlp.fc2.bias")
 
 
 @dataclass
 class VisionWeights:
     """The image tower, and the projector into the text model (whose norm is Gemma's: times 1 + w)."""
 
-    W_patch_zcxy: Any
-    patch_bias_z: Any
-    position_pz: Any
     layers: Sequence[VisionLayerWeights]
-    final_norm_z: Any
-    final_norm_bias_z: Any
-    soft_norm_z: Any
-    W_project_zm: Any
+    W_patch_zcxy: Any = hf(f"{TOWER}embeddings.patch_embedding.weight")
+    patch_bias_z: Any = hf(f"{TOWER}embeddings.patch_embedding.bias")
+    position_pz: Any = hf(f"{TOWER}embeddings.position_embedding.weight")
+    final_norm_z: Any = hf(f"{TOWER}post_layernorm.weight")
+    final_norm_bias_z: Any = hf(f"{TOWER}post_layernorm.bias")
+    soft_norm_z: Any = hf(f"{PROJECTOR}mm_soft_emb_norm.weight")
+    W_project_zm: Any = hf(f"{PROJECTOR}mm_input_projection_weight")
 
 
-# field of LayerWeights -> (Hugging Face name inside model.layers.{i}, shape by letters)
-LAYER_NAMES: dict[str, tuple[str, str]] = {
-    "attn_norm_m": ("input_layernorm.weight", "m"),
-    "WQ_hdm": ("self_attn.q_proj.weight", "hdm"),
-    "WK_gdm": ("self_attn.k_proj.weight", "gdm"),
-    "WV_gem": ("self_attn.v_proj.weight", "gem"),
-    "WO_mhe": ("self_attn.o_proj.weight", "mhe"),
-    "q_norm_d": ("self_attn.q_norm.weight", "d"),
-    "k_norm_d": ("self_attn.k_norm.weight", "d"),
-    "post_attn_norm_m": ("post_attention_layernorm.weight", "m"),
-    "mlp_norm_m": ("pre_feedforward_layernorm.weight", "m"),
-    "W_gate_fm": ("mlp.gate_proj.weight", "fm"),
-    "W_up_fm": ("mlp.up_proj.weight", "fm"),
-    "W_down_mf": ("mlp.down_proj.weight", "mf"),
-    "post_mlp_norm_m": ("post_feedforward_layernorm.weight", "m"),
-}
+def names_of(kind: type) -> dict[str, str]:
+    """{field: Hugging Face name} of one of the classes above.
 
-# The same for the image tower, by the names in the published Hugging Face files.
-TOWER, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
-VISION_BLOCKS = f"{TOWER}encoder.layers."
-VISION_NAMES: dict[str, tuple[str, str]] = {
-    "W_patch_zcxy": (f"{TOWER}embeddings.patch_embedding.weight", "zcxy"),
-    "patch_bias_z": (f"{TOWER}embeddings.patch_embedding.bias", "z"),
-    "position_pz": (f"{TOWER}embeddings.position_embedding.weight", "pz"),
-    "final_norm_z": (f"{TOWER}post_layernorm.weight", "z"),
-    "final_norm_bias_z": (f"{TOWER}post_layernorm.bias", "z"),
-    "soft_norm_z": (f"{PROJECTOR}mm_soft_emb_norm.weight", "z"),
-    "W_project_zm": (f"{PROJECTOR}mm_input_projection_weight", "zm"),
-}
-VISION_LAYER_NAMES: dict[str, tuple[str, str]] = {
-    "attn_norm_z": ("layer_norm1.weight", "z"),
-    "attn_norm_bias_z": ("layer_norm1.bias", "z"),
-    "WQ_hdz": ("self_attn.q_proj.weight", "hdz"),
-    "Q_bias_hd": ("self_attn.q_proj.bias", "hd"),
-    "WK_hdz": ("self_attn.k_proj.weight", "hdz"),
-    "K_bias_hd": ("self_attn.k_proj.bias", "hd"),
-    "WV_hez": ("self_attn.v_proj.weight", "hez"),
-    "V_bias_he": ("self_attn.v_proj.bias", "he"),
-    "WO_zhe": ("self_attn.out_proj.weight", "zhe"),
-    "O_bias_z": ("self_attn.out_proj.bias", "z"),
-    "mlp_norm_z": ("layer_norm2.weight", "z"),
-    "mlp_norm_bias_z": ("layer_norm2.bias", "z"),
-    "W_up_fz": ("mlp.fc1.weight", "fz"),
-    "up_bias_f": ("mlp.fc1.bias", "f"),
-    "W_down_zf": ("mlp.fc2.weight", "zf"),
-    "down_bias_z": ("mlp.fc2.bias", "z"),
-}
-
-
-def axis_sizes(config: GemmaConfig) -> dict[str, int]:
-    """The size of each letter.
-
-    >>> axis_sizes(GemmaConfig.gemma3_4b())["g"]
-    4
+    >>> names_of(VisionWeights)["position_pz"]
+    'vision_tower.vision_model.embeddings.position_embedding.weight'
     """
+    return {f.name: f.metadata["hf"] for f in fields(kind) if "hf" in f.metadata}
+
+
+# ---- shapes ----
+
+
+def text_sizes(config: GemmaConfig) -> dict[str, int]:
+    """The size of each letter in the text model."""
     return {
         "v": config.vocab_size,
         "m": config.hidden_size,
@@ -142,32 +111,6 @@ def axis_sizes(config: GemmaConfig) -> dict[str, int]:
         "e": config.head_dim,
         "f": config.intermediate_size,
     }
-
-
-def shape_of(letters: str, config: GemmaConfig) -> tuple[int, ...]:
-    """The shape that a string of letters means.
-
-    >>> shape_of("gdm", GemmaConfig.gemma3_1b())
-    (1, 256, 1152)
-    """
-    sizes = axis_sizes(config)
-    return tuple(sizes[letter] for letter in letters)
-
-
-def hf_shape(letters: str, config: GemmaConfig) -> tuple[int, ...]:
-    """The two-dimensional shape Hugging Face stores: head and head dimension are one axis there."""
-    return _joined(letters, axis_sizes(config))
-
-
-def _joined(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape of some letters with a head dimension (d, e) joined to the head axis (h, g) in front of it."""
-    shape: list[int] = []
-    for before, letter in zip(" " + letters, letters):
-        if before in "hg" and letter in "de":
-            shape[-1] *= sizes[letter]
-        else:
-            shape.append(sizes[letter])
-    return tuple(shape)
 
 
 def vision_sizes(config: GemmaConfig) -> dict[str, int]:
@@ -188,6 +131,30 @@ def vision_sizes(config: GemmaConfig) -> dict[str, int]:
     }
 
 
+def shape_of(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that the suffix of a field means.
+
+    >>> shape_of("WK_gdm", text_sizes(GemmaConfig.gemma3_1b()))
+    (1, 256, 1152)
+    """
+    return tuple(sizes[letter] for letter in name.rpartition("_")[2])
+
+
+def hf_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape in a file: a head dimension (d, e) is joined to the head axis (h, g) in front of it.
+
+    >>> hf_shape("WK_gdm", text_sizes(GemmaConfig.gemma3_1b()))
+    (256, 1152)
+    """
+    letters, shape = name.rpartition("_")[2], []
+    for before, letter in zip(" " + letters, letters):
+        if before in "hg" and letter in "de":
+            shape[-1] *= sizes[letter]
+        else:
+            shape.append(sizes[letter])
+    return tuple(shape)
+
+
 def hf_names(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint with the shape it must have: those of the text model by their names in a text-only
     Hugging Face file, those of the image tower, if there is one, by the published ones.
@@ -195,16 +162,17 @@ def hf_names(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     >>> hf_names(GemmaConfig.gemma3_1b())["model.layers.0.self_attn.k_proj.weight"]
     (256, 1152)
     """
-    names = {"model.embed_tokens.weight": shape_of("vm", config), "model.norm.weight": shape_of("m", config)}
+    sizes = text_sizes(config)
+    names = {"model.embed_tokens.weight": shape_of("_vm", sizes), "model.norm.weight": shape_of("_m", sizes)}
     for layer in range(config.num_layers):
-        for name, letters in LAYER_NAMES.values():
-            names[f"model.layers.{layer}.{name}"] = hf_shape(letters, config)
+        for own, name in names_of(LayerWeights).items():
+            names[f"model.layers.{layer}.{name}"] = hf_shape(own, sizes)
     if config.vision is not None:
         sizes = vision_sizes(config)
-        names |= {name: _joined(letters, sizes) for name, letters in VISION_NAMES.values()}
+        names |= {name: hf_shape(own, sizes) for own, name in names_of(VisionWeights).items()}
         for layer in range(config.vision.num_layers):
-            for name, letters in VISION_LAYER_NAMES.values():
-                names[f"{VISION_BLOCKS}{layer}.{name}"] = _joined(letters, sizes)
+            for own, name in names_of(VisionLayerWeights).items():
+                names[f"{VISION_BLOCKS}{layer}.{name}"] = hf_shape(own, sizes)
     return names
 
 
@@ -222,45 +190,37 @@ def is_vision(name: str) -> bool:
     return name.startswith((TOWER, PROJECTOR))
 
 
+# ---- from names and back ----
+
+
 def from_named(tensors: Mapping[str, Any], config: GemmaConfig) -> Weights:
-    """Named two-dimensional Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied)."""
+    """Named Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied)."""
     layers = [layer_weights(tensors, layer, config) for layer in range(config.num_layers)]
     vision = vision_weights(tensors, config) if config.vision else None
     return Weights(tensors["model.embed_tokens.weight"], layers, tensors["model.norm.weight"], vision)
 
 
+def split(tensors: Mapping[str, Any], kind: type, prefix: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a class from named tensors."""
+    return {own: tensors[prefix + name].reshape(shape_of(own, sizes)) for own, name in names_of(kind).items()}
+
+
 def layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> LayerWeights:
-    """One block, from tensors by their Hugging Face names."""
-    return LayerWeights(
-        **{
-            field: tensors[f"model.layers.{layer}.{name}"].reshape(shape_of(letters, config))
-            for field, (name, letters) in LAYER_NAMES.items()
-        }
-    )
+    """One block."""
+    return LayerWeights(**split(tensors, LayerWeights, f"model.layers.{layer}.", text_sizes(config)))
+
+
+def vision_layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> VisionLayerWeights:
+    """One block of the image tower."""
+    return VisionLayerWeights(**split(tensors, VisionLayerWeights, f"{VISION_BLOCKS}{layer}.", vision_sizes(config)))
 
 
 def vision_weights(tensors: Mapping[str, Any], config: GemmaConfig, on_disk: bool = False) -> VisionWeights:
     """The image tower and the projector; on_disk: each block is read when it is needed."""
     assert config.vision is not None
-    sizes, count = vision_sizes(config), config.vision.num_layers
-    outer = {
-        field: tensors[name].reshape([sizes[letter] for letter in letters])
-        for field, (name, letters) in VISION_NAMES.items()
-    }
-    if on_disk:
-        return VisionWeights(layers=VisionLayersOnDisk(tensors, config), **outer)
-    return VisionWeights(layers=[vision_layer_weights(tensors, layer, config) for layer in range(count)], **outer)
-
-
-def vision_layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> VisionLayerWeights:
-    """One block of the image tower."""
-    sizes = vision_sizes(config)
-    return VisionLayerWeights(
-        **{
-            field: tensors[f"{VISION_BLOCKS}{layer}.{name}"].reshape([sizes[letter] for letter in letters])
-            for field, (name, letters) in VISION_LAYER_NAMES.items()
-        }
-    )
+    layers: Sequence[VisionLayerWeights] = VisionLayersOnDisk(tensors, config)
+    layers = layers if on_disk else list(layers)
+    return VisionWeights(layers, **split(tensors, VisionWeights, "", vision_sizes(config)))
 
 
 class LayersOnDisk(Sequence):
@@ -299,27 +259,25 @@ def to_named(weights: Weights, config: GemmaConfig) -> dict[str, Any]:
     """`Weights` -> named Hugging Face tensors; the inverse of `from_named`."""
     names = {"model.embed_tokens.weight": weights.embed_vm, "model.norm.weight": weights.final_norm_m}
     for layer, block in enumerate(weights.layers):
-        names |= to_named_layer(block, layer, config)
+        names |= to_named_layer(block, layer)
     return names | dict(to_named_vision(weights.vision) if weights.vision else ())
+
+
+def joined(block: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The tensors of one of the classes above by their names, head axes joined."""
+    for own, name in names_of(type(block)).items():
+        array = getattr(block, own)
+        sizes = dict(zip(own.rpartition("_")[2], array.shape, strict=True))
+        yield prefix + name, array.reshape(hf_shape(own, sizes))
+
+
+def to_named_layer(block: LayerWeights, layer: int) -> dict[str, Any]:
+    """One block -> named Hugging Face tensors."""
+    return dict(joined(block, f"model.layers.{layer}."))
 
 
 def to_named_vision(vision: VisionWeights) -> Iterator[tuple[str, Any]]:
     """The image tower as named Hugging Face tensors, one after another."""
-    for field, (name, letters) in VISION_NAMES.items():
-        yield name, _flattened(getattr(vision, field), letters)
+    yield from joined(vision, "")
     for layer, block in enumerate(vision.layers):
-        for field, (name, letters) in VISION_LAYER_NAMES.items():
-            yield f"{VISION_BLOCKS}{layer}.{name}", _flattened(getattr(block, field), letters)
-
-
-def _flattened(array: Any, letters: str) -> Any:
-    """An array with its head axes joined."""
-    return array.reshape(_joined(letters, dict(zip(letters, array.shape, strict=True))))
-
-
-def to_named_layer(block: LayerWeights, layer: int, config: GemmaConfig) -> dict[str, Any]:
-    """One block -> named Hugging Face tensors."""
-    return {
-        f"model.layers.{layer}.{name}": getattr(block, field).reshape(hf_shape(letters, config))
-        for field, (name, letters) in LAYER_NAMES.items()
-    }
+        yield from joined(block, f"{VISION_BLOCKS}{layer}.")
