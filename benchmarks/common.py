@@ -16,7 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 import torch
 
 from tpa_ref import plots
-from tpa_ref.cli import options as cli
+from tpa_ref.cli import options
+from tpa_ref.cli.machine import environment
+from tpa_ref.cli.report import write_json
 from tpa_ref.errors import TPAError
 
 RESULTS = ROOT / "results"
@@ -24,7 +26,7 @@ RESULTS = ROOT / "results"
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    found = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = options.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--device", default="cpu")
     found.add_argument("--out", metavar="FOLDER", default=str(RESULTS), help="where .json, .md and .png go")
     found.add_argument("--threads", type=int, help="threads of torch (default: as many as it chooses)")
@@ -89,7 +91,7 @@ def machine(clock: Clock) -> dict[str, Any]:
         }
     )
     flop = 2 * 2048**3
-    return cli.environment("torch", clock.device) | {
+    return environment("torch", clock.device) | {
         "clock": clock.name,
         "read_bytes_per_s": large.nbytes / seconds["read"],
         "copy_bytes_per_s": 2 * large.nbytes / seconds["copy"],
@@ -118,7 +120,7 @@ def publish(name: str, args: Any, content: dict[str, Any], text: str, draw: Call
     """Print, and write NAME.json, .md and .png; results of a GPU lie beside those of a CPU."""
     target = Path(args.out) / (name if args.device == "cpu" else f"{name}_gpu")
     print(text)
-    cli.write_json(f"{target}.json", content)
+    write_json(f"{target}.json", content)
     Path(f"{target}.md").write_text(text, encoding="utf-8")
     figure, axes = plots.new_figure(width=6.4)
     draw(axes)
@@ -129,13 +131,11 @@ def publish(name: str, args: Any, content: dict[str, Any], text: str, draw: Call
 def fill(cache: Any, length: int) -> None:
     """Make a cache of ours as if it had read `length` tokens: random numbers in every array."""
     for layer in cache.layers:
-        for part in (layer, layer.sinks, layer.recent):
-            for stored in part.stored if part else ():
-                for fields in stored.values():
-                    for name, array in fields.items():
-                        if array.dtype in (torch.int8, torch.uint8):
-                            array.random_(0, 127)
-                        else:
-                            array.uniform_(0.001, 0.01) if name == "scale" else array.normal_()
+        for ring in layer.rings.values():
+            for name, array in ring.arrays.items():
+                if array.dtype in (torch.int8, torch.uint8):
+                    array.random_(0, 127)
+                else:
+                    array.uniform_(0.001, 0.01) if name.endswith(".scale") else array.normal_()
     cache.lengths_b[:] = length
     cache._highest_b[:] = length

@@ -21,16 +21,24 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Clock, describe, publish, table
+from common import Clock, describe, fill, options, publish, table
 from torch import Tensor
 
+import tpa_torch
 from tpa_ref import plots
-from tpa_ref.compress import transform as spectral
-from tpa_ref.core.cache import token_bytes
-from tpa_ref.core.factorize import Factorization
+from tpa_ref.compress.bits import allocate_bits
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.config import GemmaConfig
-from tpa_torch.core import cache as kv
+from tpa_ref.gemma.weights import Weights
+from tpa_torch.core.cache import Keys, Segment
+from tpa_torch.core.contextual import Contextual
+from tpa_torch.core.dense import Dense
+from tpa_torch.core.fixed_a import FixedA
+from tpa_torch.core.fixed_b import FixedB
+from tpa_torch.core.latent import Latent
+from tpa_torch.core.mode import Mode
+from tpa_torch.core.pair import Joint, Pair
+from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import decode
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -55,59 +63,62 @@ def one_layer(variant: str) -> GemmaConfig:
     return replace(GemmaConfig.of_variant(variant), num_layers=1, is_global=(True,))
 
 
-def pair(k: tuple[str, Any], v: tuple[str, Any], dtype: str, config: GemmaConfig, device: str) -> kv.LayerFactors:
+def pair(k: tuple[str, Any], v: tuple[str, Any], dtype: str, config: GemmaConfig, device: str) -> Pair:
     """A random way to cache K and V."""
     if v[0] != "shared":
-        return side(*k, dtype, config, device), side(*v, dtype, config, device)
-    how_k = side(k[0], k[1], dtype, config, device, sides=2)
-    return how_k, replace(how_k, dtype="shared", basis=torch.randn_like(how_k.basis), widths=())
+        return Pair(side(*k, dtype, config, device), side(*v, dtype, config, device))
+    mode_k = side(*k, dtype, config, device, sides=2)
+    return Joint(mode_k, replace(mode_k, basis=torch.randn_like(mode_k.basis)))
 
 
-def side(mode: str, rank: Any, dtype: str, config: GemmaConfig, device: str, sides: int = 1) -> Factorization:
+def side(mode: str, rank: Any, dtype: str, config: GemmaConfig, device: str, sides: int = 1) -> Any:
     """A random way to cache K or V. Spectral: variances that fall exponentially, a factor of 1000 over all numbers, of
     K and V together where V shares the coefficients.
     """
     g, d = config.num_kv_heads, config.head_dim
     if mode == "spectral":
         variance = np.exp(-np.linspace(0, np.log(1000), sides * g * d))
-        (widths,) = spectral.allocate([variance], [1], rank * sides * g * d)
+        (widths,) = allocate_bits([variance], [1], rank * sides * g * d)
         widths = tuple(width for width in widths if width)
         basis = torch.randn(len(widths), g, d, device=device)
-        return Factorization("latent", len(widths), "spectral", basis, 0.0, basis, basis[0], widths)
-    rank = g if rank == "g" else rank
-    shape = {"fixed-a": (rank, g, d), "fixed-b": (g, rank, d), "latent": (rank, g, d)}.get(mode)
-    basis = torch.randn(*shape, device=device) if shape else None
-    if mode == "fixed-a" and rank == g:
-        basis = g * torch.eye(g, device=device)
-    return Factorization(mode, rank, dtype, basis, 0.0)
+        return CodedLatent(g, d, len(widths), "spectral", 0.0, basis, basis, basis[0], widths)
+    if mode == "contextual":
+        return Contextual(g, d, rank, dtype)
+    if mode == "fixed-a":
+        exact = rank == "g"
+        basis = g * torch.eye(g, device=device) if exact else torch.randn(rank, g, d, device=device)
+        return FixedA(g, d, len(basis), dtype, basis=basis)
+    if mode == "fixed-b":
+        return FixedB(g, d, rank, dtype, basis=torch.randn(g, rank, d, device=device))
+    return Latent(g, d, rank, dtype, basis=torch.randn(rank, g, d, device=device))
 
 
-def filled(config: GemmaConfig, how: kv.LayerFactors, context: int, device: str) -> kv.LayerCache:
-    """A cache that is full of random numbers."""
-    layer = kv.Cache(config, [how], 1, context, device=device).layers[0]
-    for stored in layer.stored:
-        for fields in stored.values():
-            for name, array in fields.items():
-                if array.dtype in (torch.int8, torch.uint8):
-                    array.random_(0, 127)
-                else:
-                    array.uniform_(0.001, 0.01) if name == "scale" else array.normal_()
-    return layer
+def filled(config: GemmaConfig, how: Pair, context: int, device: str, dtype: str) -> tuple[Keys, Any]:
+    """(what the newest token reads in a cache that is full of random numbers, a model without weights)."""
+    embed_vm = torch.zeros(1, 1, device=device, dtype=getattr(torch, dtype))
+    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), pairs=[how])
+    cache = model.new_cache(1, context)
+    fill(cache, context)
+    ring = cache.layers[0].rings["coded"]
+    _, at = model.positions(np.array([[context - 1]]))
+    positions_bk = ring.positions(cache.lengths_b)
+    segment = Segment("coded", how, ring.read(cache.lengths_b), positions_bk, at.tokens(positions_bk, "coded"))
+    return Keys([segment], at, cache.layers[0], cache.lengths_b), model
 
 
-def flops(how: Factorization, config: GemmaConfig, is_key: bool) -> float:
+def flops(mode: Mode, config: GemmaConfig, is_key: bool) -> float:
     """Of one cached token, all heads: its score, or its share in the output."""
-    g, h, d, rank = config.num_kv_heads, config.num_heads, config.head_dim, how.rank
-    if how.mode == "dense" or (how.mode == "fixed-a" and rank == g):
+    g, h, d, rank = config.num_kv_heads, config.num_heads, config.head_dim, mode.rank
+    if isinstance(mode, Dense) or (isinstance(mode, FixedA) and rank == g):
         return 2 * h * d
-    if how.mode in ("contextual", "fixed-a"):
+    if isinstance(mode, Contextual | FixedA):
         return 2 * h * d * rank
     return 2 * g * d * rank + 2 * h * d if is_key else 2 * h * rank
 
 
-def dense_ways(Q_bqhd: Tensor, layer: kv.LayerCache, ours: Callable[[], Tensor]) -> dict[str, Callable[[], Any]]:
+def dense_ways(Q_bqhd: Tensor, keys: Keys, ours: Callable[[], Tensor]) -> dict[str, Callable[[], Any]]:
     """Four ways to the same numbers."""
-    K_bgkd, V_bgke = (side["X"]["x"].transpose(1, 2) for side in layer.stored)
+    K_bgkd, V_bgke = (keys.segments[0].stored[f"{side}.X.x"].transpose(1, 2) for side in "kv")
     g = K_bgkd.shape[1]
     Q_bhqd = Q_bqhd.transpose(1, 2)
     Q_bgnd = Q_bqhd[:, 0].unflatten(1, (g, -1))
@@ -130,32 +141,29 @@ def measure(
     """Rows of one shape and length: everything in one interleaved run."""
     config, device = one_layer(variant), clock.device
     g, h, d = config.num_kv_heads, config.num_heads, config.head_dim
-    turns_bkp = torch.ones(1, context, d // 2, dtype=torch.complex64, device=device)
-    scratch = decode.Scratch()
     works: dict[tuple[str, str, str], Callable[[], Any]] = {}
-    hows: dict[tuple[str, str], kv.LayerFactors] = {}
+    hows: dict[tuple[str, str], Pair] = {}
     held = 0
 
-    def step(how: kv.LayerFactors, model_dtype: str) -> tuple[kv.LayerCache, Tensor, Callable[[], Tensor]]:
-        layer = filled(config, how, context, device)
-        Q_bqhd = torch.randn(1, 1, h, d, device=device, dtype=getattr(torch, model_dtype))
-        keys = [decode.Keys(layer.stored, how, turns_bkp, None)]
-        return layer, Q_bqhd, partial(decode.attend, Q_bqhd, keys, g, config.query_scale, scratch)
+    def step(how: Pair, dtype: str) -> tuple[Keys, Tensor, Callable[[], Tensor]]:
+        keys, model = filled(config, how, context, device, dtype)
+        Q_bqhd = torch.randn(1, 1, h, d, device=device, dtype=getattr(torch, dtype))
+        return keys, Q_bqhd, partial(decode.attend, Q_bqhd, keys, config.query_scale, model.scratch)
 
     for dtype in ("float32", "bfloat16"):
-        how = (Factorization("dense", dtype=dtype),) * 2
-        held += context * 2 * token_bytes(how[0], config)
+        how = Pair.dense(g, d, dtype)
+        held += context * how.token_bytes
         if held > limit:
             raise TPAError(f"--memory-gb: {variant} at {context} tokens needs more than {limit / 1e9:.0f} GB")
         hows["dense", dtype] = how
-        layer, Q_bqhd, ours = step(how, dtype)
-        works |= {("dense", dtype, way): work for way, work in dense_ways(Q_bqhd, layer, ours).items()}
+        keys, Q_bqhd, ours = step(how, dtype)
+        works |= {("dense", dtype, way): work for way, work in dense_ways(Q_bqhd, keys, ours).items()}
     for name, (k, v, own_dtypes) in settings.items():
         for dtype in own_dtypes:
             if dtype not in dtypes and dtype in DTYPES:
                 continue
             how = pair(k, v, dtype, config, device)
-            held += context * sum(token_bytes(one, config) for one in how)
+            held += context * how.token_bytes
             if held > limit:
                 print(f"{variant}, {context} tokens: left out {name}, {dtype}, which does not fit into --memory-gb")
                 continue
@@ -166,15 +174,15 @@ def measure(
 
 
 def row(
-    variant: str, context: int, key: tuple[str, str], how: kv.LayerFactors, seconds: dict, config: Any, machine: dict
+    variant: str, context: int, key: tuple[str, str], how: Pair, seconds: dict, config: Any, machine: dict
 ) -> dict[str, Any]:
     """One setting: its time, its floor, and its ratio to dense."""
     name, dtype = key
     ways = {way: found for (n, t, way), found in seconds.items() if (n, t) == key}
     best = {t: min(found for (n, d, _), found in seconds.items() if (n, d) == ("dense", t)) for t in DTYPES[:2]}
     took = min(ways.values())
-    size = context * sum(token_bytes(one, config) for one in how)
-    flop = context * sum(flops(one, config, is_key) for one, is_key in zip(how, (True, False), strict=True))
+    size = context * how.token_bytes
+    flop = context * (flops(how.k, config, True) + flops(how.v, config, False))
     rate = machine["float32_flop_per_s" if dtype == "float32" else "bfloat16_flop_per_s"]
     floor = max(size / machine["read_bytes_per_s"], flop / rate)
     return {
@@ -245,13 +253,13 @@ def draw(rows: list[dict[str, Any]], axis: Any) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    options = common.parser(__doc__ or "")
-    options.add_argument("--variants", nargs="+", default=["1b", "4b", "12b", "27b"])
-    options.add_argument("--contexts", nargs="+", type=int, default=[4096, 32768])
-    options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    options.add_argument("--settings", nargs="+", metavar="NAME", help=f"of: {', '.join(SETTINGS)}")
-    options.add_argument("--memory-gb", type=float, default=4.0, help="what caches may take at a time")
-    args = options.parse_args()
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--variants", nargs="+", default=["1b", "4b", "12b", "27b"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 32768])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help=f"of: {', '.join(SETTINGS)}")
+    parser.add_argument("--memory-gb", type=float, default=4.0, help="what caches may take at a time")
+    args = parser.parse_args()
     for name in args.settings or []:
         if name not in SETTINGS:
             raise TPAError(f"--settings: {name!r} is not one of {', '.join(SETTINGS)}")
@@ -268,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli.run(main)
+    options.run(main)

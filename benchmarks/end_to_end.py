@@ -24,12 +24,13 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import ROOT, Clock, cli, describe, fill, publish, table
+from common import ROOT, Clock, describe, fill, options, publish, table
 
 import tpa_torch
 from tpa_ref import plots
+from tpa_ref.cli.machine import PeakMemory, anonymous_memory
 from tpa_ref.errors import TPAError
-from tpa_torch.gemma.generate import prefill
+from tpa_ref.gemma.generate import prefill
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "contextual, exact": {"mode": "contextual", "k_rank": 99, "v_rank": 99},
@@ -45,7 +46,7 @@ STEPS = 64  # tokens that a cache has room for behind the context
 def checkpoint(name: str, work: str | None) -> Path:
     """The folder of a model; random ones are written where they are missing."""
     if name == "tiny":
-        return cli.TINY
+        return options.TINY
     if work is None:
         raise TPAError(f"--work: a folder for the random weights of {name} is needed")
     folder = Path(work) / f"random-{name}"
@@ -194,13 +195,13 @@ def measure(name: str, args: Any, clock: Clock) -> dict[str, Any]:
 
 def long_prefill(tokens: int, clock: Clock) -> dict[str, Any]:
     """The tiny model reads a text far beyond its training: seconds, and memory beyond the weights."""
-    dense = tpa_torch.load(cli.TINY, device=clock.device)
+    dense = tpa_torch.load(options.TINY, device=clock.device)
     dense.config = replace(dense.config, max_positions=tokens)
     model = tpa_torch.convert(dense, tpa_torch.TPAConfig(rate=2.0))
     cache = model.new_cache(1, tokens)
     ids = np.random.default_rng(0).integers(3, 4000, tokens).tolist()
-    before = cli.anonymous_memory()
-    with cli.PeakMemory(clock.device) as peak:
+    before = anonymous_memory()
+    with PeakMemory(clock.device) as peak:
         seconds = clock(lambda: prefill(model, [ids], cache))
     return {"tokens": tokens, "seconds": seconds, "bytes": peak.bytes - before, "cache_bytes": cache.nbytes}
 
@@ -266,18 +267,16 @@ def draw(models: list[dict[str, Any]], axis: Any) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    options = common.parser(__doc__ or "")
-    options.add_argument("--models", nargs="+", default=["tiny"], help="tiny, or sizes of random weights (1b, 4b ...)")
-    options.add_argument("--work", metavar="FOLDER", help="where random weights are kept")
-    options.add_argument("--contexts", nargs="+", type=int, default=[512, 1900, 8192, 32000])
-    options.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
-    options.add_argument("--settings", nargs="+", metavar="NAME", help=f"of: {'; '.join(SETTINGS)}")
-    options.add_argument(
-        "--long", type=int, default=32768, help="tokens of the long prefill of the tiny model; 0: none"
-    )
-    options.add_argument("--no-conversion", dest="conversion", action="store_false")
-    options.add_argument("--gemma-pytorch", metavar="FOLDER", help="a checkout of google/gemma_pytorch")
-    args = options.parse_args()
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--models", nargs="+", default=["tiny"], help="tiny, or sizes of random weights (1b, 4b ...)")
+    parser.add_argument("--work", metavar="FOLDER", help="where random weights are kept")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[512, 1900, 8192, 32000])
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help=f"of: {'; '.join(SETTINGS)}")
+    parser.add_argument("--long", type=int, default=32768, help="tokens of the long prefill of the tiny model; 0: none")
+    parser.add_argument("--no-conversion", dest="conversion", action="store_false")
+    parser.add_argument("--gemma-pytorch", metavar="FOLDER", help="a checkout of google/gemma_pytorch")
+    args = parser.parse_args()
     for name in args.settings or []:
         if name not in SETTINGS:
             raise TPAError(f"--settings: {name!r} is not one of {'; '.join(SETTINGS)}")
@@ -289,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli.run(main)
+    options.run(main)

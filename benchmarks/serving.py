@@ -16,7 +16,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import Clock, cli, describe, fill, publish, table
+from common import Clock, describe, fill, options, publish, table
 from end_to_end import SETTINGS as WHOLE
 from end_to_end import STEPS
 
@@ -100,13 +100,13 @@ def draw(rows: list[dict[str, Any]], axis: Any) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    options = common.parser(__doc__ or "")
-    options.add_argument("--ckpt", metavar="PATH", default=str(cli.TINY))
-    options.add_argument("--dtype", default="float32")
-    options.add_argument("--contexts", nargs="+", type=int, default=[1900])
-    options.add_argument("--memory-gb", type=float, default=0.016)
-    options.add_argument("--most", type=int, default=512, help="no larger batch than this")
-    args = options.parse_args()
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--ckpt", metavar="PATH", default=str(options.TINY))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[1900])
+    parser.add_argument("--memory-gb", type=float, default=0.016)
+    parser.add_argument("--most", type=int, default=512, help="no larger batch than this")
+    args = parser.parse_args()
     clock = Clock(args)
     dense = tpa_torch.load(args.ckpt, device=args.device, dtype=args.dtype)
     for context in args.contexts:
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli.run(main)
+    options.run(main)

@@ -101,4 +101,4 @@ def best_at_equal_quality(rows: dict, sizes: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    common.cli.run(main)
+    common.options.run(main)

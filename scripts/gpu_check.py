@@ -27,14 +27,21 @@ import numpy as np
 import torch
 
 import tpa_torch
-from tpa_ref.cli import options as cli
+from tpa_ref.cli.machine import environment
 from tpa_ref.compress.config import TPAConfig
-from tpa_ref.core.factorize import Factorization
 from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.generate import prefill
 from tpa_ref.gemma.weights import Weights, from_named, hf_names
-from tpa_torch.core import cache as kv
+from tpa_torch.core.contextual import Contextual
+from tpa_torch.core.dense import Dense
+from tpa_torch.core.fixed_a import FixedA
+from tpa_torch.core.fixed_b import FixedB
+from tpa_torch.core.latent import Latent
+from tpa_torch.core.mode import Mode
+from tpa_torch.core.pair import Pair
+from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import graph, kernels
-from tpa_torch.gemma.generate import prefill
+from tpa_torch.gemma.model import StaticModel
 
 RANKS = {"dense": 0, "contextual": 2, "fixed-a": 2, "fixed-b": 64, "latent": 256}
 STORES = ("bfloat16", "int8", "int4")
@@ -48,22 +55,36 @@ def two_layers(variant: str) -> GemmaConfig:
     return replace(GemmaConfig.of_variant(variant), num_layers=2, is_global=(False, True), vision=None)
 
 
-def random_factors(mode: str, store: str, config: GemmaConfig, device: str) -> Factorization:
+def random_mode(mode: str, store: str, config: GemmaConfig, device: str) -> Mode:
+    """One side of a cache with random constants."""
     g, d, rank = config.num_kv_heads, config.head_dim, len(WIDTHS) if store == "spectral" else RANKS[mode]
-    shape = {"fixed-a": (rank, g, d), "fixed-b": (g, rank, d), "latent": (rank, g, d)}.get(mode)
-    basis = torch.randn(shape, device=device) / rank**0.5 if shape else None
-    how = Factorization(mode, rank, store, basis)
-    return replace(how, mean=torch.randn((g, d), device=device), widths=WIDTHS) if store == "spectral" else how
+
+    def basis(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device) / rank**0.5
+
+    if store == "spectral":
+        mean = torch.randn((g, d), device=device)
+        return CodedLatent(g, d, rank, store, basis=basis(rank, g, d), mean=mean, widths=WIDTHS)
+    if mode == "dense":
+        return Dense(g, d, dtype=store)
+    if mode == "contextual":
+        return Contextual(g, d, rank, store)
+    if mode == "fixed-b":
+        return FixedB(g, d, rank, store, basis=basis(g, rank, d))
+    return (FixedA if mode == "fixed-a" else Latent)(g, d, rank, store, basis=basis(rank, g, d))
 
 
-def one_layer(variant: str, how: Factorization, device: str, dtype: torch.dtype, batch: int, length: int) -> Any:
+def two_full_layers(
+    variant: str, mode: str, store: str, device: str, dtype: torch.dtype, batch: int, length: int
+) -> tuple[Any, Any]:
     """(model without weights, cache filled with random codes)."""
     config = two_layers(variant)
+    one = random_mode(mode, store, config, device)
     embed_vm = torch.zeros((1, 1), dtype=dtype, device=device)
-    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), factors=[(how, how)] * 2)
+    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), pairs=[Pair(one, one)] * 2)
     cache = model.new_cache(batch, length)
     for layer in cache.layers:
-        for array, _ in layer._pairs(layer.stored):
+        for array in layer.rings["coded"].arrays.values():
             fill(array)
     return model, cache
 
@@ -78,9 +99,10 @@ def fill(array: torch.Tensor) -> None:
         array.random_()
 
 
-def step_of(lengths: list[int], device: str) -> kernels.Step:
-    lengths_b = np.array(lengths)
-    return kernels.step_of(lengths_b[:, None] - 1, lengths_b - 1, torch.device(device))
+def newest(model: Any, layer: int, lengths: list[int], most: int) -> graph.NewTokens:
+    """The last tokens of rows of some lengths."""
+    lengths_b = torch.tensor(lengths, device=model.device)
+    return graph.NewTokens(model, model.config.is_global[layer], most, lengths_b - 1, torch.ones_like(lengths_b) > 0)
 
 
 def queries(config: GemmaConfig, batch: int, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -90,13 +112,13 @@ def queries(config: GemmaConfig, batch: int, device: str, dtype: torch.dtype) ->
 @torch.inference_mode()
 def wrong(variant: str, mode: str, store: str, device: str, dtype: torch.dtype, length: int = 1500) -> float:
     """max |kernel - PyTorch in float32| / max |PyTorch|, of a ring and of a global layer, two rows."""
-    how = random_factors(mode, store, two_layers(variant), device)
-    model, cache = one_layer(variant, how, device, dtype, 2, length)
-    step, worst = step_of([length - 3, length // 3], device), 0.0
-    for layer in (0, 1):
+    model, cache = two_full_layers(variant, mode, store, device, dtype, 2, length)
+    scale, worst = model.config.query_scale, 0.0
+    for layer, held in enumerate(cache.layers):
         Q_bqhd = queries(model.config, 2, device, dtype)
-        found = kernels.attend(Q_bqhd, model, layer, cache, step).float()
-        right = graph.attend_in_torch(Q_bqhd.float(), model, layer, cache, step).float()
+        at = newest(model, layer, [length - 2, length // 3 + 1], length)
+        found = kernels.decode(Q_bqhd, held, at.step, model.rope_table(at.is_global, length), scale).float()
+        right = graph.attend_in_torch(Q_bqhd.float(), held, at, scale).float()
         worst = max(worst, float((found - right).abs().max() / right.abs().max()))
     return worst if np.isfinite(worst) else float("inf")
 
@@ -145,17 +167,15 @@ def rebuild_flops(mode: str, rank: int, config: GemmaConfig) -> int:
 def decode_speed(variant: str, mode: str, store: str, bandwidth: float, rate: float, tune: bool) -> dict:
     """One global layer at 32k x 16: microseconds, and the share of its floor, bytes at copy bandwidth or products."""
     batch, length, config = 16, 32768, two_layers(variant)
-    how = random_factors(mode, store, config, "cuda")
-    model, cache = one_layer(variant, how, "cuda", torch.bfloat16, batch, length)
-    step, Q_bqhd = step_of([length] * batch, "cuda"), queries(config, batch, "cuda", torch.bfloat16)
-    tables, held = model.rope_table(1, length), cache.layers[1]
+    model, cache = two_full_layers(variant, mode, store, "cuda", torch.bfloat16, batch, length)
+    held, Q_bqhd = cache.layers[1], queries(config, batch, "cuda", torch.bfloat16)
+    step, tables = newest(model, 1, [length] * batch, length).step, model.rope_table(True, length)
 
     def run(tile: Any = None) -> Callable[[], Any]:
-        more = (step, tables, None, kv.Exact(), config.num_kv_heads, config.query_scale, None, tile)
-        return lambda: kernels.decode(Q_bqhd, held, *more)
+        return lambda: kernels.decode(Q_bqhd, held, step, tables, config.query_scale, None, tile)
 
     taken = seconds(run())
-    floors = held.nbytes / bandwidth, rebuild_flops(mode, how.rank, config) * batch * length / rate
+    floors = held.nbytes / bandwidth, rebuild_flops(mode, held.pair.k.rank, config) * batch * length / rate
     found = {
         "variant": variant, "mode": mode, "store": store, "bytes": held.nbytes, "microseconds": 1e6 * taken,
         "floor_microseconds": 1e6 * max(floors), "bandwidth_fraction": floors[0] / taken,
@@ -199,10 +219,10 @@ def model_speed(
     weights = sum(x.nbytes for x in made.values())
     ids = np.random.default_rng(0).integers(3, min(1000, config.vocab_size), prompt).tolist()
     cache = model.new_cache(1, prompt + 2 * steps + 10)
-    x_bqm = prefill(model, [ids], cache)
-    decoder = graph.GraphDecoder(model, cache)
+    L_bv = torch.from_numpy(prefill(model, [ids], cache))
+    decoder = graph.GraphDecoder(StaticModel(model), cache)
     decoder.stop_s.fill_(-7)  # random weights may say anything
-    decoder.begin(x_bqm)
+    decoder.begin(L_bv)
     captured = per_step(decoder.step, steps, device)
     decoder.settle()
     token = np.array([[5]])
@@ -262,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TF/s")
     report: dict[str, Any] = {
-        "environment": cli.environment("tpa_torch", "cuda") | {"gpu": torch.cuda.get_device_name()},
+        "environment": environment("tpa_torch", "cuda") | {"gpu": torch.cuda.get_device_name()},
         "copy_bytes_per_s": bandwidth,
         "matmul_flop_per_s": rate,
         "correct": [

@@ -1,4 +1,4 @@
-"""Golden arrays for tests/test_golden.py, made by the code of `transformers`: RoPE, masks, RMSNorm and GELU.
+"""Golden arrays for tests/core/test_golden.py, made by the code of `transformers`: RoPE, masks, RMSNorm and GELU.
 
     python scripts/make_golden.py            # writes tests/golden/*.npz
     python scripts/make_golden.py --check    # makes them anew and compares with the stored files

@@ -110,7 +110,7 @@ MODES = ("contextual", "fixed-a", "fixed-b", "latent")
 
 
 def part(backend: Any, name: str) -> Any:
-    """A module of a backend by its path inside, `part(backend, "core.rope")`; what is written once is the reference's."""
+    """A module of a backend by its path inside, `part(backend, "core.rope")`; the reference's if it is written once."""
     try:
         return importlib.import_module(f"{backend.__name__}.{name}")
     except ModuleNotFoundError as problem:
@@ -149,6 +149,17 @@ def back(array: Any) -> Any:
     if str(array.dtype) == "torch.bfloat16":
         array = array.float()
     return array.numpy()
+
+
+def fitted(backend: Any, name: str, rank: int, X_bkgd: np.ndarray, dtype: str = "float64") -> Any:
+    """A mode (or "dense") whose constant arrays are made of the second moment of some tokens."""
+    g, d = X_bkgd.shape[2:]
+    if name == "dense":
+        return part(backend, "core.dense").Dense(g, d, dtype=dtype)
+    X_tx = X_bkgd.reshape(-1, g * d)
+    M_gdgd = (sum(np.outer(x, x) for x in X_tx) / len(X_tx)).reshape(g, d, g, d)
+    made = part(backend, "core.mode").MODES[name].fit(g, d, rank, dtype, M_gdgd, X_bkgd.mean((0, 1)))
+    return made.with_arrays({name: None if x is None else to(backend, x) for name, x in made.arrays().items()})
 
 
 # ---- a small model ----
@@ -239,6 +250,18 @@ def logits(of: Any, ids: np.ndarray, **more: Any) -> np.ndarray:
 
 
 # ---- a small tokenizer ----
+
+
+class Bytes:
+    """A tokenizer that needs no file: byte b is token 3 + b."""
+
+    vocab_size, proto = 300, b""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [2] * bos + [3 + byte for byte in text.encode()]
+
+
+CALIBRATION = "".join(chr(32 + (7 * i * i + 3 * i) % 90) for i in range(2000)) + "\n"
 
 TEXT = (
     "the return value is the sum of all the numbers in the list and the function returns it\n"

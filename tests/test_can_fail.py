@@ -6,46 +6,54 @@ a patch and far beyond the tolerance with each of them: so they see what they cl
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
-from helpers import TOLERANCE, in_kind, largest_relative, relative, run_cached, run_whole, submodule
+from helpers import TOLERANCE, in_kind, largest_relative, part, relative, run_cached, run_whole
 
 CLEARLY = 100  # a mistake must exceed the tolerance by this factor
 
 
+def everywhere(backend, patch, module, name, wrong):
+    """Replace a function in all modules that have imported it; wrong: makes it from the right one."""
+    right = getattr(part(backend, module), name)
+    for imported, found in list(sys.modules.items()):
+        if imported.partition(".")[0] in ("tpa_ref", "tpa_torch") and vars(found).get(name) is right:
+            patch(found, name, wrong(right))
+
+
 def flipped_rope_sign(backend, patch):
-    rope = submodule(backend, "rope")
-    right = rope.rotate
-    patch(rope, "rotate", lambda x, cos, sin: right(x, cos, -sin))
+    everywhere(backend, patch, "core.rope", "rotate", lambda right: lambda x, cos, sin: right(x, cos, -sin))
 
 
 def interleaved_rope_pairs(backend, patch):
-    rope = submodule(backend, "rope")
-    right = rope.rotate
+    def wrong(right):
+        def rotate(x_bkgd, cos, sin):
+            d = x_bkgd.shape[-1]
+            pairs = np.concatenate([np.arange(0, d, 2), np.arange(1, d, 2)])  # feature 2i is paired with 2i + 1
+            return right(x_bkgd[..., pairs], cos, sin)[..., np.argsort(pairs)]
 
-    def rotate(x_bkgd, cos, sin):
-        d = x_bkgd.shape[-1]
-        pairs = np.concatenate([np.arange(0, d, 2), np.arange(1, d, 2)])  # feature 2i is paired with 2i + 1
-        return right(x_bkgd[..., pairs], cos, sin)[..., np.argsort(pairs)]
+        return rotate
 
-    patch(rope, "rotate", rotate)
+    everywhere(backend, patch, "core.rope", "rotate", wrong)
 
 
 def dropped_one_over_r_in_scores(backend, patch):
-    attention = submodule(backend, "attention")
-    right = attention.scores_contextual
-    patch(attention, "scores_contextual", lambda Q, A, B, scale: right(Q, A, B, scale * A.shape[2]))
+    contextual = part(backend, "core.contextual")
+    right = contextual.scores_contextual
+    patch(contextual, "scores_contextual", lambda Q, A, B, scale: right(Q, A, B, scale * A.shape[2]))
 
 
 def dropped_one_over_r_in_values(backend, patch):
-    attention = submodule(backend, "attention")
-    right = attention.values_contextual
-    patch(attention, "values_contextual", lambda P, A, B: right(P, A, B) * A.shape[2])
+    contextual = part(backend, "core.contextual")
+    right = contextual.values_contextual
+    patch(contextual, "values_contextual", lambda P, A, B: right(P, A, B) * A.shape[2])
 
 
 def norm_after_rope(backend, patch):
-    model, rope = submodule(backend, "model"), submodule(backend, "rope")
-    right_norm, right_rotate = model.rms_norm, rope.rotate
+    model = part(backend, "gemma.model")
+    right_norm = model.rms_norm
     waiting = []  # weights of the norms of Q and K that are still to be applied
 
     def rms_norm(x, w, eps):
@@ -55,84 +63,90 @@ def norm_after_rope(backend, patch):
         return x
 
     patch(model, "rms_norm", rms_norm)
-    patch(rope, "rotate", lambda x, cos, sin: right_norm(right_rotate(x, cos, sin), *waiting.pop(0)))
+    after = lambda right: lambda x, cos, sin: right_norm(right(x, cos, sin), *waiting.pop(0))  # noqa: E731
+    everywhere(backend, patch, "core.rope", "rotate", after)
 
 
 def window_too_long(backend, patch):
-    masks = submodule(backend, "masks")
+    masks = part(backend, "core.masks")
     right = masks.visible
     patch(masks, "visible", lambda q, k, window, *last: right(q, k, window and window + 1, *last))
 
 
 def window_too_short(backend, patch):
-    masks = submodule(backend, "masks")
+    masks = part(backend, "core.masks")
     right = masks.visible
     patch(masks, "visible", lambda q, k, window, *last: right(q, k, window and window - 1, *last))
 
 
 def unscaled_embedding(backend, patch):
-    model_class = submodule(backend, "model").Model
-    right = model_class.block
+    right = backend.Model.block
 
     def block(self, x_bqm, layer, *rest):
         return right(self, x_bqm / x_bqm.shape[-1] ** 0.5 if layer == 0 else x_bqm, layer, *rest)
 
-    patch(model_class, "block", block)
+    patch(backend.Model, "block", block)
 
 
 def norm_times_w(backend, patch):
-    model = submodule(backend, "model")
+    model = part(backend, "gemma.model")
     right = model.rms_norm
     patch(model, "rms_norm", lambda x, w, eps: right(x, w - 1, eps))
 
 
 def norm_without_weight(backend, patch):
-    model = submodule(backend, "model")
+    model = part(backend, "gemma.model")
     right = model.rms_norm
     patch(model, "rms_norm", lambda x, w, eps: right(x, w * 0, eps))
 
 
 def wrong_head_grouping(backend, patch):
-    attention = submodule(backend, "attention")
-    right_scores, right_values = attention.scores, attention.values
-
     def order(h, g):  # query head h belongs to KV head h % g instead of h // n
         heads = np.arange(h).reshape(-1, g).T.ravel()
         return heads, np.argsort(heads)
 
-    def scores(Q_bqhd, parts, how, g, tables, scale):
-        heads, back = order(Q_bqhd.shape[2], g)
-        return right_scores(Q_bqhd[:, :, heads], parts, how, g, tables, scale)[:, back]
+    def wrong_scores(right):
+        def scores(self, Q_bqhd, parts, tokens, scale):
+            heads, back = order(Q_bqhd.shape[2], self.g)
+            return right(self, Q_bqhd[:, :, heads], parts, tokens, scale)[:, back]
 
-    def values(P_bhqk, parts, how, g):
-        heads, back = order(P_bhqk.shape[1], g)
-        return right_values(P_bhqk[:, heads], parts, how, g)[:, :, back]
+        return scores
 
-    patch(attention, "scores", scores)
-    patch(attention, "values", values)
+    def wrong_values(right):
+        def values(self, P_bhqk, parts, tokens):
+            heads, back = order(P_bhqk.shape[1], self.g)
+            return right(self, P_bhqk[:, heads], parts, tokens)[:, :, back]
+
+        return values
+
+    for mode in part(backend, "core.dense").Dense, part(backend, "core.contextual").Contextual:
+        patch(mode, "scores", wrong_scores(mode.scores))
+        patch(mode, "values", wrong_values(mode.values))
 
 
 def local_base_on_global_layers(backend, patch):
-    patch(backend.GemmaConfig, "rope", lambda self, layer: (self.rope_base_local, self.rope_scale_global))
+    right = backend.GemmaConfig.rope
+    patch(backend.GemmaConfig, "rope", lambda self, flag: (self.rope_base_local, right(self, flag)[1]))
 
 
 def global_base_on_local_layers(backend, patch):
-    patch(backend.GemmaConfig, "rope", lambda self, layer: (self.rope_base_global, 1.0))
+    right = backend.GemmaConfig.rope
+    patch(backend.GemmaConfig, "rope", lambda self, flag: (self.rope_base_global, right(self, flag)[1]))
 
 
 def no_rope_scaling(backend, patch):
     right = backend.GemmaConfig.rope
-    patch(backend.GemmaConfig, "rope", lambda self, layer: (right(self, layer)[0], 1.0))
+    patch(backend.GemmaConfig, "rope", lambda self, flag: (right(self, flag)[0], 1.0))
 
 
 def wrong_ring_slot(backend, patch):
-    layer_cache = submodule(backend, "cache").LayerCache
-    right = layer_cache.write
+    ring = part(backend, "core.cache").Ring
+    right = ring.write
 
     def write(self, new, positions_bq):
         right(self, new, np.where(positions_bq >= 0, positions_bq + self.windowed, -1))
 
-    patch(layer_cache, "write", write)
+    patch(ring, "write", write)
 
 
 # What is compared: logits of the whole text, logits through a cache, outputs of the heads of every layer.

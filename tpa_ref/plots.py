@@ -29,9 +29,8 @@ def write(figure: Any, path: str | Path) -> None:
         figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
 
 
-def plot_memory(axis: Any, model: Any, cache_of: Any, context: int) -> None:
-    """Cache bytes against context, log-log, both baselines and TPA."""
-    config = model.config
+def plot_memory(axis: Any, config: Any, cache_of: Any, context: int) -> None:
+    """Cache bytes against context, log-log, both baselines and TPA; cache_of: tokens -> bytes."""
     lengths = [2**power for power in range(6, max(8, context.bit_length()))]
     lengths = sorted({*lengths, context})
     MiB = 2**20

@@ -57,9 +57,18 @@ def wants_whole_arrays(trace: Tracer) -> bool:
 
 
 def scoped(trace: Tracer, prefix: str) -> Tracer:
-    """The same tracer with `prefix.` in front of each name, for instance one per layer."""
+    """The same tracer with `prefix.` in front of each name, for instance one per layer. A `Watch` stays one.
+
+    >>> scoped(Watch({"layers.1.x": print}), "layers.1")("x", 2)
+    layers.1.x 2
+    2
+    """
     if trace is no_trace:
         return no_trace
+    if isinstance(trace, Watch):
+        start = f"{prefix}."
+        here = [name.removeprefix(start) for name in trace.wanted if name.startswith(start)]
+        return Watch(dict.fromkeys(here, lambda name, array: trace(f"{prefix}.{name}", array)))
     return lambda name, array: trace(f"{prefix}.{name}", array)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,41 +77,97 @@ def heal(
     check_pair(tpa, dense, steps, batch, learning_rate, predict)
     if predict:
         tpa = with_maps_of_tokens(tpa, dense, read_text(text_or_path), None if state is None else Path(state).parent)
-    windows = [window for window in text_windows(dense, text_or_path, max_tokens, WINDOW) if len(window) > 1]
-    aside = windows[len(windows) - min(CHECKED, len(windows) // 4) :]
-    windows = windows[: len(windows) - len(aside)]
-    student = Student(tpa)
-    best = Best(student)
-    optimizer = torch.optim.AdamW(student.trained(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    history = Healing(steps)
-    first = load_state(state, student, optimizer, history, best, tpa) if state else 0
+    run = Run(tpa, dense, list(text_windows(dense, text_or_path, max_tokens, WINDOW)), steps, learning_rate)
+    first = run.resume(state) if state else 0
     if first == 0:
-        best.check(history, 0, dense, aside)
-    draws = batches(windows, batch, seed)
-    for step in progress(range(steps)):
-        chosen = next(draws)
+        run.check()
+    for step, chosen in zip(progress(range(steps)), batches(run.windows, batch, seed)):
         if step < first:
             continue
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        kl, states = 0.0, 0.0
-        for window in chosen:
-            kl_part, states_part = losses(student, dense, window)
-            ((kl_part + STATES * states_part) / len(chosen)).backward()
-            kl, states = kl + kl_part.item() / len(chosen), states + states_part.item() / len(chosen)
-        torch.nn.utils.clip_grad_norm_(student.trained(), 1.0)
-        optimizer.step()
-        history.kl.append(kl)
-        history.states.append(states)
+        run.step(step, chosen)
         if (step + 1) % max(1, steps // CHECKS) == 0 or step + 1 == steps:
-            best.check(history, step + 1, dense, aside)
+            run.check()
         if state and ((step + 1) % 20 == 0 or step + 1 == steps):
-            save_state(state, student, optimizer, history, best, tpa)
-    best.restore()
-    healed = student.model()
-    healed.healing = history
-    return healed
+            run.save(state)
+    return run.healed()
+
+
+class Run:
+    """One healing: what is trained, on which windows, and how far it is. It can be saved and gone on with."""
+
+    def __init__(self, tpa: Model, dense: Model, windows: list[list[int]], steps: int, learning_rate: float):
+        kept = len(windows) - min(CHECKED, len(windows) // 4)
+        self.dense, self.windows, self.aside, self.learning_rate = dense, windows[:kept], windows[kept:], learning_rate
+        self.student, self.history = Student(tpa), Healing(steps)
+        self.optimizer = torch.optim.AdamW(self.student.trained(), learning_rate, (0.9, 0.99), weight_decay=0.0)
+        self.best_kl = math.inf
+        self.best: dict[str, Tensor] = {}
+
+    def step(self, step: int, windows: list[list[int]]) -> None:
+        """Change the weights once, by the mean gradient of some windows."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * schedule(step, self.history.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        kl, states = 0.0, 0.0
+        for window in windows:
+            kl_part, states_part = losses(self.student, self.dense, window)
+            ((kl_part + STATES * states_part) / len(windows)).backward()
+            kl, states = kl + kl_part.item() / len(windows), states + states_part.item() / len(windows)
+        torch.nn.utils.clip_grad_norm_(self.student.trained(), 1.0)
+        self.optimizer.step()
+        self.history.kl.append(kl)
+        self.history.states.append(states)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Measure the windows kept aside, and keep the weights if they are the best; without any the last ones are."""
+        done = len(self.history.kl)
+        kl = [float(losses(self.student, self.dense, window)[0]) for window in self.aside]
+        found = sum(kl) / len(kl) if kl else -float(done)
+        self.history.checked += [(done, found)] if kl else []
+        if found < self.best_kl:
+            self.best_kl, self.best = found, {name: x.detach().clone() for name, x in self.student.theta.items()}
+
+    def healed(self) -> Model:
+        """The model with the best weights, and the history."""
+        self.set_weights(self.best)
+        healed = self.student.model()
+        healed.healing = self.history
+        return healed
+
+    @torch.no_grad()
+    def set_weights(self, theta: dict[str, Tensor]) -> None:
+        """Give the student other weights."""
+        for name, value in self.student.theta.items():
+            value.copy_(theta[name])
+
+    def save(self, path: str | Path) -> None:
+        """Write down everything that `resume` needs."""
+        content = {
+            "theta": {name: value.detach() for name, value in self.student.theta.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "history": vars(self.history),
+            "best": {"kl": self.best_kl, "theta": self.best},
+            "tpa": repr(self.student.tpa.tpa),
+        }
+        with replacing(Path(path)) as temporary:
+            torch.save(content, temporary)
+
+    def resume(self, path: str | Path) -> int:
+        """The step to go on with: 0 where there is no state; another conversion's or another length's is refused."""
+        if not Path(path).is_file():
+            return 0
+        try:
+            content = torch.load(path, weights_only=True)
+            if (content["tpa"], content["history"]["steps"]) != (repr(self.student.tpa.tpa), self.history.steps):
+                raise TPAError(f"heal: {path} is the state of another healing; remove it or name another file")
+            self.set_weights(content["theta"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.history = Healing(**content["history"])
+            self.best_kl, self.best = content["best"]["kl"], content["best"]["theta"]
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError, UnpicklingError) as problem:
+            raise TPAError(f"heal: {path} holds no state of a healing: {str(problem).splitlines()[0]}") from None
+        return len(self.history.kl)
 
 
 def with_maps_of_tokens(tpa: Model, dense: Model, text: str, cache_dir: Path | None) -> Model:
@@ -169,62 +224,3 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm - 1)))
-
-
-class Best:
-    """The weights with the least KL on the windows kept aside, so far."""
-
-    def __init__(self, student: Student):
-        self.student, self.kl = student, math.inf
-        self.theta: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def check(self, history: Healing, step: int, dense: Model, windows: list[list[int]]) -> None:
-        """Measure, and keep the weights if they are the best; without windows the last ones are."""
-        kl = [float(losses(self.student, dense, window)[0]) for window in windows]
-        found = sum(kl) / len(kl) if kl else -float(step)
-        history.checked += [(step, found)] if kl else []
-        if found < self.kl:
-            self.kl, self.theta = found, {name: x.detach().clone() for name, x in self.student.theta.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give the student the best weights back."""
-        for name, value in self.theta.items():
-            self.student.theta[name].copy_(value)
-
-
-# ---- going on after an interruption ----
-
-
-def save_state(path: str | Path, student: Student, optimizer: Any, history: Healing, best: Best, tpa: Model) -> None:
-    content = {
-        "theta": {name: value.detach() for name, value in student.theta.items()},
-        "optimizer": optimizer.state_dict(),
-        "history": vars(history),
-        "best": {"kl": best.kl, "theta": best.theta},
-        "tpa": repr(tpa.tpa),
-    }
-    with replacing(Path(path)) as temporary:
-        torch.save(content, temporary)
-
-
-def load_state(path: str | Path, student: Student, optimizer: Any, history: Healing, best: Best, tpa: Model) -> int:
-    """The step to go on with: 0 where there is no state; another conversion's or another length's is refused."""
-    if not Path(path).is_file():
-        return 0
-    try:
-        content = torch.load(path, weights_only=True)
-        same = content["tpa"] == repr(tpa.tpa) and content["history"]["steps"] == history.steps
-        if not same:
-            raise TPAError(f"heal: {path} is the state of another healing; remove it or name another file")
-        with torch.no_grad():
-            for name, value in student.theta.items():
-                value.copy_(content["theta"][name])
-        optimizer.load_state_dict(content["optimizer"])
-        history.kl, history.states = content["history"]["kl"], content["history"]["states"]
-        history.checked = content["history"]["checked"]
-        best.kl, best.theta = content["best"]["kl"], content["best"]["theta"]
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError, UnpicklingError) as problem:
-        raise TPAError(f"heal: {path} holds no state of a healing: {str(problem).splitlines()[0]}") from None
-    return len(history.kl)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpa_ref.core import factorize
+from tpa_ref.core import contextual
 
 
 def form(A_bksg, B_bksd):
@@ -16,7 +16,7 @@ def test_nothing_is_closer(mine, rng, rank):
     X_bkgd = rng.standard_normal((2, 5, 4, 8))
     A_bksg, B_bksd = mine.best_factors(X_bkgd, rank)
     assert A_bksg.shape == (2, 5, rank, 4) and B_bksd.shape == (2, 5, rank, 8)
-    best = form(*factorize.truncate_contextual(X_bkgd, rank)[:2])
+    best = form(*contextual.factor(X_bkgd, rank))
     np.testing.assert_allclose(form(A_bksg, B_bksd), best, atol=1e-10)
 
 

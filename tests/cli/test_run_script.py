@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call, check_refused
 
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--eval-tokens", "600", "--calibration-tokens", "1500", "--max-new-tokens", "8"]
+from tpa_ref.cli import demo
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ROOT / "assets" / "tiny-gemma3"
+QUICK = "--calibration-tokens 700 --recall-prompts 0 --timing-rounds 1 --max-new-tokens 8".split()
 
 
-def run(*arguments, cwd):
+def script(*arguments, cwd):
     command = [sys.executable, str(ROOT / "run_test_tpa_1b.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
@@ -25,8 +29,9 @@ def test_whole_way(backend, tmp_path):
     pytest.importorskip("torch" if backend == "torch" else "numpy")
     saved = "model.pt" if backend == "torch" else "model.safetensors"
     options = ["--output", saved, "--report", "r.json", "--plot", "p.png", "--k_rank", "48", "--mode", "latent"]
-    done = run("--backend", backend, *QUICK, *options, cwd=tmp_path)
+    done = script("--backend", backend, *QUICK, "--eval-tokens", "300", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "defaults for tiny on cpu: float32, context 2,048\n" in done.stdout  # the others are given
     report = json.loads((tmp_path / "r.json").read_text())
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert report["variant"] == "tiny" and report["tpa"]["ranks_requested"] == {"q": None, "k": 48, "v": None}
@@ -40,17 +45,31 @@ def test_whole_way(backend, tmp_path):
     assert report["kv"]["measured_bytes"] == bf16 * (48 + 64) * (global_layers * n + local_layers * w)
     constants = 2 * (48 + 64) + 2  # encoder and basis of K and V, and their means
     assert report["weights_bytes"]["tpa"] - report["weights_bytes"]["dense"] == 12 * constants * g * d * 4
-    assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 600 + 1  # BOS
+    assert 0 <= report["quality"]["kl"] < 2 and report["quality"]["tokens"] == 300 + 1  # BOS
     assert report["peak_memory_bytes"] > report["weights_bytes"]["dense"]
 
     import tpa_ref
+    from tpa_ref.gemma.generate import generate_tokens
 
     model = tpa_ref.load(tmp_path / saved)
     ids = model.tokenizer.encode(report["text"]["prompt"])
-    from tpa_ref.gemma.generate import generate_tokens
-
     again = model.tokenizer.decode(list(generate_tokens(model, ids, 8)))
     assert again.strip() == report["text"]["tpa"].strip()
+
+
+def test_defaults_of_a_spectral_run(tmp_path):
+    """Nothing chosen: a spectral cache of 2 bits, with recall, and the bits that each layer got."""
+    pytest.importorskip("torch")
+    more = ["--eval-tokens", "100", "--recall-prompts", "1", "--report", "r.json", "--output", "folder"]
+    done = call(demo.run, *QUICK, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "coefficients coded, the rest predicted from tokens" in done.stdout
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["tpa"]["rate"] == 2.0 and (tmp_path / "folder" / "config.json").is_file()
+    for layer in report["tpa"]["ranks_used"]:
+        assert (layer["k"]["dtype"], layer["v"]["dtype"]) == ("spectral", "shared")
+        assert layer["k"]["bits"] >= layer["k"]["rank"] == layer["v"]["rank"] and layer["v"]["bits"] is None
+    assert report["quality"]["recall_dense"] == 1.0 and set(report["speed"]) == {"dense", "tpa"}
 
 
 WRONG = {
@@ -73,6 +92,8 @@ WRONG = {
     "report folder missing": (["--report", "a/b.json"], "b.json"),
     "wrong variant": (["--variant", "4b"], "4b"),
     "context zero": (["--context", "0"], "--context"),
+    "no text to measure on": (["--eval-tokens", "0"], "--eval-tokens"),
+    "no round": (["--timing-rounds", "0"], "--timing-rounds"),
     "rate": (["--rate", "9"], "rate"),
     "rate and mode": (["--rate", "2", "--mode", "fixed-a"], "fixed-a"),
     "plan and rate": (["--rate", "2", "--max-kl", "0.1"], "--rate"),
@@ -89,19 +110,21 @@ def test_bad_input_is_one_line(case, tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"caf\xe9\xff")
-    before = sorted(path.name for path in tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     arguments, named = WRONG[case]
-    done = run(*QUICK, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
-    assert named in done.stderr
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    check_refused(call(demo.run, *QUICK, *arguments, cwd=tmp_path), named, tmp_path, before)
+
+
+def test_the_script_exits_with_2(tmp_path):
+    """The same in a process of its own."""
+    check_refused(script("--backend", "numpy", "--ckpt", "nowhere", cwd=tmp_path), "nowhere", tmp_path, [])
 
 
 def test_clamped_ranks_are_one_line(tmp_path):
     """Ranks above the exact bound are not an error: one line of output says what was used."""
     pytest.importorskip("torch")
-    done = run(*QUICK, "--q-rank", "60", "--k-rank", "9", "--v-rank", "2", cwd=tmp_path)
+    ranks = ["--q-rank", "60", "--k-rank", "9", "--v-rank", "2", "--calibration", "none", "--eval-tokens", "50"]
+    done = call(demo.run, *QUICK, *ranks, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "k_rank 9 is above the exact bound 4 of contextual: clamped to 4" in done.stdout
     assert "q_rank 60 is above the exact bound 8" in done.stdout
@@ -112,13 +135,13 @@ def test_tiny_model_is_what_its_card_says():
     """The shipped weights have the config's shape, and their loss on unseen documents is the one in the card."""
     import tpa_ref
 
-    model = tpa_ref.load(ROOT / "assets" / "tiny-gemma3")
-    figures = json.loads((ROOT / "assets" / "tiny-gemma3" / "training.json").read_text())
-    from tpa_ref.compress.calibrate import text_windows
-    from tpa_ref.compress.evaluate import log_softmax
+    model = tpa_ref.load(TINY)
+    figures = json.loads((TINY / "training.json").read_text())
+    from tpa_ref.core.divergence import log_softmax
+    from tpa_ref.gemma.texts import text_windows
 
     losses = []
-    for window in list(text_windows(model, ROOT / "assets" / "tiny-gemma3" / "evaluation.txt", 60_000))[::12]:
+    for window in list(text_windows(model, TINY / "evaluation.txt", 60_000))[::12]:
         P_qv = log_softmax(model(np.array([window])))[0]
         losses.append(-P_qv[np.arange(len(window) - 1), window[1:]].mean())
     assert abs(np.mean(losses) - figures["loss_unseen_documents"]) < 0.25
@@ -130,7 +153,7 @@ def test_a_model_saved_in_bfloat16_runs_in_float32(tmp_path):
     import tpa_ref
     import tpa_torch
 
-    dense = tpa_torch.load(ROOT / "assets" / "tiny-gemma3", dtype="bfloat16")
+    dense = tpa_torch.load(TINY, dtype="bfloat16")
     tpa = tpa_torch.convert(dense, tpa_torch.TPAConfig(mode="latent", q_rank=6))
     tpa_torch.save(tpa, tmp_path / "saved")
     ids = [[2, 500, 501, 502]]

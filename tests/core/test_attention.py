@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import helpers
 import numpy as np
 import pytest
-import helpers
 from helpers import MODES, back, part, to
 
-from tpa_ref.core.factorize import Factorization
+from tpa_ref.core.attention import algorithm_1
+from tpa_ref.core.mode import Tokens
 
 B_, Q_, K_, G, N, D, E = 2, 3, 9, 3, 2, 6, 6
 SCALE = 0.37
@@ -59,41 +60,40 @@ def positions(b=B_, k=K_):
     return np.broadcast_to(np.arange(k), (b, k))
 
 
-def tables(backend, at, d=D):
-    return part(backend, "rope").rope_tables(to(backend, np.array(at)), d, 10_000.0)
+def tokens(backend, at, d=D):
+    """What is known of tokens at some positions."""
+    return Tokens(part(backend, "core.rope").rope_tables(to(backend, np.array(at)), d, 10_000.0))
 
 
-def cached(backend, mode, rank, X, is_key):
-    """(parts as a cache holds them, how, the K or V they stand for after rotation)."""
-    factorize = part(backend, "factorize")
-    mean = np.einsum("bkgd,bkjc->gdjc", X, X) / X[..., 0, 0].size
-    basis, _ = (None, 0) if mode == "dense" else factorize.constant_basis(mode, rank, to(backend, mean))
-    how = Factorization(mode, rank, "float64", basis)
-    parts = factorize.encode(to(backend, X), how)
-    formed = back(factorize.decode(parts, how, X.shape[2]))
+def cached(backend, name, rank, X, is_key):
+    """(parts as a cache holds them, mode, the K or V they stand for after rotation)."""
+    mode, at = helpers.fitted(backend, name, rank, X), tokens(backend, positions(*X.shape[:2]))
+    parts = mode.encode(to(backend, X), at)
+    formed = back(mode.decode(parts, at))
     if is_key:
         formed = turn(formed, positions(*X.shape[:2]))
-        if how.rotated:
-            name = "X" if mode == "dense" else "B"
-            parts[name] = part(backend, "rope").rotate(parts[name], *tables(backend, positions(*X.shape[:2])))
-    return parts, how, formed
+        if mode.rotated:
+            parts[mode.rotated] = part(backend, "core.rope").rotate(parts[mode.rotated], *at.tables)
+    return parts, mode, formed
 
 
 @pytest.mark.parametrize(("mode", "rank"), CASES)
 def test_scores_on_factors_equal_dense_scores_on_the_decoded_keys(backend, mode, rank):
     """Eq. (A.2) and its short cuts: the logits of every mode are q . RoPE(K) of the K its factors form."""
     Q, K = rng(1).standard_normal((B_, Q_, G * N, D)), rng(2).standard_normal((B_, K_, G, D))
-    parts, how, formed = cached(backend, mode, rank, K, is_key=True)
-    scores = part(backend, "attention").scores(to(backend, Q), parts, how, G, tables(backend, positions()), SCALE)
+    parts, mode, formed = cached(backend, mode, rank, K, is_key=True)
+    scores = mode.scores(to(backend, Q), parts, tokens(backend, positions()), SCALE)
     np.testing.assert_allclose(back(scores), dense_scores(Q, formed), rtol=0, atol=1e-12)
+    rotated = mode.rotated_keys(parts, tokens(backend, positions()))
+    np.testing.assert_allclose(back(rotated), formed, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("mode", "rank"), CASES)
 def test_values_on_factors_equal_dense_values_on_the_decoded_values(backend, mode, rank):
     """Eq. (A.3): averaging factors and forming afterwards is forming V and averaging it."""
     P, V = softmax(rng(3).standard_normal((B_, G * N, Q_, K_))), rng(4).standard_normal((B_, K_, G, E))
-    parts, how, formed = cached(backend, mode, rank, V, is_key=False)
-    values = part(backend, "attention").values(to(backend, P), parts, how, G)
+    parts, mode, formed = cached(backend, mode, rank, V, is_key=False)
+    values = mode.values(to(backend, P), parts, tokens(backend, positions()))
     np.testing.assert_allclose(back(values), dense_values(P, formed), rtol=0, atol=1e-12)
 
 
@@ -105,11 +105,11 @@ def test_full_rank_attention_is_the_dense_attention(backend, mode):
         rng(seed).standard_normal(shape)
         for seed, shape in ((1, (B_, Q_, G * N, D)), (2, (B_, K_, G, D)), (4, (B_, K_, G, E)))
     )
-    attention = part(backend, "attention")
-    parts_k, how_k, _ = cached(backend, mode, rank, K, is_key=True)
-    parts_v, how_v, _ = cached(backend, mode, rank, V, is_key=False)
-    L = attention.scores(to(backend, Q), parts_k, how_k, G, tables(backend, positions()), SCALE)
-    O = attention.values(attention.softmax(L), parts_v, how_v, G)  # noqa: E741
+    parts_k, mode_k, _ = cached(backend, mode, rank, K, is_key=True)
+    parts_v, mode_v, _ = cached(backend, mode, rank, V, is_key=False)
+    at = tokens(backend, positions())
+    L = mode_k.scores(to(backend, Q), parts_k, at, SCALE)
+    O = mode_v.values(part(backend, "core.attention").softmax(L), parts_v, at)  # noqa: E741
     expected = dense_values(softmax(dense_scores(Q, turn(K, positions()))), V)
     np.testing.assert_allclose(back(O), expected, rtol=0, atol=1e-12)
 
@@ -127,34 +127,34 @@ def formed(A, B):
     return sum(A[:, :, r, :, None] * B[:, :, r, None, :] for r in range(A.shape[2])) / A.shape[2]
 
 
-def test_algorithm_1_is_attention_on_the_formed_matrices(backend):
+def test_algorithm_1_is_attention_on_the_formed_matrices():
     """The paper's Algorithm 1 forms nothing and gives softmax(Q K^T) V of the Q, K, V that Eq. (3.1) forms."""
     given = factors(heads=4)
-    found = part(backend, "attention").algorithm_1(*(to(backend, x) for x in given), SCALE)
+    found = algorithm_1(*given, SCALE)
     Q, K, V = formed(*given[:2]), formed(*given[2:4]), formed(*given[4:])
     np.testing.assert_allclose(back(found), dense_values(softmax(dense_scores(Q, K)), V), rtol=0, atol=1e-12)
 
 
-def test_algorithm_1_with_a_mask(backend):
+def test_algorithm_1_with_a_mask():
     """Masked keys get probability zero."""
     given = factors(heads=4)
     seen = rng(6).random((B_, Q_, K_)) < 0.6
     seen[:, :, 0] = True
-    found = part(backend, "attention").algorithm_1(*(to(backend, x) for x in given), SCALE, to(backend, seen))
+    found = algorithm_1(*given, SCALE, seen)
     Q, K, V = formed(*given[:2]), formed(*given[2:4]), formed(*given[4:])
     L = np.where(seen[:, None], dense_scores(Q, K), -np.inf)
     np.testing.assert_allclose(back(found), dense_values(softmax(L), V), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_mha_mqa_and_gqa_are_special_cases_of_eq_3_1(backend, groups):
+def test_mha_mqa_and_gqa_are_special_cases_of_eq_3_1(groups):
     """With constant 0/1 a's that say which heads share a key (times R), Algorithm 1 is MHA, GQA or MQA."""
     heads, draw = 4, rng(7)
     Q, K, V = draw.standard_normal((B_, Q_, heads, D)), *draw.standard_normal((2, B_, K_, groups, D))
     share = np.repeat(np.eye(groups), heads // groups, axis=1) * groups  # [s, h]
     A = np.broadcast_to(share, (B_, K_, groups, heads))
     A_q = np.broadcast_to(heads * np.eye(heads), (B_, Q_, heads, heads))
-    found = part(backend, "attention").algorithm_1(*(to(backend, x) for x in (A_q, Q, A, K, A, V)), SCALE)
+    found = algorithm_1(A_q, Q, A, K, A, V, SCALE)
     np.testing.assert_allclose(back(found), dense_values(softmax(dense_scores(Q, K)), V), rtol=0, atol=1e-12)
 
 
@@ -162,19 +162,18 @@ def test_mha_mqa_and_gqa_are_special_cases_of_eq_3_1(backend, groups):
 def test_the_ordinary_gqa_cache_is_contextual_and_fixed_a_tpa(backend, g):
     """R = g with one-hot a's: `scores_contextual` and `scores_fixed_a` are plain grouped-query attention."""
     Q, K = rng(8).standard_normal((B_, Q_, 4, D)), rng(9).standard_normal((B_, K_, g, D))
-    factorize, attention = part(backend, "factorize"), part(backend, "attention")
-    A, B = factorize.exact_contextual(to(backend, K))
-    expected = dense_scores(Q, K)
-    np.testing.assert_allclose(
-        back(attention.scores_contextual(to(backend, Q), A, B, SCALE)), expected, rtol=0, atol=1e-12
-    )
-    fixed = attention.scores_fixed_a(to(backend, Q), factorize.exact_fixed_a(g), B, SCALE)
-    np.testing.assert_allclose(back(fixed), expected, rtol=0, atol=1e-12)
+    contextual, fixed_a = part(backend, "core.contextual"), part(backend, "core.fixed_a")
+    A, of_every_token = g * np.eye(g), np.tile(g * np.eye(g), (*K.shape[:2], 1, 1))
+    for found in (
+        contextual.scores_contextual(to(backend, Q), to(backend, of_every_token), to(backend, K), SCALE),
+        fixed_a.scores_fixed_a(to(backend, Q), to(backend, A), to(backend, K), SCALE),
+    ):
+        np.testing.assert_allclose(back(found), dense_scores(Q, K), rtol=0, atol=1e-12)
 
 
 def test_dense_scores_and_values_by_hand(backend):
     """Two query heads on one KV head: logits 0.5 q . k, and the mean of two values."""
-    attention = part(backend, "attention")
+    attention = part(backend, "core.attention")
     Q, K = np.array([[[[1.0, 0.0], [0.0, 2.0]]]]), np.array([[[[3.0, 4.0]], [[5.0, 6.0]]]])
     np.testing.assert_allclose(
         back(attention.scores_dense(to(backend, Q), to(backend, K), 0.5)), [[[[1.5, 2.5]], [[4.0, 6.0]]]]
@@ -185,7 +184,7 @@ def test_dense_scores_and_values_by_hand(backend):
 
 def test_softmax_is_safe_for_large_and_masked_logits(backend):
     """Logits of 1e4 overflow nothing; a row that sees nothing gives no NaN; a masked key gets exactly zero."""
-    masks, attention = part(backend, "masks"), part(backend, "attention")
+    masks, attention = part(backend, "core.masks"), part(backend, "core.attention")
     L = np.array([[[[1e4, 1e4 - np.log(3)], [5.0, 7.0], [0.0, 0.0]]]])
     seen = np.array([[[True, True], [True, False], [False, False]]])
     P = back(attention.softmax(masks.apply_mask(to(backend, L), to(backend, seen))))
@@ -199,7 +198,7 @@ def test_softmax_is_safe_for_large_and_masked_logits(backend):
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_shifting_all_positions_leaves_logits_alone(backend, scale):
     """A global layer sees only distances: adding 1000 to every position changes no logit."""
-    rope, attention = part(backend, "rope"), part(backend, "attention")
+    rope, attention = part(backend, "core.rope"), part(backend, "core.attention")
     Q, K = rng(10).standard_normal((B_, K_, G * N, D)), rng(11).standard_normal((B_, K_, G, D))
 
     def at(shift):
@@ -214,7 +213,7 @@ def test_shifting_all_positions_leaves_logits_alone(backend, scale):
 @pytest.mark.parametrize("window", [9, 10, 1000])
 def test_a_window_as_long_as_the_text_is_no_window(backend, window):
     """window >= length hides nothing that causality does not hide; window 8 of 9 hides exactly one key."""
-    visible = part(backend, "masks").visible
+    visible = part(backend, "core.masks").visible
     at = to(backend, np.array(positions()))
     np.testing.assert_array_equal(back(visible(at, at, window)), back(visible(at, at, None)))
     assert (back(visible(at, at, None)) != back(visible(at, at, 8))).sum() == B_
@@ -222,7 +221,7 @@ def test_a_window_as_long_as_the_text_is_no_window(backend, window):
 
 def test_visible_by_hand(backend):
     """Query 5 with window 3 sees 3, 4, 5, wherever they stand; -1 is an empty slot."""
-    seen = part(backend, "masks").visible(
+    seen = part(backend, "core.masks").visible(
         to(backend, np.array([[5, -1]])), to(backend, np.array([[6, 3, -1, 5, 2, 4]])), 3
     )
     assert back(seen).tolist() == [[[False, True, False, True, False, True], [False] * 6]]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+import helpers
 import numpy as np
 import pytest
-import helpers
+from helpers import MODES, back, part, refused, to
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import MODES, back, part, to
 
+import tpa_ref
 from tpa_ref.compress.config import TPAConfig
-from tpa_ref.core.factorize import Factorization
+from tpa_ref.core.cache import slot_positions
+from tpa_ref.core.pair import Pair, sides
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma import memory
 from tpa_ref.gemma.config import GemmaConfig
@@ -22,8 +24,17 @@ WINDOW = 11
 RANKS = {"dense": 0, "contextual": 2, "fixed-a": 1, "fixed-b": 5, "latent": 13}
 
 
-def cache_of(backend, config, how_k, how_v=None, batch=1, max_len=1):
-    return part(backend, "cache").Cache(config, [(how_k, how_v or how_k)] * config.num_layers, batch, max_len)
+def pair_of(backend, mode, rank, dtype, g=2, d=16):
+    """K and V cached by one mode whose constant arrays are of no concern."""
+    if mode == "dense":
+        return part(backend, "core.pair").Pair.dense(g, d, dtype)
+    made = part(backend, "core.mode").MODES[mode](g, d, rank, dtype)
+    return part(backend, "core.pair").Pair(made, made)
+
+
+def cache_of(backend, config, mode="dense", rank=0, dtype="float32", batch=1, max_len=1):
+    pair = pair_of(backend, mode, rank, dtype, config.num_kv_heads, config.head_dim)
+    return part(backend, "core.cache").Cache([pair] * config.num_layers, config.windows, batch, max_len)
 
 
 # ---- rings ----
@@ -31,8 +42,6 @@ def cache_of(backend, config, how_k, how_v=None, batch=1, max_len=1):
 
 def test_slot_positions_by_hand():
     """Token p lives in slot p mod slots: after 6 tokens 4 slots hold 4, 5, 2, 3; an unwritten slot says -1."""
-    from tpa_ref.core.cache import slot_positions
-
     assert slot_positions(4, np.array([6, 2, 0, 4]), 4).tolist() == [
         [4, 5, 2, 3],
         [0, 1, -1, -1],
@@ -45,15 +54,14 @@ def test_slot_positions_by_hand():
 
 def extend(backend, cache, layer, at, value_of=float):
     """Give one layer tokens whose every number is their own position; returns ([b,k] values, [b,k] positions)."""
-    config = cache.config
+    ring = cache.layers[layer].rings["coded"]
     value = np.vectorize(value_of)(at) if at.size else at
-    X = np.broadcast_to(value[:, :, None, None], (*at.shape, config.num_kv_heads, config.head_dim)).astype(np.float32)
-    kv = part(backend, "cache")
-    new = kv.store({"X": to(backend, X)}, Factorization("dense", dtype="float32"))
-    held, keys = cache.layers[layer].extend((new, new), at, cache.lengths_b)
-    for side in held:
-        assert (back(side["X"]["x"]) == back(side["X"]["x"])[..., :1, :1]).all()
-    return back(held[0]["X"]["x"])[:, :, 0, 0], np.asarray(keys)
+    X = np.broadcast_to(value[:, :, None, None], (*at.shape, ring.pair.k.g, ring.pair.k.d)).astype(np.float32)
+    new = ring.pair.k.store({"X": to(backend, X)})
+    held, keys = ring.append(sides(new, new), at, cache.lengths_b)
+    for array in held.values():
+        assert (back(array) == back(array)[..., :1, :1]).all()
+    return back(held["k.X.x"])[:, :, 0, 0], np.asarray(keys)
 
 
 def assert_every_query_finds_its_keys(values, keys, at, window, value_of=float):
@@ -72,9 +80,9 @@ def assert_every_query_finds_its_keys(values, keys, at, window, value_of=float):
 def test_every_query_finds_its_keys_whatever_the_chunks(chunks, layer):
     """A chunk longer than the ring, shorter, or of one token: the keys read are those of the window, none twice."""
     for backend in helpers.backends():
-        cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), max_len=sum(chunks))
+        cache = cache_of(backend, helpers.config(), max_len=sum(chunks))
         window = WINDOW if layer == 0 else sum(chunks)
-        assert cache.layers[layer].slots == min(window, sum(chunks))
+        assert cache.layers[layer].rings["coded"].slots == min(window, sum(chunks))
         for chunk in chunks:
             at = cache.positions(chunk, None)
             values, keys = extend(backend, cache, layer, at)
@@ -86,7 +94,7 @@ def test_every_query_finds_its_keys_whatever_the_chunks(chunks, layer):
 @pytest.mark.parametrize("layer", [0, 5])
 def test_rows_of_different_length(backend, layer):
     """Padding writes nothing: each row of the batch keeps its own count, in rings as in global layers."""
-    cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), batch=3, max_len=60)
+    cache = cache_of(backend, helpers.config(), batch=3, max_len=60)
     window = WINDOW if layer == 0 else 60
     for lengths in ([5, 2, 0], [1, 1, 1], [9, 0, 14], [1, 0, 1], [12, 13, 1], [1, 1, 0]):
         at = cache.positions(max(lengths), np.array(lengths))
@@ -98,10 +106,10 @@ def test_rows_of_different_length(backend, layer):
 
 def test_ring_contents_by_hand(backend):
     """13 tokens in 11 slots: 0 and 1 are overwritten by 11 and 12, in place."""
-    cache = cache_of(backend, helpers.config(), Factorization("dense", dtype="float32"), max_len=40)
+    cache = cache_of(backend, helpers.config(), max_len=40)
     at = cache.positions(13, None)
     extend(backend, cache, 0, at)
-    held = back(cache.layers[0].stored[0]["X"]["x"])[0, :, 0, 0]
+    held = back(cache.layers[0].rings["coded"].arrays["k.X.x"])[0, :, 0, 0]
     assert held.tolist() == [11, 12, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
@@ -110,7 +118,7 @@ def test_ring_contents_by_hand(backend):
 
 def held_bytes(thing):
     """Bytes of every array reachable from a cache's layers, the memory behind views included."""
-    if isinstance(thing, Factorization):  # constant factors belong to the model
+    if isinstance(thing, Pair):  # constant factors belong to the model
         return 0
     if isinstance(thing, np.ndarray):
         return (thing if thing.base is None else thing.base).nbytes
@@ -147,12 +155,12 @@ def side_bytes(mode, rank, dtype, g, d):
 @pytest.mark.parametrize("mode", RANKS)
 def test_nbytes_is_what_is_held_and_what_arithmetic_says(backend, mode, dtype, batch):
     """nbytes = bytes of all arrays really held = nbytes_at = slots x bytes per token, by mode, dtype, batch."""
-    config, how = helpers.config(), Factorization(mode, RANKS[mode], dtype)
-    cache = cache_of(backend, config, how, batch=batch, max_len=20)
+    config, how = helpers.config(), (mode, RANKS[mode], dtype)
+    cache = cache_of(backend, config, *how, batch=batch, max_len=20)
     by_hand = batch * (1 * 20 + 6 * WINDOW) * 2 * side_bytes(mode, RANKS[mode], dtype, g=2, d=16)
     assert cache.nbytes == by_hand
     assert held_bytes(cache.layers) == by_hand
-    other = cache_of(backend, config, how)
+    other = cache_of(backend, config, *how)
     assert other.nbytes_at(20, batch) == by_hand
 
 
@@ -205,11 +213,10 @@ PER_TOKEN = [
 @pytest.mark.parametrize(("variant", "mode", "rank", "expected"), PER_TOKEN)
 def test_bytes_per_token_by_hand(variant, mode, rank, expected):
     """The published shapes: bytes of one token's K and V in one layer."""
-    from tpa_ref.core.cache import token_bytes
-
     config = GemmaConfig.of_variant(variant)
-    found = [2 * token_bytes(Factorization(mode, rank, dtype), config) for dtype in ("bfloat16", "int8", "int4")]
-    assert found == list(expected)
+    g, d = config.num_kv_heads, config.head_dim
+    pairs = [pair_of(tpa_ref, mode, rank, dtype, g, d) for dtype in ("bfloat16", "int8", "int4")]
+    assert [pair.token_bytes for pair in pairs] == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +230,7 @@ def test_nbytes_at_of_the_published_models(backend, variant, layers_global, laye
         if name != variant:
             continue
         for dtype, per_token in zip(("bfloat16", "int8", "int4"), expected, strict=True):
-            cache = cache_of(backend, config, Factorization(mode, rank, dtype))
+            cache = cache_of(backend, config, mode, rank, dtype)
             assert cache.nbytes == per_token * (layers_global + layers_local)
             for n in (1, window, window + 1, 32_768, 131_072):
                 slots = layers_global * n + layers_local * min(n, window)
@@ -247,10 +254,11 @@ def test_baselines_at_32k_by_hand(variant, full, windowed):
 def test_the_dense_cache_is_the_windowed_baseline(backend):
     """The fair baseline is not a formula of its own: it is what our dense bf16 cache really takes."""
     for config in (helpers.config(), GemmaConfig.gemma3_4b()):
-        cache = cache_of(backend, config, Factorization("dense", dtype="bfloat16"))
+        cache = cache_of(backend, config, dtype="bfloat16")
         for n in (5, 11, 12, 2000):
             assert cache.nbytes_at(n) == memory.windowed_bytes(config, n)
-    assert cache_of(backend, helpers.config(), Factorization("dense"), max_len=50).nbytes == 2 * 2 * 32 * (50 + 6 * 11)
+    held = cache_of(backend, helpers.config(), dtype="bfloat16", max_len=50)
+    assert held.nbytes == 2 * 2 * 32 * (50 + 6 * 11)
 
 
 def test_memory_report_by_hand():
@@ -409,14 +417,6 @@ def test_a_ragged_batch_gives_the_logits_of_each_text_alone(backend):
 # ---- what is refused ----
 
 
-def refused(call, *words):
-    with pytest.raises(TPAError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert str(word) in str(caught.value), caught.value
-
-
 def test_a_cache_that_is_too_small_is_named_before_anything_is_stored(backend):
     """9 tokens in 8 slots: both numbers in the error, nothing written, and the cache is still of use."""
     model = helpers.model(backend, dtype="float64")
@@ -450,9 +450,8 @@ def test_a_cache_of_another_model_is_refused(backend):
 def test_a_cache_for_another_batch_is_refused(backend):
     """Both batch sizes are named."""
     model = helpers.model(backend)
-    refused(
-        lambda: model.hidden(helpers.tokens(3, batch=2), cache=model.new_cache(batch=3, max_len=8)), "batch 3", "batch 2"
-    )
+    cache = model.new_cache(batch=3, max_len=8)
+    refused(lambda: model.hidden(helpers.tokens(3, batch=2), cache=cache), "batch 3", "batch 2")
 
 
 @pytest.mark.parametrize(("batch", "max_len"), [(0, 5), (1, 0), (-1, 5)])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import helpers
 import numpy as np
 import pytest
-import helpers
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = helpers.ROOT / "tests" / "golden"
 ROPE = {
     "local": (10_000.0, 1.0),
     "global": (1_000_000.0, 1.0),
@@ -37,7 +35,7 @@ def test_rope_tables_are_those_of_transformers(backend, golden, kind):
     arrays = golden["rope"]
     base, scale = ROPE[kind]
     d = arrays["x_bhkd"].shape[-1]
-    tables = helpers.part(backend, "rope").rope_tables(helpers.to(backend, arrays["positions_bk"]), d, base, scale)
+    tables = helpers.part(backend, "core.rope").rope_tables(helpers.to(backend, arrays["positions_bk"]), d, base, scale)
     atol = 1e-6 + 1.2e-7 * arrays["positions_bk"][..., None]
     for name, table in zip(("cos", "sin"), tables, strict=True):
         expected = arrays[f"{kind}_{name}_bkd"]
@@ -50,7 +48,7 @@ def test_rope_tables_are_those_of_transformers(backend, golden, kind):
 def test_rotated_vectors_are_those_of_transformers(backend, golden, kind):
     """Half-split pairing, sign and order of the rotation: apply_rotary_pos_emb on the same vectors."""
     arrays = golden["rope"]
-    rope = helpers.part(backend, "rope")
+    rope = helpers.part(backend, "core.rope")
     x = np.swapaxes(arrays["x_bhkd"], 1, 2)
     tables = rope.rope_tables(helpers.to(backend, arrays["positions_bk"]), x.shape[-1], *ROPE[kind])
     rotated = helpers.back(rope.rotate(helpers.to(backend, x), *tables))
@@ -68,7 +66,9 @@ def test_masks_of_whole_padded_texts_are_those_of_transformers(backend, golden, 
     step = np.arange(expected.shape[1])
     positions = np.where(step < lengths_b[:, None], step, -1)
     seen = helpers.back(
-        helpers.part(backend, "masks").visible(helpers.to(backend, positions), helpers.to(backend, positions), window)
+        helpers.part(backend, "core.masks").visible(
+            helpers.to(backend, positions), helpers.to(backend, positions), window
+        )
     )
     for row, length in enumerate(lengths_b):  # what padding itself would see is of no concern
         np.testing.assert_array_equal(seen[row, :length], expected[row, :length])
@@ -81,14 +81,14 @@ def test_masks_of_a_later_chunk_are_those_of_transformers(backend, golden, kind)
     window = int(arrays["window_size"]) if kind == "window" else None
     order = np.random.default_rng(0).permutation(12)
     queries, keys = np.array([[9, 10, 11]]), order[None]
-    seen = helpers.part(backend, "masks").visible(helpers.to(backend, queries), helpers.to(backend, keys), window)
+    seen = helpers.part(backend, "core.masks").visible(helpers.to(backend, queries), helpers.to(backend, keys), window)
     np.testing.assert_array_equal(helpers.back(seen), arrays[f"{kind}_chunk_bqk"].astype(bool)[:, :, order])
 
 
 def test_rms_norm_is_that_of_transformers(backend, golden):
     """x / rms(x) * (1 + w), for vectors from 1e-4 to 1e4 in size and for the zero vector."""
     arrays = golden["pointwise"]
-    y = helpers.part(backend, "norm").rms_norm(
+    y = helpers.part(backend, "core.norm").rms_norm(
         helpers.to(backend, arrays["norm_x"]), helpers.to(backend, arrays["norm_w"]), 1e-6
     )
     assert helpers.back(y).dtype == np.float32
@@ -98,5 +98,5 @@ def test_rms_norm_is_that_of_transformers(backend, golden):
 def test_gelu_is_the_tanh_form_of_transformers(backend, golden):
     """The tanh approximation, not the exact GELU: they differ by up to 5e-4, far above the tolerance."""
     arrays = golden["pointwise"]
-    y = helpers.part(backend, "mlp").gelu_tanh(helpers.to(backend, arrays["gelu_x"]))
+    y = helpers.part(backend, "gemma.mlp").gelu_tanh(helpers.to(backend, arrays["gelu_x"]))
     np.testing.assert_allclose(helpers.back(y), arrays["gelu_y"], rtol=0, atol=1e-12)

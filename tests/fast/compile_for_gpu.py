@@ -6,14 +6,18 @@ compiled kernel: its name, the bytes of shared memory of a program, and whether 
 
 from __future__ import annotations
 
-import helpers
 import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tpa_ref.core.factorize import Factorization
-from tpa_torch.core import cache as kv
+from tpa_torch.core.cache import Cache
+from tpa_torch.core.contextual import Contextual
+from tpa_torch.core.dense import Dense
+from tpa_torch.core.fixed_a import FixedA
+from tpa_torch.core.fixed_b import FixedB
+from tpa_torch.core.pair import Pair
+from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import kernels
 from tpa_torch.fast.kernels import factors, launch
 
@@ -49,21 +53,26 @@ class Compiled:
         return compile
 
 
-def factors_of(mode, dtype, rank, g, d):
-    widths = tuple(8 - 7 * i // rank for i in range(rank)) if dtype == "spectral" else ()
-    shapes = {"fixed-a": (rank, g, d), "fixed-b": (g, rank, d), "latent": (rank, g, d)}
-    basis = torch.zeros(shapes[mode]) if mode in shapes else None
-    return Factorization(mode, rank, dtype, basis, mean=torch.zeros(g, d) if widths else None, widths=widths)
+def mode_of(name, dtype, rank, g, d):
+    match name:
+        case "dense":
+            return Dense(g, d, dtype=dtype)
+        case "contextual":
+            return Contextual(g, d, rank, dtype)
+        case "fixed-a":
+            return FixedA(g, d, rank, dtype, basis=torch.zeros(rank, g, d))
+        case "fixed-b":
+            return FixedB(g, d, rank, dtype, basis=torch.zeros(g, rank, d))
+    widths = tuple(8 - 7 * i // rank for i in range(rank))
+    return CodedLatent(g, d, rank, dtype, basis=torch.zeros(rank, g, d), mean=torch.zeros(g, d), widths=widths)
 
 
 def compile_decode(k, v, g, h, d, dtype, slots=2048):
     """One layer of a global kind, with everything that `launch.decode` would start."""
-    how = factors_of(*k, g, d), factors_of(*v, g, d)
-    config = helpers.config(head_dim=d, num_heads=h, num_kv_heads=g, max_positions=4096)
-    held = kv.Cache(config, [how] * 7, 1, slots).layers[5]
+    held = Cache([Pair(mode_of(*k, g, d), mode_of(*v, g, d))], [None], 1, slots, whole_tokens=True).layers[0]
     one, table = torch.zeros(1, dtype=torch.int32), torch.zeros(2048, d // 2)
     Q_bqhd = torch.zeros(1, 1, h, d, dtype=dtype)
-    launch.decode(Q_bqhd, held, kernels.Step(one, one), (table, table), None, kv.Exact(), g, 0.1, splits=32)
+    launch.decode(Q_bqhd, held, kernels.Step(one, one), (table, table), 0.1, splits=32)
 
 
 def main():
@@ -74,8 +83,8 @@ def main():
     bf16, big, wide = torch.bfloat16, (16, 32, 128), (4, 8, 256)
     compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16)
     compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16, slots=1931)  # nothing new
-    compile_decode(("fixed-a", "int8", 2), ("latent", "spectral", 300), *big, bf16)
-    compile_decode(("latent", "spectral", 300), ("latent", "spectral", 300), *wide, bf16)
+    compile_decode(("fixed-a", "int8", 2), ("spectral", "spectral", 300), *big, bf16)
+    compile_decode(("spectral", "spectral", 300), ("spectral", "spectral", 300), *wide, bf16)
     compile_decode(("fixed-b", "int4", 64), ("fixed-b", "int4", 64), *wide, bf16)
     compile_decode(("contextual", "float32", 2), ("dense", "float32", 0), *wide, torch.float32)
     factors.contextual_factors(torch.zeros(1, 1, 16, 128, dtype=bf16), 2, 12)

@@ -12,14 +12,15 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+OWN = ("contextual, exact", "latent int8")  # the settings that `serving` does not have, too
 
 
 @pytest.mark.parametrize(
     ("script", "options"),
     [
         ("decode_attention", ["--variants", "tiny", "--contexts", "100"]),
-        ("end_to_end", ["--contexts", "150", "--prefill", "20", "--long", "300"]),
+        ("end_to_end", ["--contexts", "150", "--prefill", "20", "--long", "300", "--settings", *OWN]),
         ("serving", ["--contexts", "200", "--memory-gb", "0.003"]),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import helpers
 import numpy as np
 import pytest
-import helpers
 from helpers import relative, run_cached, to_numpy
 
 torch = pytest.importorskip("torch")
@@ -12,20 +14,28 @@ torch = pytest.importorskip("torch")
 import tpa_ref
 import tpa_torch
 from tpa_ref.compress.config import KV_DTYPES
-from tpa_ref.core import attention as reference
-from tpa_ref.core import cache as reference_cache
-from tpa_ref.core import masks as reference_masks
-from tpa_ref.core import rope as reference_rope
-from tpa_ref.core.factorize import Factorization, part_shapes
-from tpa_torch.core import cache
-from tpa_torch.fast import decode, prefill
-from tpa_torch.gemma import model as torch_model
+from tpa_ref.core import attention, masks, rope
+from tpa_ref.core.contextual import Contextual
+from tpa_ref.core.dense import Dense
+from tpa_ref.core.fixed_a import FixedA
+from tpa_ref.core.fixed_b import FixedB
+from tpa_ref.core.latent import Latent
+from tpa_ref.core.mode import Tokens
+from tpa_ref.core.pair import Pair
+from tpa_ref.core.spectral import CodedLatent
+from tpa_ref.trace import no_trace
+from tpa_torch.core.cache import Exact, Segment
+from tpa_torch.core.dense import Dense as TorchDense
+from tpa_torch.fast import attend, blocks, decode, prefill, readers
+from tpa_torch.fast.scratch import Scratch
+from tpa_torch.gemma import positions
 
 B, H, G, D = 2, 8, 4, 32
-RANKS = {"dense": 0, "contextual": 3, "fixed-a": 2, "fixed-b": 5, "latent": 13}
-KINDS = [*RANKS, "fixed-a exact", "fixed-a pairs"]
+KINDS = ("dense", "contextual", "fixed-a", "fixed-b", "latent", "fixed-a exact", "fixed-a pairs")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 WIDTHS = (8, 7, 7, 6, 5, 5, 4, 4, 3, 2, 2, 1, 1, 1)
+SEGMENTS = ("coded", "sinks", "recent")
+TWINS = {**tpa_torch.Model.MODES, "dense": TorchDense, "spectral": tpa_torch.Model.CodedLatent}
 
 
 @pytest.fixture(autouse=True, params=["compiled", "PyTorch"])
@@ -37,61 +47,68 @@ def small_tiles(request, monkeypatch):
         monkeypatch.setenv("TPA_NATIVE", "0")
 
 
-def factors(kind: str, dtype: str, rng) -> Factorization:
+def random_mode(kind: str, dtype: str, rng):
     """A random way to cache one side."""
-    if dtype == "spectral":
-        order = rng.permutation(len(WIDTHS)) if kind == "unsorted" else np.arange(len(WIDTHS))
-        widths = tuple(WIDTHS[i] for i in order)
-        basis = rng.normal(size=(len(widths), G, D)).astype(np.float32)
-        return Factorization("latent", len(widths), dtype, basis, 0.0, basis, rng.normal(size=(G, D)), widths)
-    mode, _, detail = kind.partition(" ")
-    rank = G if detail == "exact" else RANKS[mode]
-    shape = {"fixed-a": (rank, G, D) if detail == "pairs" else (rank, G), "fixed-b": (G, rank, D)}
-    basis = rng.normal(size=shape.get(mode, (rank, G, D))) if mode not in ("dense", "contextual") else None
-    if detail == "exact":
-        basis = G * np.eye(G)
-    return Factorization(mode, rank, dtype, basis, 0.0)
+    match kind:
+        case "dense":
+            return Dense(G, D, dtype=dtype)
+        case "contextual":
+            return Contextual(G, D, 3, dtype)
+        case "fixed-a":
+            return FixedA(G, D, 2, dtype, basis=rng.normal(size=(2, G)))
+        case "fixed-a exact":
+            return FixedA(G, D, G, dtype, basis=G * np.eye(G))
+        case "fixed-a pairs":
+            return FixedA(G, D, 2, dtype, basis=rng.normal(size=(2, G, D)))
+        case "fixed-b":
+            return FixedB(G, D, 5, dtype, basis=rng.normal(size=(G, 5, D)))
+        case "latent":
+            return Latent(G, D, 13, dtype, basis=rng.normal(size=(13, G, D)))
+    widths = WIDTHS if kind == "sorted" else tuple(int(width) for width in rng.permutation(WIDTHS))
+    basis, mean = rng.normal(size=(len(widths), G, D)), rng.normal(size=(G, D))
+    return CodedLatent(G, D, len(widths), "spectral", 0.0, basis, basis, mean, widths)
 
 
-def in_torch(how: Factorization) -> Factorization:
-    arrays = {
-        name: None if x is None else torch.from_numpy(np.asarray(x, np.float32)) for name, x in how.constants().items()
-    }
-    return Factorization(
-        how.mode, how.rank, how.dtype, arrays["basis"], 0.0, arrays["encoder"], arrays["mean"], how.widths
-    )
+def twin(mode):
+    """The same mode in PyTorch."""
+    arrays = {name: None if x is None else torch.tensor(x, dtype=torch.float32) for name, x in mode.arrays().items()}
+    return TWINS[mode.name](**vars(mode) | arrays)
 
 
-def stored_pair(how: Factorization, k: int, rng):
+def random_tokens(mode, k, rng):
     """The same random tokens as both backends cache them."""
-    shapes = {"C": (how.rank,)} if how.dtype == "spectral" else part_shapes(how.mode, how.rank, G, D)
-    parts = {part: rng.normal(size=(B, k, *shape)).astype(np.float32) for part, shape in shapes.items()}
-    held = reference_cache.store(parts, how)
-    return held, cache.store({part: torch.from_numpy(x) for part, x in parts.items()}, in_torch(how))
+    parts = {part: rng.normal(size=(B, k, *shape)).astype(np.float32) for part, shape in mode.parts().items()}
+    return mode.store(parts), twin(mode).store({part: torch.from_numpy(x) for part, x in parts.items()})
 
 
-def both(how_k, how_v, k, q, rng, sharpness=1.0, segments=1, ragged=False):
+def both(k_mode, v_mode, k, q, rng, sharpness=1.0, kinds=SEGMENTS[:1], ragged=False):
     """(reference, fast path) of random queries over random keys in one or more segments."""
     Q_bqhd = (sharpness * rng.normal(size=(B, q, H, D))).astype(np.float32)
-    logits, sides, fast = [], [], []
-    for segment in range(segments):
-        how = (how_k, how_v) if segment == 0 else reference_cache.DENSE
-        positions_bk = np.tile(np.arange(k) + k * segment, (B, 1))
-        tables = reference_rope.rope_tables(positions_bk, D, 10_000)
+    logits, values, segments, masked = [], [], [], {}
+    for number, kind in enumerate(kinds):
+        modes = (k_mode, v_mode) if kind == "coded" else Pair.dense(G, D).modes
+        positions_bk = np.tile(np.arange(k) + k * number, (B, 1))
+        tables = rope.rope_tables(positions_bk, D, 10_000)
         seen_bqk = rng.random((B, q, k)) < 0.7 if ragged else np.ones((B, q, k), bool)
         seen_bqk[:, :, 0] |= ~seen_bqk.any(-1)
-        (held_k, fast_k), (held_v, fast_v) = (stored_pair(side, k, rng) for side in how)
-        parts_k, parts_v = (reference_cache.load(x, side, G, D) for x, side in zip((held_k, held_v), how))
-        L_bhqk = reference.scores(Q_bqhd, parts_k, how[0], G, tables, 0.3)
-        logits.append(reference_masks.apply_mask(L_bhqk, seen_bqk))
-        sides.append((parts_v, how[1]))
+        (stored_k, torch_k), (stored_v, torch_v) = (random_tokens(mode, k, rng) for mode in modes)
+        L_bhqk = modes[0].scores(Q_bqhd, modes[0].load(stored_k, np.float32), Tokens(tables), 0.3)
+        logits.append(masks.apply_mask(L_bhqk, seen_bqk))
+        values.append((modes[1], modes[1].load(stored_v, np.float32), Tokens(tables)))
         turns_bkp = torch.complex(*(torch.from_numpy(x.astype(np.float32)) for x in tables))
-        seen = torch.from_numpy(seen_bqk) if ragged else None
-        fast.append(decode.Keys((fast_k, fast_v), tuple(map(in_torch, how)), turns_bkp, seen))
-    P_bhqk = np.split(reference.softmax(np.concatenate(logits, -1)), segments, -1)
-    expected = sum(reference.values(P, parts, how, G) for P, (parts, how) in zip(P_bhqk, sides))
-    got = decode.attend(torch.from_numpy(Q_bqhd), fast, G, 0.3, decode.Scratch())
-    return expected, to_numpy(got)
+        stored = {f"k.{name}": x for name, x in torch_k.items()} | {f"v.{name}": x for name, x in torch_v.items()}
+        pair = tpa_torch.Model.Pair(*map(twin, modes))
+        segments.append(Segment(kind, pair, stored, positions_bk, positions.Tokens(turns_bkp)))
+        masked[kind] = torch.from_numpy(seen_bqk)
+    P_bhqk = np.split(attention.softmax(np.concatenate(logits, -1)), len(kinds), -1)
+    expected = sum(mode.values(P, *more) for P, (mode, *more) in zip(P_bhqk, values))
+    keys = SimpleNamespace(
+        segments=segments,
+        at=SimpleNamespace(kept={}),
+        held=SimpleNamespace(exact=Exact()),
+        seen=lambda segment: masked[segment.kind],
+    )
+    return expected, to_numpy(decode.attend(torch.from_numpy(Q_bqhd), keys, 0.3, Scratch()))
 
 
 # ---- one layer ----
@@ -102,7 +119,7 @@ def both(how_k, how_v, k, q, rng, sharpness=1.0, segments=1, ragged=False):
 def test_every_mode(kind, dtype):
     """K and V in every mode and dtype: a length that is no multiple of the tile, masked keys, three queries."""
     rng = np.random.default_rng(0)
-    expected, got = both(factors(kind, dtype, rng), factors(kind, dtype, rng), 45, 3, rng, ragged=True)
+    expected, got = both(random_mode(kind, dtype, rng), random_mode(kind, dtype, rng), 45, 3, rng, ragged=True)
     assert relative(got, expected) < 1e-5
 
 
@@ -110,7 +127,16 @@ def test_every_mode(kind, dtype):
 def test_spectral(k_kind):
     """Widths from 1 to 8 bits, in falling order as the conversion makes them and in any other."""
     rng = np.random.default_rng(0)
-    expected, got = both(factors(k_kind, "spectral", rng), factors("sorted", "spectral", rng), 45, 1, rng)
+    expected, got = both(random_mode(k_kind, "", rng), random_mode("sorted", "", rng), 45, 1, rng)
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sorted"])
+def test_a_mode_without_a_reader(kind, monkeypatch):
+    """What `readers` does not know is formed by the mode's own `decode`."""
+    monkeypatch.setattr(readers, "side", lambda *known: readers.Formed(*known, ""))
+    rng = np.random.default_rng(0)
+    expected, got = both(random_mode(kind, "int8", rng), random_mode(kind, "int8", rng), 45, 3, rng, ragged=True)
     assert relative(got, expected) < 1e-5
 
 
@@ -118,7 +144,8 @@ def test_spectral(k_kind):
 def test_sharp_logits(kind):
     """Logits that lie hundreds apart, from tile to tile and within one: no NaN, no overflow, the same winner."""
     rng = np.random.default_rng(0)
-    expected, got = both(factors(kind, "float32", rng), factors("dense", "float32", rng), 50, 1, rng, sharpness=300)
+    modes = random_mode(kind, "float32", rng), random_mode("dense", "float32", rng)
+    expected, got = both(*modes, 50, 1, rng, sharpness=300)
     assert np.isfinite(got).all()
     assert relative(got, expected) < 1e-3  # logits of some thousand carry errors of 1e-4
 
@@ -128,25 +155,25 @@ def test_sharp_logits(kind):
 def test_lengths(kind, k):
     """One token; and around the size of a tile."""
     rng = np.random.default_rng(k)
-    expected, got = both(factors(kind, "float32", rng), factors(kind, "float32", rng), k, 1, rng)
+    expected, got = both(random_mode(kind, "float32", rng), random_mode(kind, "float32", rng), k, 1, rng)
     assert relative(got, expected) < 1e-5
 
 
 def test_segments():
     """Exact tokens beside coded ones: one softmax over all."""
     rng = np.random.default_rng(0)
-    how = factors("sorted", "spectral", rng)
-    expected, got = both(how, how, 37, 2, rng, segments=3, ragged=True)
+    mode = random_mode("sorted", "", rng)
+    expected, got = both(mode, mode, 37, 2, rng, kinds=SEGMENTS, ragged=True)
     assert relative(got, expected) < 1e-5
 
 
 def test_a_lost_tile_is_seen(monkeypatch):
     """The comparison goes red when the last tile, which is not full, is left out."""
     rng = np.random.default_rng(0)
-    right = decode._tiles
-    monkeypatch.setattr(decode, "_tiles", lambda *sizes: list(right(*sizes))[:-1])
-    how = factors("contextual", "float32", rng)
-    expected, got = both(how, how, 45, 1, rng)
+    right = decode.tiles
+    monkeypatch.setattr(decode, "tiles", lambda *sizes: list(right(*sizes))[:-1])
+    mode = random_mode("contextual", "float32", rng)
+    expected, got = both(mode, mode, 45, 1, rng)
     assert relative(got, expected) > 1e-2
 
 
@@ -214,14 +241,14 @@ def test_different_lengths(mode):
 @pytest.mark.parametrize(
     "choices", [{}, {"mode": "contextual"}, {"k_mode": "fixed-a", "v_mode": "latent"}, {"rate": 2.0}], ids=str
 )
-def test_bfloat16(choices, tmp_path):
+def test_bfloat16(choices, tmp_path, monkeypatch):
     """A bfloat16 model's fast path is as close to a float32 computation as its plain path is."""
     numpy, _ = models(**choices)
     fast = tpa_torch.load(helpers.write_folder(tmp_path / "model"), dtype="bfloat16")
     fast = tpa_torch.convert(fast, tpa_torch.TPAConfig(**choices)) if choices else fast
     expected = run_cached(numpy, TEXT, (20,))[1]
     got = run_cached(fast, TEXT, (20,))[1]
-    fast._attend_decoding = lambda *args: fast._attend_plainly(*args, torch_model.no_trace)
+    monkeypatch.setattr(decode, "attend", lambda *args: attend.plainly(*args[:3], no_trace))
     plain = run_cached(fast, TEXT, (20,))[1]
     assert np.abs(got - expected).mean() < 1.2 * np.abs(plain - expected).mean() + 1e-6
 
@@ -229,7 +256,7 @@ def test_bfloat16(choices, tmp_path):
 def test_exact_tokens():
     """Sinks and newest tokens beside a spectral cache, through the model."""
     numpy, fast = models(rate=1.0)
-    assert any(numpy.exact(layer) for layer in range(7))
+    assert [list(model.new_cache(2, 64).layers[5].rings) for model in (numpy, fast)] == [["coded", "sinks"]] * 2
     (_, expected), (_, got) = (run_cached(model, TEXT, (20,)) for model in (numpy, fast))
     assert np.abs(got - expected).mean() < 3e-3 * np.abs(expected).mean()
 
@@ -237,7 +264,7 @@ def test_exact_tokens():
 @pytest.mark.parametrize("choices", [{}, {"mode": "latent", "kv_dtype": "float32"}, {"rate": 1.0}], ids=str)
 def test_prefill_in_blocks(choices, monkeypatch):
     """Fused prefill of whole texts and of chunks into a ring, in blocks of queries: the reference's logits."""
-    monkeypatch.setattr(torch_model, "QUERY_BLOCK", 9)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 9)
     numpy, fast = models(**choices)
     lengths = np.array([45, 13])
     expected, got = (to_numpy(model(TEXT, lengths_b=lengths)) for model in (numpy, fast))

@@ -33,7 +33,7 @@ def test_its_comparison_of_kernels(script, monkeypatch):
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
     monkeypatch.setenv("TPA_TRITON", "1")
     assert script.wrong("4b", "contextual", "int8", "cpu", torch.float32, length=40) < 1e-5
-    monkeypatch.setattr(script.kernels, "attend", lambda Q, *_: Q)
+    monkeypatch.setattr(script.kernels, "decode", lambda Q, *_: Q)
     assert script.wrong("4b", "contextual", "int8", "cpu", torch.float32, length=40) > 0.1
 
 

@@ -8,15 +8,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import helpers
-from helpers import relative, submodule
+from helpers import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpa_torch
 from tpa_ref.compress.config import TPAConfig
-from tpa_torch.core import factorize
+from tpa_ref.gemma import generate
+from tpa_torch.core.contextual import Contextual
 from tpa_torch.fast import graph
+from tpa_torch.gemma.model import StaticModel
 
-generate = submodule(tpa_torch, "generate")
 CHOICES = {
     "dense": None,
     "contextual": TPAConfig(mode="contextual", k_rank=2, v_rank=1, kv_dtype="float32"),
@@ -48,12 +49,23 @@ def never_stop(monkeypatch):
     stop_at(monkeypatch, {-7})
 
 
-def both(model, count, sampling=None, rows=ROWS, max_len=40):
+def prefilled(model, rows):
+    """(logits behind rows, the cache that holds them)."""
+    cache = model.new_cache(len(rows), 40)
+    return torch.from_numpy(generate.prefill(model, rows, cache)), cache
+
+
+def static_steps(model, rows, count, sampling=None):
+    """(steps on static buffers, their cache)."""
+    L_bv, cache = prefilled(model, rows)
+    return graph.stream(StaticModel(model), cache, L_bv, count, sampling or graph.Sampling()), cache
+
+
+def both(model, count, rows=ROWS):
     """[(tokens of every step, cache)]: the ordinary way, then on static buffers."""
-    caches = [model.new_cache(len(rows), max_len) for _ in range(2)]
-    ordinary = generate.generate_rows(model, rows, count, cache=caches[0])
-    static = graph.stream(model, caches[1], generate.prefill(model, rows, caches[1]), count, graph.Sampling())
-    return [(list(steps), cache) for steps, cache in zip((ordinary, static), caches, strict=True)]
+    cache = model.new_cache(len(rows), 40)
+    ordinary = generate.generate_rows(model, rows, count, cache=cache), cache
+    return [(list(steps), cache) for steps, cache in (ordinary, static_steps(model, rows, count))]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -72,9 +84,10 @@ def test_the_same_tokens_and_the_same_cache(name, monkeypatch):
 
 
 def held(layer, other):
-    for one, two in ((layer, other), (layer.sinks, other.sinks), (layer.recent, other.recent)):
-        if one is not None:
-            yield from two._pairs(one.stored)
+    """(array, the same of the other) of everything that two layers hold."""
+    for kind, ring in layer.rings.items():
+        for name, array in ring.arrays.items():
+            yield array, other.rings[kind].arrays[name]
 
 
 def test_rows_that_stop(monkeypatch):
@@ -91,9 +104,9 @@ def test_rows_that_stop(monkeypatch):
 def writes_of_every_row(patch):
     right = graph.NewTokens.__init__
 
-    def init(self, model, cache, position_b, runs_b, *text):
-        right(self, model, cache, position_b, runs_b, *text)
-        self.runs_b = torch.ones_like(runs_b)
+    def init(self, *args):
+        right(self, *args)
+        self.runs_b = torch.ones_like(self.runs_b)
 
     patch(graph.NewTokens, "__init__", init)
 
@@ -104,9 +117,7 @@ def keys_one_position_late(patch):
 
 
 def rows_that_never_run(patch):
-    patch(
-        graph.GraphDecoder, "_next", lambda self, x_bqm: self.token_b.copy_(self.model.logits(x_bqm)[:, 0].argmax(-1))
-    )
+    patch(graph.GraphDecoder, "_next", lambda self, L_bv: self.token_b.copy_(L_bv.argmax(-1)))
 
 
 @pytest.mark.parametrize("mistake", [None, writes_of_every_row, keys_one_position_late, rows_that_never_run])
@@ -132,11 +143,10 @@ def test_a_consumer_that_leaves():
     model = model_of("dense")
     caches, nexts = [], []
     for static in (False, True):
-        cache = model.new_cache(1, 40)
-        x_bqm = generate.prefill(model, ROWS[:1], cache)
-        steps = graph.stream(model, cache, x_bqm, 20, graph.Sampling())
-        if not static:
-            cache.reset()
+        if static:
+            steps, cache = static_steps(model, ROWS[:1], 20)
+        else:
+            cache = model.new_cache(1, 40)
             steps = generate.generate_rows(model, ROWS[:1], 20, cache=cache)
         for _ in range(11):
             token = next(steps)
@@ -151,7 +161,7 @@ def test_a_consumer_that_leaves():
 def test_factors_without_eigh(g, rank):
     """The same factors as `eigh` gives, in float32."""
     X_bkgd = torch.randn((3, 50, g, 32), generator=torch.Generator().manual_seed(g))
-    ours, theirs = (sum_of(of.contextual_factors(X_bkgd, rank), rank) for of in (graph, factorize))
+    ours, theirs = (sum_of(mode(g, 32, rank).factor(X_bkgd), rank) for mode in (graph.WithoutEigh, Contextual))
     lost, least = ((X_bkgd - x).square().sum((-2, -1)) for x in (ours, theirs))
     assert float((lost / least).max()) < 1 + 1e-4  # every token by itself
     assert float(relative(ours, theirs)) < 0.1 and float((ours - theirs).square().mean()) < 1e-6
@@ -171,12 +181,10 @@ def test_factors_of_matrices_made_to_break_them(kind):
     if kind == "equal":
         X_bkgd = torch.eye(32)[:4].expand(1, 7, 4, 32).contiguous()
     X_bkgd = X_bkgd * {"zero": 0.0, "tiny": 1e-12, "huge": 1e12}.get(kind, 1.0)
-    A_bksg, B_bksd = graph.contextual_factors(X_bkgd, 2)
+    modes = graph.WithoutEigh(4, 32, 2), Contextual(4, 32, 2)
+    A_bksg, B_bksd = modes[0].factor(X_bkgd)
     assert A_bksg.isfinite().all() and B_bksd.isfinite().all()
-    lost, least = (
-        float((X_bkgd.double() - sum_of(of.contextual_factors(X_bkgd.double(), 2), 2)).square().sum())
-        for of in (graph, factorize)
-    )
+    lost, least = (float((X_bkgd.double() - sum_of(mode.factor(X_bkgd.double()), 2)).square().sum()) for mode in modes)
     assert lost <= least * (1 + 1e-6) + 1e-10 * float(X_bkgd.double().square().sum())
     ours = float((X_bkgd - sum_of((A_bksg, B_bksd), 2)).double().square().sum())
     assert ours <= least * (1 + 1e-3) + 1e-10 * float(X_bkgd.double().square().sum())
@@ -216,10 +224,9 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_nothing(name, sampling):
     """As a CUDA graph demands, once all constants are made; what `eigh` and the ordinary way do is seen."""
     model = model_of(name)
-    cache = model.new_cache(3, 40)
-    x_bqm = generate.prefill(model, ROWS, cache)
-    decoder = graph.GraphDecoder(model, cache, sampling)
-    decoder.begin(x_bqm)
+    L_bv, cache = prefilled(model, ROWS)
+    decoder = graph.GraphDecoder(StaticModel(model), cache, sampling)
+    decoder.begin(L_bv)
     decoder.step()
     with Waits() as waits:
         decoder.step()
@@ -232,26 +239,25 @@ def test_a_step_waits_for_nothing(name, sampling):
 
 
 def test_sampling_on_the_device():
-    """Tokens come as often as their probability says; both cuts leave what `generate.sample` leaves."""
+    """Tokens come as often as their probability says; both cuts leave what `Sampling.choose` leaves."""
     L_bv = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 0.0, 0.0, 0.0]])
     u = (torch.arange(1000) + 0.5) / 1000
-    count = sum(torch.nn.functional.one_hot(graph.Sampling(1.0).choose(L_bv, x[None]), 4) for x in u) / 1000
+    count = sum(torch.nn.functional.one_hot(graph.choose(graph.Sampling(1.0), L_bv, x[None]), 4) for x in u) / 1000
     assert float((count - torch.softmax(L_bv, -1)).abs().max()) < 2e-3
     for cut in ({"top_k": 2}, {"top_p": 0.7}):
-        found = {int(graph.Sampling(1.0, **cut).choose(L_bv, x[None])[0]) for x in u}
-        rngs = [torch.Generator().manual_seed(seed) for seed in range(60)]
-        assert found == {generate.sample(L_bv[0], rng, 1.0, **cut) for rng in rngs}
-    assert graph.Sampling().choose(L_bv, u[:1]).tolist() == [1, 0]
-    assert graph.Sampling(0.5, top_p=1e-9).choose(L_bv, u[:1]).tolist() == [1, 0]
+        found = {int(graph.choose(graph.Sampling(1.0, **cut), L_bv, x[None])[0]) for x in u}
+        rngs = [np.random.default_rng(seed) for seed in range(60)]
+        assert found == {graph.Sampling(1.0, **cut).choose(L_bv[0].numpy(), rng) for rng in rngs}
+    assert graph.choose(graph.Sampling(), L_bv, u[:1]).tolist() == [1, 0]
+    assert graph.choose(graph.Sampling(0.5, top_p=1e-9), L_bv, u[:1]).tolist() == [1, 0]
 
 
 def test_sampled_tokens_are_repeatable():
     model = model_of("dense")
     made = []
     for seed in (0, 0, 1):
-        cache = model.new_cache(2, 40)
-        x_bqm = generate.prefill(model, [ROWS[0], ROWS[0]], cache)
-        made.append(list(graph.stream(model, cache, x_bqm, 12, graph.Sampling(1.0, top_k=50, seed=seed))))
+        steps, _ = static_steps(model, [ROWS[0], ROWS[0]], 12, graph.Sampling(1.0, top_k=50, seed=seed))
+        made.append(list(steps))
     assert made[0] == made[1] != made[2]
     assert all(one == two for one, two in made[0])  # rows have the same random numbers, as if each were alone
 
@@ -259,12 +265,13 @@ def test_sampled_tokens_are_repeatable():
 def test_with_kernels(monkeypatch):
     """Static buffers and Triton's kernels together, under its interpreter."""
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
-    config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5, num_kv_heads=4)
+    config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
     model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0))
-    (tokens, _), _ = both(model, 4, rows=ROWS[:2])
+    tokens, calls, right = list(generate.generate_rows(model, ROWS[:2], 4)), [], graph.kernels.decode
+    monkeypatch.setattr(graph.kernels, "decode", lambda *args: calls.append(1) or right(*args))
     monkeypatch.setenv("TPA_TRITON", "1")
-    _, (static_tokens, _) = both(model, 4, rows=ROWS[:2])
-    assert static_tokens == tokens
+    steps, _ = static_steps(model, ROWS[:2], 4)
+    assert list(steps) == tokens and len(calls) == 2 * 3
 
 
 def test_the_ordinary_way_where_no_graph_can_be():

@@ -22,11 +22,18 @@ import helpers
 import tpa_ref
 import tpa_torch
 from tpa_ref.compress.config import TPAConfig
-from tpa_ref.core.factorize import Factorization
-from tpa_torch.core import attention, factorize, masks
+from tpa_torch.core import attention, masks
 from tpa_torch.core import cache as kv
+from tpa_torch.core.contextual import Contextual
+from tpa_torch.core.dense import Dense
+from tpa_torch.core.fixed_a import FixedA
+from tpa_torch.core.fixed_b import FixedB
+from tpa_torch.core.latent import Latent
+from tpa_torch.core.pair import Joint, Pair
+from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import graph, kernels
 from tpa_torch.fast.kernels import launch
+from tpa_torch.gemma.positions import Tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 G, H, D, SCALE = 4, 8, 64, 0.125
@@ -42,84 +49,102 @@ def asked_for(monkeypatch):
     torch.set_num_threads(1)
 
 
-def factors(mode, dtype, rank=None, seed=0):
-    """A factorization with random constants; ranks are no powers of two, and no multiples of a tile."""
+def random_mode(name, dtype, rank=None, seed=0):
+    """A mode with random constants; ranks are no powers of two, and no multiples of a tile."""
     rng = torch.Generator().manual_seed(seed)
-    rank = {"contextual": 3, "fixed-a": 3, "fixed-b": 20, "latent": 37}.get(mode, 0) if rank is None else rank
-    shapes = {"fixed-a": (rank, G, D), "fixed-b": (G, rank, D), "latent": (rank, G, D)}
-    if mode not in shapes:
-        return Factorization(mode, rank, dtype)
-    basis = torch.randn(shapes[mode], generator=rng).div(max(rank, 1) ** 0.5).to(DEVICE)
-    mean = torch.randn((G, D), generator=rng).to(DEVICE) if dtype in ("spectral", "int4") else None
-    return Factorization(mode, rank, dtype, basis, mean=None if mode == "fixed-a" else mean)
+
+    def constant(*shape):
+        return torch.randn(shape, generator=rng).to(DEVICE)
+
+    if name == "dense":
+        return Dense(G, D, dtype=dtype)
+    rank = {"contextual": 3, "fixed-a": 3, "fixed-b": 20, "latent": 37}[name] if rank is None else rank
+    if name == "contextual":
+        return Contextual(G, D, rank, dtype)
+    shape = {"fixed-a": (rank, G, D), "fixed-b": (G, rank, D), "latent": (rank, G, D)}[name]
+    basis = constant(*shape) / max(rank, 1) ** 0.5
+    if name == "fixed-a":
+        return FixedA(G, D, rank, dtype, basis=basis)
+    return (FixedB if name == "fixed-b" else Latent)(
+        G, D, rank, dtype, basis=basis, mean=constant(G, D) if dtype in ("spectral", "int4") else None
+    )
 
 
 def spectral(widths=WIDTHS, seed=0):
     """A `latent` with bits of its own for each coefficient."""
-    return replace(factors("latent", "spectral", len(widths), seed), widths=tuple(widths))
+    return CodedLatent(**vars(random_mode("latent", "spectral", len(widths), seed)), widths=tuple(widths))
 
 
-def filled(how, lengths, slots, windowed, size=1.0, seed=0):
+def turns(n=4096):
+    """cos + i sin of some rotation, [n,d/2]."""
+    angle = torch.arange(n)[:, None] * torch.logspace(0, -3, D // 2)
+    return torch.polar(torch.ones_like(angle), angle).to(DEVICE)
+
+
+def filled(pair, lengths, slots, windowed, size=1.0, seed=0):
     """A layer's cache that holds random K and V of texts of some lengths."""
-    config = helpers.config(head_dim=D, num_heads=H, num_kv_heads=G, sliding_window=slots, max_positions=4096)
-    cache = kv.Cache(config, [how] * 7, len(lengths), slots if not windowed else 4096, device=DEVICE)
-    held = cache.layers[0 if windowed else 5]
-    assert held.slots == slots and held.windowed == windowed
+    cache = kv.Cache(
+        [pair],
+        [slots if windowed else None],
+        len(lengths),
+        4096 if windowed else slots,
+        device=DEVICE,
+        whole_tokens=True,
+    )
+    ring = cache.layers[0].rings["coded"]
+    assert ring.slots == slots and ring.windowed == windowed
     rng = torch.Generator().manual_seed(seed)
     K, V = (torch.randn((len(lengths), max(lengths), G, D), generator=rng).to(DEVICE) for _ in "KV")
-    K = K * size
     t = np.arange(max(lengths))
-    new = [kv.store(parts, one) for parts, one in zip(factorize.encode_pair(K, V, how), how, strict=True)]
-    held.write(tuple(new), np.where(t < np.array(lengths)[:, None], t, -1))
-    return held
+    new = pair.encode(K * size, V, Tokens(turns()[None, : len(t)]))
+    ring.write(new, np.where(t < np.array(lengths)[:, None], t, -1))
+    return cache.layers[0]
 
 
-def tables(n=4096):
-    """cos and sin of some rotation, [n,d/2]."""
-    angle = torch.arange(n)[:, None] * torch.logspace(0, -3, D // 2)
-    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
-
-
-def expected(Q, held, lengths, window, asking=None):
+def expected(Q, held, lengths, asking=None):
     """What the PyTorch twin makes of the same cache, in float64."""
-    lengths = np.array(lengths)
-    position = torch.from_numpy(kv.slot_positions(held._filled(lengths), lengths, held.slots)).to(DEVICE)
+    lengths, ring = np.array(lengths), held.rings["coded"]
+    position = torch.from_numpy(ring.positions(lengths)).to(DEVICE)
     query = torch.from_numpy((lengths - 1 if asking is None else np.array(asking))[:, None]).to(DEVICE)
-    parts = [
-        {name: x.double() for name, x in side.items()} for side in kv.load_pair(held.read(lengths), held.how, G, D)
-    ]
-    cos, sin = (x.double()[position.clamp(min=0)] for x in tables())
-    L = attention.scores(Q.double(), parts[0], held.how[0], G, (cos, sin), SCALE)
-    P = attention.softmax(masks.apply_mask(L, masks.visible(query, position, window)))
-    return attention.values(P, parts[1], held.how[1], G)
+    parts_k, parts_v = ring.pair.load(ring.read(lengths), torch.float64)
+    tokens = Tokens(turns().to(torch.complex128)[position.clamp(min=0)])
+    L = ring.pair.k.scores(Q.double(), parts_k, tokens, SCALE)
+    P = attention.softmax(masks.apply_mask(L, masks.visible(query, position, held.window)))
+    return ring.pair.v.values(P, parts_v, tokens)
 
 
-def decoded(Q, held, lengths, window, asking=None, splits=2, tile=TILE):
+def decoded(Q, held, lengths, asking=None, splits=2, tile=TILE):
     """The same by the kernels."""
     lengths = np.array(lengths)
     query = lengths - 1 if asking is None else np.array(asking)
     step = kernels.Step(*(torch.from_numpy(x.astype(np.int32)).to(DEVICE) for x in (query, lengths)))
-    return kernels.decode(Q, held, step, tables(), window, kv.Exact(), G, SCALE, splits, tile)
+    tables = turns().real.contiguous(), turns().imag.contiguous()
+    return kernels.decode(Q, held, step, tables, SCALE, splits, tile)
 
 
 def queries(batch, seed=1):
     return torch.randn((batch, 1, H, D), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def error(how, lengths, slots=48, windowed=False, size=1.0, **more):
+def error(pair, lengths, slots=48, windowed=False, size=1.0, **more):
     """How far kernels and twin are apart."""
-    held, Q, window = filled(how, lengths, slots, windowed, size), queries(len(lengths)), slots if windowed else None
-    return relative(decoded(Q, held, lengths, window, **more), expected(Q, held, lengths, window))
+    held, Q = filled(pair, lengths, slots, windowed, size), queries(len(lengths))
+    return relative(decoded(Q, held, lengths, **more), expected(Q, held, lengths))
 
 
-CASES = [(mode, dtype) for mode in ("dense", *small.MODES) for dtype in STORAGES] + [("latent", "spectral")]
+def twice(name, dtype="float32", **more):
+    """K and V in the same mode, with different constants."""
+    return Pair(random_mode(name, dtype, **more), random_mode(name, dtype, **more, seed=1))
 
 
-@pytest.mark.parametrize(("mode", "dtype"), CASES)
+CASES = [(mode, dtype) for mode in ("dense", *helpers.MODES) for dtype in STORAGES]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [*CASES, ("latent", "spectral")])
 def test_a_global_layer(mode, dtype):
     """Rows of different length, none a multiple of the tile, in two splits."""
-    k, v = (spectral(seed=x) if dtype == "spectral" else factors(mode, dtype, seed=x) for x in (0, 1))
-    assert error((k, v), (37, 9)) < TOLERANCE["float32"]
+    pair = Pair(spectral(), spectral(seed=1)) if dtype == "spectral" else twice(mode, dtype)
+    assert error(pair, (37, 9)) < TOLERANCE["float32"]
 
 
 PAIRS = [("contextual", "latent"), ("fixed-a", "contextual"), ("dense", "latent"), ("latent", "fixed-a")]
@@ -128,104 +153,101 @@ PAIRS = [("contextual", "latent"), ("fixed-a", "contextual"), ("dense", "latent"
 @pytest.mark.parametrize(("mode_k", "mode_v"), PAIRS)
 def test_k_and_v_of_different_modes(mode_k, mode_v):
     """K and V choose their mode by themselves, also where one is shared by all heads and the other is not."""
-    how = factors(mode_k, "int8"), spectral() if mode_v == "latent" else factors(mode_v, "float32")
-    assert error(how, (21,)) < TOLERANCE["float32"]
+    pair = Pair(random_mode(mode_k, "int8"), spectral() if mode_v == "latent" else random_mode(mode_v, "float32"))
+    assert error(pair, (21,)) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("mode", ["dense", "contextual", "latent"])
 @pytest.mark.parametrize("lengths", [(19, 20), (21, 45), (40, 3)])
 def test_a_ring(mode, lengths):
     """Lengths at the edge of a window of 20, beyond it, and around the ring more than once."""
-    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
-    assert error(how, lengths, slots=20, windowed=True) < TOLERANCE["float32"]
+    assert error(twice(mode), lengths, slots=20, windowed=True) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("window", [4, 5, 6])
 def test_the_edge_of_a_window(window):
     """A window that is shorter than what the ring holds."""
-    how = factors("dense", "float32"), factors("dense", "float32")
-    held, Q = filled(how, (23,), 20, windowed=True), queries(1)
-    right = expected(Q, held, (23,), window)
-    assert relative(decoded(Q, held, (23,), window), right) < TOLERANCE["float32"]
-    assert relative(decoded(Q, held, (23,), window + 1), right) > 100 * TOLERANCE["float32"]
+    held, Q = filled(twice("dense"), (23,), 20, windowed=True), queries(1)
+    held.window = window
+    right = expected(Q, held, (23,))
+    assert relative(decoded(Q, held, (23,)), right) < TOLERANCE["float32"]
+    held.window = window + 1
+    assert relative(decoded(Q, held, (23,)), right) > 100 * TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("mode", ["dense", "contextual", "latent"])
 def test_one_token(mode):
     """A text of one token: all other splits see nothing."""
-    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
-    assert error(how, (1, 1), splits=3) < TOLERANCE["float32"]
+    assert error(twice(mode), (1, 1), splits=3) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("mode", ["dense", "contextual", "fixed-a", "fixed-b"])
 def test_gaps_of_more_than_a_hundred(mode):
     """Logits hundreds apart, within a tile, between tiles and between splits."""
-    how = factors(mode, "float32"), factors(mode, "float32", seed=1)
-    held, Q = filled(how, (45, 30), 48, False, size=400.0), queries(2)
-    logits = attention.scores(
-        Q, kv.load(held.stored[0], how[0], G, D), how[0], G, tuple(x[None, :48] for x in tables()), SCALE
-    )
+    held, Q = filled(twice(mode), (45, 30), 48, False, size=400.0), queries(2)
+    ring = held.rings["coded"]
+    parts_k, _ = ring.pair.load(ring.arrays, torch.float32)
+    logits = ring.pair.k.scores(Q, parts_k, Tokens(turns()[None, :48]), SCALE)
     assert float(logits.amax() - logits.amin()) > 500
-    assert relative(decoded(Q, held, (45, 30), None, splits=3), expected(Q, held, (45, 30), None)) < 1e-4
+    assert relative(decoded(Q, held, (45, 30), splits=3), expected(Q, held, (45, 30))) < 1e-4
 
 
 @pytest.mark.parametrize("splits", [1, 3, 5])
 def test_any_number_of_splits(splits):
     """More splits than tiles leave some without a key."""
-    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
-    assert error(how, (33, 2), splits=splits) < TOLERANCE["float32"]
+    assert error(twice("contextual"), (33, 2), splits=splits) < TOLERANCE["float32"]
 
 
 def test_rows_of_more_than_one_tile():
     """R d = 320 numbers, for K in two pieces, for V in five blocks."""
-    how = factors("fixed-a", "int8", rank=5), factors("fixed-a", "float32", rank=5, seed=1)
-    assert error(how, (33, 2)) < TOLERANCE["float32"]
+    pair = Pair(random_mode("fixed-a", "int8", rank=5), random_mode("fixed-a", "float32", rank=5, seed=1))
+    assert error(pair, (33, 2)) < TOLERANCE["float32"]
 
 
 def test_sizes_chosen_by_itself():
     """Without a tile and a number of splits."""
-    how = factors("contextual", "int4"), spectral()
-    assert error(how, (33, 2), splits=None, tile=None) < TOLERANCE["float32"]
+    pair = Pair(random_mode("contextual", "int4"), spectral())
+    assert error(pair, (33, 2), splits=None, tile=None) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("sides", ["kv", "k", "v"])
 def test_no_coefficient_at_all(sides):
     """A spectral side that no bit was given holds nothing but its mean."""
     none, some = spectral(()), spectral(seed=2)
-    assert error((none if "k" in sides else some, none if "v" in sides else some), (17, 5)) < TOLERANCE["float32"]
+    pair = Pair(none if "k" in sides else some, none if "v" in sides else some)
+    assert error(pair, (17, 5)) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, ()])
 def test_coefficients_of_both(widths):
     """V shares the coefficients of K and holds nothing of its own."""
-    how = spectral(widths), replace(spectral(widths, seed=1), dtype="shared", widths=())
-    assert filled(how, (9,), 48, False).stored[1] == {}
-    assert error(how, (37, 9)) < TOLERANCE["float32"]
+    pair = Joint(spectral(widths), spectral(widths, seed=1))
+    assert list(filled(pair, (9,), 48, False).rings["coded"].arrays) == ["k.C.codes"]
+    assert error(pair, (37, 9)) < TOLERANCE["float32"]
 
 
-def test_words_are_left_to_pytorch(config):
-    """A cache that is predicted from words is not read by the kernels."""
-    k, v = spectral(), replace(spectral(seed=1), dtype="shared", widths=())
-    assert kernels.readable(config, k) and kernels.readable(config, v)
-    assert not kernels.readable(config, replace(k, predictor=torch.zeros(8, G, D)))
+def test_what_is_predicted_is_left_to_pytorch():
+    """A cache that is predicted from tokens is not read by the kernels."""
+    pair = Joint(spectral(), spectral(seed=1))
+    assert all(map(kernels.readable, pair.modes))
+    assert not kernels.readable(replace(pair.k, predictor=torch.zeros(8, G, D)))
 
 
 def test_full_rank_fixed_a_is_read_as_heads():
     """A = g I needs no mixing, and is found out once."""
-    how = Factorization("fixed-a", G, "int8", (G * torch.eye(G)).to(DEVICE))
-    assert launch.as_rows(how, G).mode == "dense" and error((how, how), (17, 5)) < TOLERANCE["float32"]
-    assert launch.as_rows(replace(how, basis=how.basis.flip(0)), G).mode == "fixed-a"
-    real = Factorization("fixed-a", 1, "float32", torch.ones((1, G)).to(DEVICE))
-    assert error((real, real), (17, 5)) < TOLERANCE["float32"]
+    mode = FixedA(G, D, G, "int8", basis=(G * torch.eye(G)).to(DEVICE))
+    assert launch.as_rows(mode).name == "dense" and error(Pair(mode, mode), (17, 5)) < TOLERANCE["float32"]
+    assert launch.as_rows(replace(mode, basis=mode.basis.flip(0))).name == "fixed-a"
+    real = FixedA(G, D, 1, "float32", basis=torch.ones((1, G)).to(DEVICE))
+    assert error(Pair(real, real), (17, 5)) < TOLERANCE["float32"]
 
 
 def test_a_row_that_takes_no_part():
     """A row that asks from position -1 sees nothing and gives zeros; the others do not notice."""
-    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
-    held, Q = filled(how, (20, 30), 48, False), queries(2)
-    O_bqhe = decoded(Q, held, (20, 30), None, asking=(-1, 29))
+    held, Q = filled(twice("contextual"), (20, 30), 48, False), queries(2)
+    O_bqhe = decoded(Q, held, (20, 30), asking=(-1, 29))
     assert not O_bqhe[0].any()
-    assert relative(O_bqhe[1:], expected(Q, held, (20, 30), None)[1:]) < TOLERANCE["float32"]
+    assert relative(O_bqhe[1:], expected(Q, held, (20, 30))[1:]) < TOLERANCE["float32"]
 
 
 # ---- factors of each token ----
@@ -240,9 +262,10 @@ def test_factors_of_a_token(g, rank, kind, monkeypatch):
     X_bkgd = {"random": X_bkgd, "zero": X_bkgd * 0}.get(
         kind, X_bkgd[:, :, :1] * torch.arange(1.0, 5)[:, None].to(DEVICE)
     )
-    ours = graph.contextual_factors(X_bkgd, rank)
+    mode = graph.WithoutEigh(g, 32, rank)
+    ours = mode.factor(X_bkgd)
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    theirs = graph.contextual_factors(X_bkgd, rank)
+    theirs = mode.factor(X_bkgd)
     K_ours, K_theirs = (torch.einsum("bksg,bksd->bkgd", *of) / rank for of in (ours, theirs))
     assert float((K_ours - K_theirs).abs().max()) <= 1e-4 * float(X_bkgd.abs().max())
     assert all(torch.isfinite(x).all() for x in ours)
@@ -289,15 +312,15 @@ def test_a_model_decodes_as_the_reference(config, name, monkeypatch):
 
 def test_where_kernels_do_not_run(config, monkeypatch):
     """Without the switch, in float64, and in heads of a size that no kernel has: the PyTorch path, silently."""
-    factor = helpers.model(tpa_torch, config).factors[0]
-    assert kernels.usable(DEVICE, config, factor, torch.float32)
-    assert not kernels.usable(DEVICE, config, factor, torch.float64)
-    assert not kernels.usable(DEVICE, helpers.config(head_dim=48), factor, torch.float32)
+    pair = helpers.model(tpa_torch, config).pairs[0]
+    assert kernels.usable(DEVICE, pair, torch.float32)
+    assert not kernels.usable(DEVICE, pair, torch.float64)
+    assert not kernels.usable(DEVICE, Pair.dense(pair.k.g, 48), torch.float32)
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    assert not kernels.usable(DEVICE, config, factor, torch.float32)
+    assert not kernels.usable(DEVICE, pair, torch.float32)
     monkeypatch.undo()
     monkeypatch.delenv("TPA_TRITON", raising=False)
-    assert not kernels.usable("cpu", config, factor, torch.float32)
+    assert not kernels.usable("cpu", pair, torch.float32)
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
@@ -320,7 +343,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
 
 
 def dropped_one_over_r(patch):
-    patch(launch, "finished", lambda O_bhe, how, g: O_bhe)
+    patch(launch, "finished", lambda O_bhe, mode: O_bhe)
 
 
 def splits_of_equal_weight(patch):
@@ -341,6 +364,5 @@ def a_token_too_few(patch):
 @pytest.mark.parametrize("mistake", [dropped_one_over_r, splits_of_equal_weight, smallest_log_sum_exp, a_token_too_few])
 def test_a_mistake_turns_it_red(mistake, monkeypatch):
     """The comparison above sees each of them."""
-    how = factors("contextual", "float32"), factors("contextual", "float32", seed=1)
     mistake(monkeypatch.setattr)
-    assert error(how, (37, 9)) > 100 * TOLERANCE["float32"]
+    assert error(twice("contextual"), (37, 9)) > 100 * TOLERANCE["float32"]

@@ -13,9 +13,8 @@ from helpers import relative
 
 torch = pytest.importorskip("torch")
 
-from tpa_ref.core import quantize as reference
 from tpa_ref.core import rope
-from tpa_torch.core import quantize
+from tpa_torch.core import codes, quantize
 from tpa_torch.fast.kernels import native
 from tpa_torch.fast.linear import linear
 
@@ -178,10 +177,10 @@ def test_exponentials(library, k):
 def packed(widths, b, k, rng):
     """(codes [b,bytes,k], levels without their scales [b,s,k] by the reference)."""
     C_bks = rng.normal(size=(b, k, len(widths))).astype(np.float32)
-    codes = quantize.quantize_spectral(torch.from_numpy(C_bks), widths)["codes"]
-    scales = np.array([reference.odd_compander(width)[0] for width in widths])
-    made = quantize.dequantize_spectral({"codes": codes}, widths).double().numpy() / scales
-    return codes.mT.contiguous(), made.transpose(0, 2, 1)
+    packed_bkc = codes.quantize(torch.from_numpy(C_bks), widths)
+    scales = np.array([codes.odd_compander(width)[0] for width in widths])
+    made = codes.dequantize(packed_bkc, widths).double().numpy() / scales
+    return packed_bkc.mT.contiguous(), made.transpose(0, 2, 1)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -191,12 +190,12 @@ def test_packed_codes(library, b, y, k, rounded):
     rng = np.random.default_rng(k)
     for widths in ((3,), tuple(rng.integers(1, 9, 37)), (8, 7, 6, 5, 4, 3, 2, 1)):
         widths = tuple(int(width) for width in widths)
-        codes, expected = packed(widths, b, k, rng)
+        codes_bck, expected = packed(widths, b, k, rng)
         out = torch.full((b, len(widths), k), float("nan"))
-        assert relative(native.levels(codes, widths, out), expected) < 1e-6
+        assert relative(native.levels(codes_bck, widths, out), expected) < 1e-6
         P = random(rng, b, y, k).abs()
         sums = np.einsum("byk,bsk->bys", P.double().numpy(), expected)
-        error = np.abs(native.weigh_codes(P, codes, widths, rounded).double().numpy() - sums)
+        error = np.abs(native.weigh_codes(P, codes_bck, widths, rounded).double().numpy() - sums)
         size = np.einsum("byk,bsk->bys", P.double().numpy(), np.abs(expected))
         assert (error <= (2.0**-7 if rounded else 1e-5) * size + 1e-12).all()
 
@@ -253,25 +252,32 @@ MISTAKES = {
 }
 
 
+CHECKS = {
+    "scale of the first group": lambda built: test_products_with_stored_rows(built, "int8", 1),
+    "halves of a byte": lambda built: test_products_with_stored_rows(built, "int4", 1),
+    "a piece of a code": lambda built: test_packed_codes(built, 2, 3, 63, False),
+    "turned the wrong way": lambda built: test_rebuilt_keys_are_turned(built, "float32", 1),
+    "the last keys": lambda built: test_products_with_stored_rows(built, "bfloat16", 1),
+    "second sixteen queries": lambda built: test_products_with_stored_rows(built, "float32", 1),
+    "every other key": lambda built: test_in_models_of_bfloat16(built, "bfloat16", 12),
+    "order of unpacked columns": lambda built: test_in_models_of_bfloat16(built, "int4", 2),
+    "weights of another head": lambda built: test_weights_of_keys(built, "float32", False, 4, 2, 33),
+    "largest of a row": lambda built: test_exponentials(built, 1000),
+}
+
+
 @pytest.mark.skipif(not native.has_bf16_dot(), reason="the plain build has other lines")
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", [None, *MISTAKES])
 def test_a_mistake_in_the_source_is_seen(build, monkeypatch, name):
-    wrong = build("wrong", "-O1", change=MISTAKES[name])
-    monkeypatch.setattr(native, "library", lambda: wrong)
-    checks = {
-        "scale of the first group": lambda: test_products_with_stored_rows(wrong, "int8", 1),
-        "halves of a byte": lambda: test_products_with_stored_rows(wrong, "int4", 1),
-        "a piece of a code": lambda: test_packed_codes(wrong, 2, 3, 63, False),
-        "turned the wrong way": lambda: test_rebuilt_keys_are_turned(wrong, "float32", 1),
-        "the last keys": lambda: test_products_with_stored_rows(wrong, "bfloat16", 1),
-        "second sixteen queries": lambda: test_products_with_stored_rows(wrong, "float32", 1),
-        "every other key": lambda: test_in_models_of_bfloat16(wrong, "bfloat16", 12),
-        "order of unpacked columns": lambda: test_in_models_of_bfloat16(wrong, "int4", 2),
-        "weights of another head": lambda: test_weights_of_keys(wrong, "float32", False, 4, 2, 33),
-        "largest of a row": lambda: test_exponentials(wrong, 1000),
-    }
+    """Each by the check that is meant for it; the same build without a mistake passes all of them."""
+    built = build("changed", "-O0", change=MISTAKES.get(name, ("", "")))
+    monkeypatch.setattr(native, "library", lambda: built)
+    if name is None:
+        for check in CHECKS.values():
+            check(built)
+        return
     with pytest.raises(AssertionError):
-        checks[name]()
+        CHECKS[name](built)
 
 
 # ---- where it cannot be compiled ----
@@ -301,6 +307,7 @@ def test_a_compiler_that_fails_is_no_error(anew, monkeypatch, tmp_path):
 
 def test_it_is_compiled_once(anew, monkeypatch, tmp_path):
     """The second process finds the file of the first; a damaged one is made again."""
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-O0", "-DTPA_PLAIN"])  # what is compiled does not matter here
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.library() is not None
     (made,) = (tmp_path / "tpa_torch").iterdir()

@@ -9,8 +9,8 @@ pytest.importorskip("torch")
 import helpers
 
 import tpa_torch
-import tpa_torch.gemma.model as torch_model
 from tpa_ref import TPAConfig
+from tpa_torch.fast import blocks
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_blocks_equal_whole(dense, monkeypatch, mode, padded):
     lengths = np.array([45, 13]) if padded else None
     found = {}
     for size in (7, 1000):
-        monkeypatch.setattr(torch_model, "QUERY_BLOCK", size)
+        monkeypatch.setattr(blocks, "QUERY_BLOCK", size)
         cache = model.new_cache(2, 64)
         first = model(tokens[:, :20], cache=cache).numpy()
         second = model(tokens[:, 20:], cache=cache).numpy()
@@ -43,8 +43,8 @@ def test_a_block_that_is_cut_too_short_is_seen(dense, monkeypatch):
     """The comparison above goes red when a block leaves out the oldest key of its window."""
     tokens = np.random.default_rng(0).integers(0, dense.config.vocab_size, (1, 45))
     whole = dense(tokens).numpy()
-    right = torch_model.query_blocks
-    monkeypatch.setattr(torch_model, "QUERY_BLOCK", 7)
+    right = blocks.query_blocks
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)
     shorter = lambda q, k, window, *rest: right(q, k, window and window - 1, *rest)  # noqa: E731
-    monkeypatch.setattr(torch_model, "query_blocks", shorter)
+    monkeypatch.setattr(blocks, "query_blocks", shorter)
     assert np.abs(dense(tokens).numpy() - whole).max() > 1e-6 * np.abs(whole).max()

@@ -11,18 +11,20 @@ import shutil
 import struct
 from pathlib import Path
 
+import helpers
 import ml_dtypes
 import numpy as np
 import pytest
-import helpers
+from helpers import back, refused, tensors, write_folder, write_sharded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from helpers import back, part, tensors, write_folder, write_sharded
 
 import tpa_ref
 from tpa_ref import GemmaConfig, TPAConfig, TPAError
+from tpa_ref.files import checkpoint
+from tpa_ref.files.pairs import describe, named_arrays
 from tpa_ref.gemma.weights import hf_names, to_named
 
 FORMATS = ("", ".safetensors", ".pt")
@@ -76,12 +78,13 @@ def test_a_saved_model_gives_identical_logits(backend, tmp_path, folder, choice,
     again = backend.load(path)
     assert again.config == model.config and again.tpa == model.tpa and again.stored_dtype == model.stored_dtype
     assert again.tokenizer.proto == helpers.tokenizer_proto()
-    for ours, theirs in zip(model.factors, again.factors, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            if choice != "dense":
-                assert (a.mode, a.rank, a.dtype, a.error) == (b.mode, b.rank, b.dtype, b.error)
-            if a.basis is not None:
-                np.testing.assert_array_equal(back(a.basis), back(b.basis))
+    assert again.choices == model.choices
+    for ours, theirs in zip(model.pairs, again.pairs, strict=True):
+        assert type(ours) is type(theirs) and describe(ours) == describe(theirs)
+        constants, read = dict(named_arrays(ours, 0)), dict(named_arrays(theirs, 0))
+        assert constants.keys() == read.keys()
+        for name, array in constants.items():
+            np.testing.assert_array_equal(back(array), back(read[name]))
     np.testing.assert_array_equal(helpers.logits(again, IDS), helpers.logits(model, IDS))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", f"saved{suffix}"]
 
@@ -288,7 +291,6 @@ def test_a_disk_that_fills_up_leaves_the_old_model(backend, tmp_path, folder, su
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_save_leaves_nothing_behind(backend, tmp_path, folder, monkeypatch, problem):
     """Ctrl-C in the middle of writing: the temporary files vanish, the interruption is passed on."""
-    checkpoint = part(backend, "checkpoint")
 
     def half(tensors, file, metadata=None):
         Path(file).write_bytes(b"half a model")
@@ -818,7 +820,7 @@ def test_unknown_modes_ranks_and_dtypes_are_refused(backend, choice, words):
 def test_ranks_above_the_exact_one_are_clamped_and_said(backend):
     """A rank that buys nothing is not an error: it becomes the exact one, and a note names both."""
     model = backend.convert(helpers.model(backend), TPAConfig(k_rank=9, v_rank=2, q_rank=77))
-    assert [(k.rank, v.rank) for k, v in model.factors] == [(2, 2)] * 7
+    assert [(pair.k.rank, pair.v.rank) for pair in model.pairs] == [(2, 2)] * 7
     assert len(model.notes) == 2
     assert "k_rank 9" in model.notes[0] and "2" in model.notes[0]
     assert "q_rank 77" in model.notes[1] and "4" in model.notes[1]

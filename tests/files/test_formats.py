@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 
+import helpers
 import numpy as np
 import pytest
-import helpers
-from helpers import TOLERANCE, relative, to_numpy
+from helpers import TOLERANCE, refused, relative, tensors, to_numpy, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from helpers import tensors, write_folder
 
 from tpa_ref import GemmaConfig, TPAError
-from tpa_ref.files.formats import our_name
+from tpa_ref.files.names import our_name
 
 torch = pytest.importorskip("torch")
 IDS = helpers.tokens(40, batch=2, seed=3)
@@ -52,14 +51,6 @@ def logits(backend, path, config, **more):
 
 def expected(backend, config, seed=0):
     return helpers.logits(helpers.model(backend, config, seed=seed), IDS)
-
-
-def refused(call, *words):
-    with pytest.raises(TPAError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert str(word) in str(caught.value), caught.value
 
 
 # ---- google/gemma_pytorch ----
@@ -210,8 +201,9 @@ def test_two_ckpt_files_in_a_folder(backend, tmp_path):
 @pytest.mark.parametrize("variant", ["270m", "1b", "4b", "12b", "27b"])
 def test_the_variant_is_guessed_from_the_shapes(variant):
     """Layers and width name a published size; 262,144 and 262,208 embedding rows are both its own."""
-    from tpa_ref.files.checkpoint import _choose_config
-    from tpa_ref.files.formats import Entry, with_rows
+    from tpa_ref.files.formats import Entry
+    from tpa_ref.files.found import _choose_config
+    from tpa_ref.files.names import with_rows
     from tpa_ref.gemma.weights import hf_names
 
     config = GemmaConfig.of_variant(variant)

@@ -2,92 +2,87 @@
 
 from __future__ import annotations
 
+import helpers
 import numpy as np
 import pytest
-import helpers
+from helpers import MODES, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import MODES, part, to
 
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
+from tpa_ref.gemma import generate
+from tpa_ref.gemma.conversation import Conversation
+from tpa_ref.gemma.sampling import Sampling
 from tpa_ref.gemma.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
 
 P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
 
 
-def rng_of(backend, seed=0):
-    if not helpers.is_torch(backend):
-        return np.random.default_rng(seed)
-    import torch
-
-    return torch.Generator().manual_seed(seed)
-
-
-def draws(backend, count=400, p=P, seed=0, **rules):
+def draws(count=400, p=P, seed=0, **rules):
     """`count` draws from logits log p under the rules."""
-    sample, rng, logits = part(backend, "generate").sample, rng_of(backend, seed), to(backend, np.log(p))
-    return [sample(logits, rng, **rules) for _ in range(count)]
+    sampling, rng = Sampling(**rules), np.random.default_rng(seed)
+    return [sampling.choose(np.log(p), rng) for _ in range(count)]
 
 
 # ---- sampling ----
 
 
-def test_temperature_zero_is_greedy(backend):
-    """The most likely token, whatever the other rules; it takes nothing from the random numbers."""
-    assert set(draws(backend, 20, temperature=0.0)) == {1}
-    assert set(draws(backend, 20, temperature=0.0, top_k=3, top_p=0.9)) == {1}
+def test_temperature_zero_is_greedy():
+    """The most likely token, whatever the other rules."""
+    assert set(draws(20, temperature=0.0)) == {1}
+    assert set(draws(20, temperature=0.0, top_k=3, top_p=0.9)) == {1}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_raises_probabilities_to_its_inverse(backend, temperature):
+def test_temperature_raises_probabilities_to_its_inverse(temperature):
     """Frequencies follow p^(1/T): at T = 0.5 they are (1, 16, 9, 4)/30."""
-    drawn = np.bincount(draws(backend, 2000, temperature=temperature), minlength=4) / 2000
+    drawn = np.bincount(draws(2000, temperature=temperature), minlength=4) / 2000
     expected = P ** (1 / temperature) / (P ** (1 / temperature)).sum()
     assert np.abs(drawn - expected).max() < 0.05  # over four standard deviations
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-310])
-def test_a_tiny_temperature_is_nearly_greedy(backend, temperature):
+def test_a_tiny_temperature_is_nearly_greedy(temperature):
     """Close to zero nothing overflows: the most likely token is drawn."""
-    assert set(draws(backend, 20, temperature=temperature)) == {1}
+    assert set(draws(20, temperature=temperature)) == {1}
 
 
 @pytest.mark.parametrize(
     ("k", "kept"), [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (10**9, {0, 1, 2, 3})]
 )
-def test_top_k_keeps_the_k_most_likely(backend, k, kept):
+def test_top_k_keeps_the_k_most_likely(k, kept):
     """By hand on p = (.1, .4, .3, .2)."""
-    assert set(draws(backend, temperature=1.0, top_k=k)) == kept
+    assert set(draws(temperature=1.0, top_k=k)) == kept
 
 
 @pytest.mark.parametrize(
     ("p", "kept"),
     [(1e-9, {1}), (0.39, {1}), (0.4, {1}), (0.41, {1, 2}), (0.7, {1, 2}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})],
 )
-def test_top_p_keeps_the_fewest_that_reach_p(backend, p, kept):
+def test_top_p_keeps_the_fewest_that_reach_p(p, kept):
     """By hand: .4, .4 + .3 = .7, + .2 = .9, + .1 = 1; reaching p exactly is enough."""
-    assert set(draws(backend, temperature=1.0, top_p=p)) == kept
+    assert set(draws(temperature=1.0, top_p=p)) == kept
 
 
-def test_top_p_is_measured_after_temperature_and_top_k(backend):
+def test_top_p_is_measured_after_temperature_and_top_k():
     """Within the two most likely, 1 has 4/7 = .571: so p = .57 keeps it alone, and .58 both. At T = .5 it has 16/25."""
-    assert set(draws(backend, temperature=1.0, top_k=2, top_p=0.57)) == {1}
-    assert set(draws(backend, temperature=1.0, top_k=2, top_p=0.58)) == {1, 2}
-    assert set(draws(backend, temperature=0.5, top_k=2, top_p=0.63)) == {1}
-    assert set(draws(backend, temperature=0.5, top_k=2, top_p=0.65)) == {1, 2}
+    assert set(draws(temperature=1.0, top_k=2, top_p=0.57)) == {1}
+    assert set(draws(temperature=1.0, top_k=2, top_p=0.58)) == {1, 2}
+    assert set(draws(temperature=0.5, top_k=2, top_p=0.63)) == {1}
+    assert set(draws(temperature=0.5, top_k=2, top_p=0.65)) == {1, 2}
 
 
-def test_what_is_kept_keeps_its_proportions(backend):
+def test_what_is_kept_keeps_its_proportions():
     """After top_k = 2 the two are drawn 4 : 3."""
-    drawn = np.bincount(draws(backend, 2000, temperature=1.0, top_k=2), minlength=4) / 2000
+    drawn = np.bincount(draws(2000, temperature=1.0, top_k=2), minlength=4) / 2000
     np.testing.assert_allclose(drawn, [0, 4 / 7, 3 / 7, 0], atol=0.05)
 
 
-def test_equal_logits_are_cut_by_their_number(backend):
+def test_equal_logits_are_cut_by_their_number():
     """Ties: the lower token comes first, greedy and under top_k."""
-    assert set(draws(backend, 20, p=np.full(4, 0.25), temperature=0.0)) == {0}
-    assert set(draws(backend, p=np.full(4, 0.25), temperature=1.0, top_k=2)) == {0, 1}
+    assert set(draws(20, p=np.full(4, 0.25), temperature=0.0)) == {0}
+    assert set(draws(p=np.full(4, 0.25), temperature=1.0, top_k=2)) == {0, 1}
 
 
 # ---- generation against the full forward pass ----
@@ -110,29 +105,27 @@ def test_greedy_generation_equals_repeated_full_forward(backend, mode):
     ids = helpers.tokens(8)[0].tolist()
     expected = repeated_argmax(model, ids, 12)
     assert not {EOS, END_OF_TURN} & set(expected) and len(set(expected)) > 3
-    assert list(part(backend, "generate").generate_tokens(model, ids, 12)) == expected
+    assert list(generate.generate_tokens(model, ids, 12)) == expected
 
 
 def test_a_prompt_longer_than_a_prefill_chunk(backend):
-    """520 tokens are run in two chunks, none twice, none left out: the state is that of one pass over all of them."""
-    generate = part(backend, "generate")
+    """520 tokens are run in two chunks, none twice, none left out: the logits are those of one pass over all."""
     assert generate.PREFILL_CHUNK == 512
     model = helpers.model(backend, helpers.config(max_positions=600, num_layers=6), "float64")
     ids = helpers.tokens(520)
     cache = model.new_cache(max_len=520)
-    hidden = helpers.back(generate.prefill(model, ids.tolist(), cache))
+    L_bv = generate.prefill(model, ids.tolist(), cache)
     assert cache.lengths_b.tolist() == [520]
-    np.testing.assert_allclose(hidden[:, 0], helpers.back(model.hidden(ids))[:, -1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(L_bv, helpers.logits(model, ids)[:, -1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["dense", *MODES])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
-    """Rows of 3, 40 and 17 tokens (the window is 8), padded on the right, past the window; also the random draws."""
+    """Rows of 3, 40 and 17 tokens (the window is 11), padded on the right, past the window; also the random draws."""
     model = helpers.model(backend, dtype="float64")
     if mode != "dense":
         model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
-    generate = part(backend, "generate")
     rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)]
     together = list(generate.generate_rows(model, rows, 12, temperature, seed=5))
     for row, ids in enumerate(rows):
@@ -144,7 +137,6 @@ def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
 def test_a_batch_goes_on_when_a_row_has_stopped(backend):
     """The row that said <eos> stays silent; the others get what they would get alone."""
     model = helpers.model(backend, dtype="float64")
-    generate = part(backend, "generate")
     rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (5, 9)]
     first, second = (list(generate.generate_tokens(model, ids, 8)) for ids in rows)
     stop = first[2]
@@ -157,25 +149,22 @@ def test_a_batch_goes_on_when_a_row_has_stopped(backend):
 
 
 def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
-    """Rows that end in different chunks of the prefill: the state of each is that of its own last token."""
-    generate = part(backend, "generate")
+    """Rows that end in different chunks of the prefill: the logits of each are those behind its own last token."""
     model = helpers.model(backend, helpers.config(max_positions=600, num_layers=6), "float64")
     rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (515, 20, 512)]
-    together = helpers.back(generate.prefill(model, rows, model.new_cache(3, 600)))
+    together = generate.prefill(model, rows, model.new_cache(3, 600))
     for row, ids in enumerate(rows):
-        alone = helpers.back(model.hidden(np.array([ids])))[:, -1]
-        np.testing.assert_allclose(together[row], alone, rtol=0, atol=1e-9)
+        alone = helpers.logits(model, np.array([ids]))[0, -1]
+        np.testing.assert_allclose(together[row], alone, rtol=0, atol=1e-10)
 
 
 # ---- conversations ----
 
 
 def talk(backend, chat=True, max_len=400, new=6):
-    from tpa_ref.gemma.conversation import Conversation
-
     model = helpers.model(backend, helpers.config(max_positions=400), dtype="float64")
     model.tokenizer = Tokenizer(helpers.tokenizer_proto())
-    return Conversation(model, part(backend, "generate").generate_tokens, max_len, chat, max_new_tokens=new)
+    return Conversation(model, max_len, chat, max_new_tokens=new)
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -215,25 +204,37 @@ def test_a_conversation_says_when_the_cache_is_full(backend):
 def test_the_cache_holds_all_but_the_last_token(backend):
     """A given cache is used and can be continued: prompt + new - 1 tokens are in it."""
     model = helpers.model(backend, dtype="float64")
-    generate_tokens = part(backend, "generate").generate_tokens
     ids = helpers.tokens(6)[0].tolist()
     cache = model.new_cache(max_len=40)
-    new = list(generate_tokens(model, ids, 5, cache=cache))
+    new = list(generate.generate_tokens(model, ids, 5, cache=cache))
     assert len(new) == 5 and cache.lengths_b.tolist() == [10]
-    continued = list(generate_tokens(model, new[-1:], 4, cache=cache))
+    continued = list(generate.generate_tokens(model, new[-1:], 4, cache=cache))
     assert new + continued == repeated_argmax(model, ids, 9)
 
 
 def test_a_seed_repeats_a_text_and_another_does_not(backend):
     """Same seed, same tokens; five other seeds do not all give the same."""
     model = helpers.model(backend)
-    generate_tokens = part(backend, "generate").generate_tokens
 
     def run(seed):
-        return list(generate_tokens(model, [2, 5, 7], 10, temperature=3.0, seed=seed))
+        return list(generate.generate_tokens(model, [2, 5, 7], 10, temperature=3.0, seed=seed))
 
     assert run(7) == run(7)
     assert len({tuple(run(seed)) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+def test_sampled_text_is_the_same_in_both_backends(mode):
+    """Tokens are drawn on the host, with the same random numbers, and are not simply the most likely ones."""
+    pytest.importorskip("torch")
+    said = []
+    for backend in helpers.backends():
+        model = helpers.model(backend, dtype="float64")
+        if mode != "dense":
+            model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
+        options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "seed": 3}
+        said.append(list(generate.generate_tokens(model, [2, 5, 7], 20, **options)))
+    assert said[0] == said[1] != list(generate.generate_tokens(model, [2, 5, 7], 20))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70])
@@ -241,7 +242,7 @@ def test_an_unusual_seed_works_or_is_refused_in_one_line(backend, seed):
     """Any whole number may be given on the command line: tokens or a TPAError, nothing else."""
     model = helpers.model(backend)
     try:
-        tokens = list(part(backend, "generate").generate_tokens(model, [2, 5], 2, temperature=1.0, seed=seed))
+        tokens = list(generate.generate_tokens(model, [2, 5], 2, temperature=1.0, seed=seed))
     except TPAError as problem:
         assert "seed" in str(problem) and "\n" not in str(problem)
     else:
@@ -251,32 +252,38 @@ def test_an_unusual_seed_works_or_is_refused_in_one_line(backend, seed):
 class Scripted:
     """A model that says given tokens, whatever it reads, and counts its forward passes."""
 
-    def __init__(self, backend, script):
-        self.config, self.backend, self.script, self.passes = helpers.config(), backend, script, 0
+    def __init__(self, script):
+        self.config, self.script, self.passes = helpers.config(), script, 0
 
     def new_cache(self, batch, max_len):
         return None
 
     def hidden(self, tokens_bq, cache=None, lengths_b=None, images=None):
         self.passes += 1
-        return to(self.backend, np.zeros((1, len(tokens_bq[0]), 4), np.float32))
+        return np.zeros((1, len(tokens_bq[0]), 4), np.float32)
 
     def logits(self, hidden):
-        return to(self.backend, np.eye(300, dtype=np.float32)[[[self.script[self.passes - 1]]]])
+        return np.eye(300, dtype=np.float32)[[[self.script[self.passes - 1]]]]
+
+    def to_numpy(self, x):
+        return x
+
+    def stream(self, *_):
+        return None
 
 
 @pytest.mark.parametrize(("script", "said"), [([5, 6, EOS, 7], [5, 6, EOS]), ([5, END_OF_TURN, 7], [5, END_OF_TURN])])
-def test_generation_stops_on_eos_and_end_of_turn(backend, script, said):
+def test_generation_stops_on_eos_and_end_of_turn(script, said):
     """The stop token ends the text, and no forward pass is spent after it."""
-    model = Scripted(backend, script)
-    assert list(part(backend, "generate").generate_tokens(model, [2, 3], 4)) == said
+    model = Scripted(script)
+    assert list(generate.generate_tokens(model, [2, 3], 4)) == said
     assert model.passes == len(said)
 
 
-def test_no_forward_pass_is_spent_on_the_last_token(backend):
+def test_no_forward_pass_is_spent_on_the_last_token():
     """n tokens take n passes, the prompt's among them."""
-    model = Scripted(backend, [5, 6, 7, 8])
-    assert list(part(backend, "generate").generate_tokens(model, [2, 3], 3)) == [5, 6, 7]
+    model = Scripted([5, 6, 7, 8])
+    assert list(generate.generate_tokens(model, [2, 3], 3)) == [5, 6, 7]
     assert model.passes == 3
 
 
@@ -285,7 +292,7 @@ def test_generated_text_is_the_decoded_tokens(backend):
     model = helpers.model(backend)
     model.tokenizer = tokenizer = Tokenizer(helpers.tokenizer_proto())
     ids = [BOS, *tokenizer.encode("the list", bos=False)]
-    tokens = list(part(backend, "generate").generate_tokens(model, ids, 12))
+    tokens = list(generate.generate_tokens(model, ids, 12))
     kept = [token for token in tokens if token not in (EOS, END_OF_TURN)]
     assert "".join(backend.generate(model, "the list", 12)) == tokenizer.decode(kept)
 
@@ -294,10 +301,8 @@ def test_generated_text_is_the_decoded_tokens(backend):
 
 
 def streamed(ids):
-    from tpa_ref.gemma.generate import text_of_rows
-
     steps = ([token] for token in ids)
-    return [piece for _, piece in text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps)]
+    return [piece for _, piece in generate.text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps)]
 
 
 @pytest.mark.parametrize(
@@ -357,10 +362,8 @@ def test_chat_template_text_by_hand():
 
 def test_chat_tokens_have_bos_once_and_the_turn_tokens():
     """BOS first and nowhere else, even if the text says so; 105 and 106 are single tokens."""
-    from tpa_ref.gemma.generate import prompt_tokens
-
     tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
-    ids = prompt_tokens(tokenizer, "the <bos> list", chat=True)
+    ids = generate.prompt_tokens(tokenizer, "the <bos> list", chat=True)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert [token for token in ids if token in (START_OF_TURN, END_OF_TURN)] == [105, 106, 105]
     assert ids[1] == START_OF_TURN
@@ -369,10 +372,8 @@ def test_chat_tokens_have_bos_once_and_the_turn_tokens():
 
 def test_plain_prompts_have_bos_once():
     """Without it Gemma's predictions mean nothing; twice is as bad."""
-    from tpa_ref.gemma.generate import prompt_tokens
-
     tokenizer = Tokenizer(helpers.tokenizer_proto())
-    ids = prompt_tokens(tokenizer, "the list", chat=False)
+    ids = generate.prompt_tokens(tokenizer, "the list", chat=False)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert tokenizer.decode(ids[1:]) == "the list"
     assert tokenizer.encode("the list", bos=False) == ids[1:]
@@ -405,17 +406,17 @@ def test_turns_that_do_not_alternate_are_refused(turns):
         ({"top_p": float("nan")}, ("top_p", "nan")),
     ],
 )
-def test_wrong_arguments_are_named_with_rule_and_value(backend, arguments, words):
+def test_wrong_arguments_are_named_with_rule_and_value(arguments, words):
     """One line naming the argument, what it may be and what it was; before the model is run."""
-    model = Scripted(backend, [5] * 200)
-    refused(lambda: list(part(backend, "generate").generate_tokens(model, [2, 3, 4], **arguments)), "generate", *words)
+    model = Scripted([5] * 200)
+    refused(lambda: list(generate.generate_tokens(model, [2, 3, 4], **arguments)), "generate", *words)
     assert model.passes == 0
 
 
-def test_the_longest_text_that_fits_is_accepted(backend):
+def test_the_longest_text_that_fits_is_accepted():
     """3 + 125 = 128 positions are not too many."""
-    model = Scripted(backend, [5] * 200)
-    assert len(list(part(backend, "generate").generate_tokens(model, [2, 3, 4], 125))) == 125
+    model = Scripted([5] * 200)
+    assert len(list(generate.generate_tokens(model, [2, 3, 4], 125))) == 125
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "\n"])
@@ -430,7 +431,7 @@ def test_an_empty_prompt_is_refused(backend, prompt, chat):
 def test_no_tokens_and_no_tokenizer_are_refused(backend):
     """An empty list of ids; and text for a model without a tokenizer, with the way to give one."""
     model = helpers.model(backend)
-    refused(lambda: list(part(backend, "generate").generate_tokens(model, [])), "prompt", 0)
+    refused(lambda: list(generate.generate_tokens(model, [])), "prompt", 0)
     refused(lambda: list(backend.generate(model, "the list")), "tokenizer=")
 
 
@@ -446,4 +447,4 @@ def test_a_given_cache_that_is_too_small_is_refused(backend):
     """A cache for 4 tokens and a prompt of 6."""
     model = helpers.model(backend)
     cache = model.new_cache(max_len=4)
-    refused(lambda: list(part(backend, "generate").generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4")
+    refused(lambda: list(generate.generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4")

@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pytest
-import helpers
-import helpers as vm
+from helpers import ROOT, refused
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -24,7 +23,6 @@ from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.images import crop_boxes, mark_images, open_image, pixels_of, read_images, to_rgb
 from tpa_ref.gemma.tokenizer import START_OF_IMAGE, Tokenizer, chat_text
 
-ROOT = Path(__file__).resolve().parent.parent
 VISION = VisionConfig(image_size=56, tokens_per_image=4, image_token=500, start_token=6, end_token=7)
 
 
@@ -270,7 +268,7 @@ def checkpoint(tmp_path_factory):
     """A tiny random model that reads images of 32 x 32, with a tokenizer."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoint")
-    vm.saved(folder, text={"vocab_size": 400}, image_token_index=401, boi_token_index=6, eoi_token_index=7)
+    helpers.saved(folder, text={"vocab_size": 400}, image_token_index=401, boi_token_index=6, eoi_token_index=7)
     (folder / "tokenizer.model").write_bytes(helpers.tokenizer_proto(400, turns=True))
     return folder
 
@@ -278,7 +276,7 @@ def checkpoint(tmp_path_factory):
 def test_generate_with_images(backend, checkpoint):
     """Images change what is said; where the prompt has marks they go there; several prompts each get all of them."""
     model = backend.load(checkpoint)
-    images = vm.pixels(2)
+    images = helpers.pixels(2)
 
     def ask(prompt, **more):
         return "".join(backend.generate(model, prompt, 12, temperature=1.0, **more))
@@ -301,8 +299,8 @@ def test_generate_with_images(backend, checkpoint):
 
 def test_the_readmes_example_runs(backend, checkpoint, tmp_path, monkeypatch, capsys):
     """The lines about images, as printed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = text[text.index("## Images") :].split("```python\n", 1)[1].split("```", 1)[0]
+    text = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    code = text[text.index("## Images in Python") :].split("```python\n", 1)[1].split("```", 1)[0]
     picture().save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     model = backend.load(checkpoint)
@@ -314,23 +312,22 @@ def test_the_readmes_example_runs(backend, checkpoint, tmp_path, monkeypatch, ca
 def test_a_conversation_about_images(backend, checkpoint):
     """What was shown stays in the cache; undo, also past the window, takes images back with their turn."""
     model = backend.load(checkpoint)
-    tokens = helpers.part(backend, "generate").generate_tokens
 
     def talk():
-        return Conversation(model, tokens, 300, max_new_tokens=6)
+        return Conversation(model, 300, max_new_tokens=6)
 
-    first, second = vm.pixels(1), vm.pixels(2, seed=1)
+    first, second = helpers.pixels(1), helpers.pixels(2, seed=1)
     one = talk()
     said = ["".join(one.say("the list", first)), "".join(one.say("return", second)), "".join(one.say("value"))]
     again = talk()
     assert "".join(again.say("the list", first)) == said[0]
-    assert "".join(again.say("something else", vm.pixels(1, seed=5))) is not None
+    assert "".join(again.say("something else", helpers.pixels(1, seed=5))) is not None
     assert again.undo()  # far past the window of 11: the text is read anew, with its image
     assert ["".join(again.say("return", second)), "".join(again.say("value"))] == said[1:]
     for text, images, words in (
         (f"{START_OF_IMAGE} x", None, "got 1 for 0 images"),
-        ("x", vm.pixels(1, size=16), "[1, 3, 16, 16]"),
-        ("x", vm.pixels(50), "exceed the 300"),
+        ("x", helpers.pixels(1, size=16), "[1, 3, 16, 16]"),
+        ("x", helpers.pixels(50), "exceed the 300"),
     ):
         length = len(one.ids)
         refused(lambda text=text, images=images: "".join(one.say(text, images)), words)
@@ -385,6 +382,6 @@ def test_images_that_cannot_be_shown(checkpoint, tmp_path):
 
 def test_reading_images_imports_no_torch():
     """The reference reads them with NumPy and Pillow alone, and Pillow only when it is asked to."""
-    code = "import sys, tpa_ref.images, tpa_ref.vision; print(sorted({'torch', 'PIL'} & set(sys.modules)))"
+    code = "import sys, tpa_ref.gemma.images, tpa_ref.gemma.vision; print(sorted({'torch', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import pytest
-import helpers as vm
-from helpers import KINDS, TOLERANCE, in_kind, relative, submodule, to_numpy
+from helpers import KINDS, TOLERANCE, in_kind, refused, relative, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -20,6 +20,9 @@ import random_checkpoint as rc
 import tpa_ref
 import tpa_torch
 from tpa_ref import GemmaConfig, TPAError
+from tpa_ref.files.formats import Entry
+from tpa_ref.files.found import _choose_config
+from tpa_ref.gemma import generate
 from tpa_ref.gemma.config import VisionConfig
 from tpa_ref.gemma.weights import LayersOnDisk, hf_names, is_vision
 from tpa_ref.trace import Trace, compare
@@ -28,7 +31,7 @@ from tpa_ref.trace import Trace, compare
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """(the model of `transformers`, its folder)."""
-    return vm.saved(tmp_path_factory.mktemp("seeing"))
+    return helpers.saved(tmp_path_factory.mktemp("seeing"))
 
 
 LAYOUTS = {
@@ -46,20 +49,21 @@ LAYOUTS = {
 def test_whole_text(backend, seeing, layout, kind):
     """Logits of a whole text with images, dense or in any mode at full rank."""
     hf, folder = seeing
-    tokens_bq, images = np.array([vm.text(layout)]), vm.pixels(vm.images_in(layout))
+    tokens_bq, images = np.array([helpers.text(layout)]), helpers.pixels(helpers.images_in(layout))
     model = in_kind(backend, backend.load(folder), kind)
-    assert relative(model(tokens_bq, images=images), vm.hf_logits(hf, tokens_bq, images)) < TOLERANCE["transformers"]
+    expected = helpers.hf_logits(hf, tokens_bq, images)
+    assert relative(model(tokens_bq, images=images), expected) < TOLERANCE["transformers"]
 
 
 def test_a_window_shorter_than_the_image(backend, tmp_path):
     """In a window layer a token of an image sees only as far back as the window, and all of its image ahead."""
-    hf, folder = vm.saved(tmp_path, text={"sliding_window": 3}, mm_tokens_per_image=16)
+    hf, folder = helpers.saved(tmp_path, text={"sliding_window": 3}, mm_tokens_per_image=16)
     vision = backend.load(folder).config.vision
-    tokens_bq, images = np.array([vm.text("7 i 9 i 3", tokens=16)]), vm.pixels(2)
+    tokens_bq, images = np.array([helpers.text("7 i 9 i 3", tokens=16)]), helpers.pixels(2)
     assert (vision.tokens_per_image, vision.pool) == (16, 2)
     for kind in ("dense", "latent"):
         model = in_kind(backend, backend.load(folder), kind)
-        expected = vm.hf_logits(hf, tokens_bq, images)
+        expected = helpers.hf_logits(hf, tokens_bq, images)
         assert relative(model(tokens_bq, images=images), expected) < TOLERANCE["transformers"]
         cache = model.new_cache(1, 64)
         pieces = [
@@ -73,7 +77,7 @@ def test_a_window_shorter_than_the_image(backend, tmp_path):
 def test_chunks_then_token_by_token(backend, seeing, kind):
     """Chunks with and without images through the cache, then single tokens far past the window and the images."""
     hf, folder = seeing
-    tokens_bq, images = np.array([vm.text("3 i 5 i 13 i 30")]), vm.pixels(3)
+    tokens_bq, images = np.array([helpers.text("3 i 5 i 13 i 30")]), helpers.pixels(3)
     model = in_kind(backend, backend.load(folder), kind)
     cache = model.new_cache(1, 80)
     pieces, start = [], 0
@@ -82,7 +86,7 @@ def test_chunks_then_token_by_token(backend, seeing, kind):
         pieces.append(to_numpy(model(tokens_bq[:, start : start + size], cache=cache, images=shown)))
         start += size
     assert start == tokens_bq.shape[1]
-    expected = vm.hf_logits(hf, tokens_bq, images)
+    expected = helpers.hf_logits(hf, tokens_bq, images)
     assert relative(np.concatenate(pieces, 1), expected) < TOLERANCE["transformers"]
 
 
@@ -90,14 +94,14 @@ def test_chunks_then_token_by_token(backend, seeing, kind):
 def test_a_batch_with_padding(backend, seeing, kind):
     """Rows with images in different places and of different lengths: each as if it were alone."""
     model = in_kind(backend, backend.load(seeing[1], dtype="float64"), kind)
-    layouts, images = ["3 i 5 i 4", "21", "i 30", "2"], vm.pixels(3)
-    rows = [vm.text(layout, seed) for seed, layout in enumerate(layouts)]
-    tokens_bq, lengths_b = submodule(backend, "generate").padded(rows)
-    tokens_bq[3, 2:9] = vm.IMAGE  # padding may be anything
+    layouts, images = ["3 i 5 i 4", "21", "i 30", "2"], helpers.pixels(3)
+    rows = [helpers.text(layout, seed) for seed, layout in enumerate(layouts)]
+    tokens_bq, lengths_b = generate.padded(rows)
+    tokens_bq[3, 2:9] = helpers.IMAGE  # padding may be anything
     together = to_numpy(model(tokens_bq, lengths_b=lengths_b, images=images))
     begun = 0
     for row, (ids, layout) in enumerate(zip(rows, layouts, strict=True)):
-        count = vm.images_in(layout)
+        count = helpers.images_in(layout)
         alone = model([ids], images=images[begun : begun + count] if count else None)
         assert relative(together[row : row + 1, : len(ids)], alone) < TOLERANCE["float64"], row
         begun += count
@@ -105,15 +109,14 @@ def test_a_batch_with_padding(backend, seeing, kind):
 
 @pytest.mark.parametrize("size", [3, 5, 1000])
 def test_prefill_cuts_no_image(backend, seeing, monkeypatch, size):
-    """Prefill of a batch in chunks smaller than an image gives the last hidden state of each row's whole text."""
+    """Prefill of a batch in chunks smaller than an image gives the logits behind each row's whole text."""
     model = backend.load(seeing[1], dtype="float64")
-    generate = submodule(backend, "generate")
     monkeypatch.setattr(generate, "PREFILL_CHUNK", size)
-    layouts, images = ["3 i 5 i 4", "21", "i 30"], vm.pixels(3)
-    rows = [vm.text(layout, seed) for seed, layout in enumerate(layouts)]
-    last_b1m = generate.prefill(model, rows, model.new_cache(3, 64), images=images)
+    layouts, images = ["3 i 5 i 4", "21", "i 30"], helpers.pixels(3)
+    rows = [helpers.text(layout, seed) for seed, layout in enumerate(layouts)]
+    L_bv = generate.prefill(model, rows, model.new_cache(3, 64), images=images)
     for row, (ids, shown) in enumerate(zip(rows, (images[:2], None, images[2:]), strict=True)):
-        assert relative(last_b1m[row], model.hidden([ids], images=shown)[0, -1:]) < TOLERANCE["float64"]
+        assert relative(L_bv[row], model([ids], images=shown)[0, -1]) < TOLERANCE["float64"]
 
 
 def test_chunks_are_as_long_as_allowed():
@@ -121,9 +124,9 @@ def test_chunks_are_as_long_as_allowed():
     rng = np.random.default_rng(0)
     for _ in range(50):
         layouts = [" ".join(rng.choice(["1", "2", "7", "bare"], 8)) for _ in range(rng.integers(1, 4))]
-        tokens_bq, _ = submodule(tpa_ref, "generate").padded([vm.text(layout) for layout in layouts])
-        is_image_bq, size = tokens_bq == vm.IMAGE, int(rng.integers(1, 12))
-        made = submodule(tpa_ref, "generate").chunks(is_image_bq, size)
+        tokens_bq, _ = generate.padded([helpers.text(layout) for layout in layouts])
+        is_image_bq, size = tokens_bq == helpers.IMAGE, int(rng.integers(1, 12))
+        made = generate.chunks(is_image_bq, size)
         assert [0, *[end for _, end in made]] == [*[start for start, _ in made], tokens_bq.shape[1]]
         uncut = [q for q in range(1, tokens_bq.shape[1]) if not (is_image_bq[:, q - 1] & is_image_bq[:, q]).any()]
         for start, end in made[:-1]:
@@ -135,20 +138,20 @@ def test_chunks_are_as_long_as_allowed():
 def test_greedy_generation(backend, seeing):
     """Every token after two images is the most likely one by `transformers`; a placeholder is never said."""
     hf, folder = seeing
-    model, images = backend.load(folder), vm.pixels(2)
-    ids = vm.text("3 i 5 i 4")
-    said = list(submodule(backend, "generate").generate_tokens(model, ids, 12, images=images))
+    model, images = backend.load(folder), helpers.pixels(2)
+    ids = helpers.text("3 i 5 i 4")
+    said = list(generate.generate_tokens(model, ids, 12, images=images))
     whole = np.array([ids + said])
-    assert vm.hf_logits(hf, whole, images)[0, len(ids) - 1 : -1].argmax(-1).tolist() == said
+    assert helpers.hf_logits(hf, whole, images)[0, len(ids) - 1 : -1].argmax(-1).tolist() == said
     vision = replace(model.config.vision, image_token=said[0])
     model.config = replace(model.config, vision=vision)
-    renamed = [said[0] if token == vm.IMAGE else 5 if token == said[0] else token for token in ids]
-    assert said[0] not in submodule(backend, "generate").generate_tokens(model, renamed, 12, images=images)
+    renamed = [said[0] if token == helpers.IMAGE else 5 if token == said[0] else token for token in ids]
+    assert said[0] not in generate.generate_tokens(model, renamed, 12, images=images)
 
 
 def test_every_stage_is_the_same_in_both_backends(seeing):
     """From the patches of each image to the logits, in float64."""
-    tokens_bq, images = [vm.text("3 i 5 i 4")], vm.pixels(2).astype(np.float64)
+    tokens_bq, images = [helpers.text("3 i 5 i 4")], helpers.pixels(2).astype(np.float64)
     traces = []
     for backend in (tpa_ref, tpa_torch):
         traces.append(Trace())
@@ -165,7 +168,7 @@ def test_every_stage_is_the_same_in_both_backends(seeing):
 
 def test_bfloat16(seeing):
     """A bf16 model takes pixels of any float, and a bf16 tensor; the logits are those of float32, roughly."""
-    tokens_bq, images = [vm.text("3 i 5 i 4")], vm.pixels(2)
+    tokens_bq, images = [helpers.text("3 i 5 i 4")], helpers.pixels(2)
     expected = to_numpy(tpa_torch.load(seeing[1])(tokens_bq, images=images))
     model = tpa_torch.load(seeing[1], dtype="bfloat16")
     logits = [to_numpy(model(tokens_bq, images=x)) for x in (images, torch.tensor(images).bfloat16())]
@@ -181,7 +184,8 @@ def vision_config(**changes):
     fields = dict(
         vocab_size=300, hidden_size=40, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=56,
         sliding_window=9, query_pre_attn_scalar=10, max_positions=256, is_global=(False,) * 5 + (True,),
-        rope_scale_global=8.0, vision=VisionConfig(32, 4, 3, 24, 2, 3, 36, 1e-6, 4, vm.IMAGE, vm.START, vm.END),
+        rope_scale_global=8.0,
+        vision=VisionConfig(32, 4, 3, 24, 2, 3, 36, 1e-6, 4, helpers.IMAGE, helpers.START, helpers.END),
     )  # fmt: skip
     return GemmaConfig(**fields | changes)
 
@@ -196,7 +200,7 @@ def written(tmp_path_factory):
     return folder
 
 
-TOKENS, IMAGES = np.array([vm.text("3 i 15 i 4")]), vm.pixels(2)
+TOKENS, IMAGES = np.array([helpers.text("3 i 15 i 4")]), helpers.pixels(2)
 
 
 @pytest.mark.parametrize("form", rc.FORMATS[1:])
@@ -209,9 +213,9 @@ def test_every_format_is_the_same_model(backend, written, form):
     config = vision_config() if form.startswith("ckpt") else None
     logits_bqv = to_numpy(backend.load(written / form, config=config)(TOKENS, images=IMAGES))
     hf = transformers.Gemma3ForConditionalGeneration.from_pretrained(written / "hf-multimodal", dtype=torch.float32)
-    expected = vm.hf_logits(hf.eval(), TOKENS, IMAGES)
+    expected = helpers.hf_logits(hf.eval(), TOKENS, IMAGES)
     assert relative(logits_bqv, expected) < (0.1 if form == "ckpt-int8" else TOLERANCE["transformers"])
-    blind = vm.hf_logits(hf, TOKENS, vm.pixels(2, seed=1))
+    blind = helpers.hf_logits(hf, TOKENS, helpers.pixels(2, seed=1))
     assert relative(blind, expected) > 0.2  # the images matter
 
 
@@ -282,7 +286,7 @@ def test_without_an_image_tower_the_text_model_remains(backend, written, tmp_pat
         for name in [name for name in held if is_vision(name)]:
             del held[name]
 
-    text = np.array([vm.text("20")])
+    text = np.array([helpers.text("20")])
     expected = to_numpy(backend.load(written / "hf-multimodal-old")(text))
     for folder in (
         changed(written, tmp_path / "a", drop),
@@ -292,9 +296,7 @@ def test_without_an_image_tower_the_text_model_remains(backend, written, tmp_pat
         assert model.config.vision is None and model.weights.vision is None
         np.testing.assert_array_equal(to_numpy(model(text)), expected)
         refused(lambda model=model: model(text, images=IMAGES), "text only")
-        refused(
-            lambda model=model: submodule(backend, "generate").prefill(model, text, None, images=IMAGES), "text only"
-        )
+        refused(lambda model=model: generate.prefill(model, text, None, images=IMAGES), "text only")
 
 
 @pytest.mark.parametrize(
@@ -321,9 +323,6 @@ def test_a_wrong_vision_config_is_named(written, wrong, words):
 
 def test_a_published_ckpt_has_the_published_tower():
     """A multimodal .ckpt of a published size, without any config: the default image tower is what it must hold."""
-    from tpa_ref.files.checkpoint import _choose_config
-    from tpa_ref.files.formats import Entry
-
     entries = {
         "model.layers.33.self_attn.q_norm.weight": Entry((256,), "bfloat16", lambda _: None),
         "model.embed_tokens.weight": Entry((262_144, 2560), "bfloat16", lambda _: None),
@@ -390,7 +389,7 @@ def test_from_disk_to_disk_and_back(backend, written, tmp_path):
         exported, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert relative(dense, vm.hf_logits(hf.eval(), TOKENS, IMAGES)) < TOLERANCE["transformers"]
+    assert relative(dense, helpers.hf_logits(hf.eval(), TOKENS, IMAGES)) < TOLERANCE["transformers"]
 
 
 def test_on_disk_no_more_than_a_block_of_the_tower_is_held(backend, written):
@@ -406,18 +405,17 @@ def test_on_disk_no_more_than_a_block_of_the_tower_is_held(backend, written):
 def test_images_and_placeholders_must_match(backend, seeing):
     """More images than placeholders and the reverse, half an image, one in two pieces: one line with both numbers."""
     model = backend.load(seeing[1])
-    two = [vm.text("3 i 5 i 4")]
-    refused(lambda: model(two, images=vm.pixels(3)), "3 images", "3 x 4", "got 8")
-    refused(lambda: model(two, images=vm.pixels(1)), "1 images", "got 8")
+    two = [helpers.text("3 i 5 i 4")]
+    refused(lambda: model(two, images=helpers.pixels(3)), "3 images", "3 x 4", "got 8")
+    refused(lambda: model(two, images=helpers.pixels(1)), "1 images", "got 8")
     refused(lambda: model(two), "0 images", "got 8")
-    refused(lambda: model([vm.text("9")], images=vm.pixels(1)), "1 images", "got 0")
-    refused(lambda: model([two[0][:6]], images=vm.pixels(1)), "1 x 4", "got 2")
-    split = [5, *[vm.IMAGE] * 3, 6, vm.IMAGE]
-    refused(lambda: model([split], images=vm.pixels(1)), "must stand together", "got 3 at 1")
-    generate = submodule(backend, "generate")
-    refused(lambda: list(generate.generate_tokens(model, two[0], 2, images=vm.pixels(3))), "3 images", "got 8")
+    refused(lambda: model([helpers.text("9")], images=helpers.pixels(1)), "1 images", "got 0")
+    refused(lambda: model([two[0][:6]], images=helpers.pixels(1)), "1 x 4", "got 2")
+    split = [5, *[helpers.IMAGE] * 3, 6, helpers.IMAGE]
+    refused(lambda: model([split], images=helpers.pixels(1)), "must stand together", "got 3 at 1")
+    refused(lambda: list(generate.generate_tokens(model, two[0], 2, images=helpers.pixels(3))), "3 images", "got 8")
     with pytest.raises(TPAError, match="0 \\.\\.\\. 299"):  # another id outside of the vocabulary is no placeholder
-        model([[5, vm.IMAGE + 1]])
+        model([[5, helpers.IMAGE + 1]])
 
 
 @pytest.mark.parametrize(
@@ -433,12 +431,12 @@ def test_images_and_placeholders_must_match(backend, seeing):
 )
 def test_pixels_of_the_wrong_kind(backend, seeing, images, words):
     """Wrong size, wrong axes, bytes, NaN: said in one line, whatever array it is."""
-    model, tokens_bq = backend.load(seeing[1]), [vm.text("3 i 4")]
+    model, tokens_bq = backend.load(seeing[1]), [helpers.text("3 i 4")]
     refused(lambda: model(tokens_bq, images=images), words)
     refused(lambda: model(tokens_bq, images=torch.from_numpy(images)), words)
 
 
 def test_no_images_may_be_an_empty_array(backend, seeing):
     """A text without placeholders and an array of no images is a text."""
-    model, tokens_bq = backend.load(seeing[1]), [vm.text("9")]
-    np.testing.assert_array_equal(to_numpy(model(tokens_bq, images=vm.pixels(0))), to_numpy(model(tokens_bq)))
+    model, tokens_bq = backend.load(seeing[1]), [helpers.text("9")]
+    np.testing.assert_array_equal(to_numpy(model(tokens_bq, images=helpers.pixels(0))), to_numpy(model(tokens_bq)))

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import helpers
 import numpy as np
 import pytest
-import helpers as vm
-from helpers import TOLERANCE, in_kind, relative, submodule, to_numpy
+from helpers import TOLERANCE, in_kind, part, relative, to_numpy
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from test_vision import vision_config
 
 import random_checkpoint as rc
-from tpa_ref.files import formats
+from tpa_ref.files import names
+from tpa_ref.gemma import vision
 
 CLEARLY = 100  # a mistake must exceed the tolerance by this factor
 LAYOUT = "3 i 5 i 30"
 
 
 def causal_only(backend, patch):
-    patch(submodule(backend, "vision"), "last_seen", lambda is_image_bq, positions_bq: None)
+    patch(vision, "last_seen", lambda is_image_bq, positions_bq: None)
 
 
 def text_sees_the_next_image(backend, patch):
-    vision = submodule(backend, "vision")
     right = vision.last_seen
 
     def last_seen(is_image_bq, positions_bq):
@@ -35,7 +35,6 @@ def text_sees_the_next_image(backend, patch):
 
 
 def all_images_are_one_block(backend, patch):
-    vision = submodule(backend, "vision")
     right = vision.last_seen
 
     def last_seen(is_image_bq, positions_bq):
@@ -45,7 +44,7 @@ def all_images_are_one_block(backend, patch):
 
 
 def image_tokens_see_past_the_window(backend, patch):
-    masks = submodule(backend, "masks")
+    masks = part(backend, "core.masks")
     right = masks.visible
 
     def visible(q, k, window, last=None):
@@ -60,11 +59,11 @@ def pooled_in_the_order_of_patches(backend, patch):
     def pool(x_ipz, config):  # every 16 patches that follow each other, instead of squares of 4 x 4
         return x_ipz.reshape(len(x_ipz), config.tokens_per_image, -1, x_ipz.shape[-1]).mean(2)
 
-    patch(submodule(backend, "vision"), "pool", pool)
+    patch(part(backend, "gemma.vision"), "pool", pool)
 
 
 def pooled_column_by_column(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.pool
 
     def pool(x_ipz, config):
@@ -75,13 +74,13 @@ def pooled_column_by_column(backend, patch):
 
 
 def rows_and_columns_swapped(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.embed_patches
     patch(vision, "embed_patches", lambda pixels, w, config: right(pixels.swapaxes(2, 3), w, config))
 
 
 def scaled_image_embeddings(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.embed_images
 
     def embed_images(pixels, w, config, trace):
@@ -91,7 +90,7 @@ def scaled_image_embeddings(backend, patch):
 
 
 def images_in_the_wrong_order(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.embed_images
 
     def embed_images(pixels, w, config, trace):
@@ -102,31 +101,31 @@ def images_in_the_wrong_order(backend, patch):
 
 
 def soft_norm_times_w(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.rms_norm
     patch(vision, "rms_norm", lambda x, w, eps: right(x, w - 1, eps))
 
 
 def layer_norm_times_one_plus_w(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.layer_norm
     patch(vision, "layer_norm", lambda x, w, bias, eps: right(x, w + 1, bias, eps))
 
 
 def layer_norm_without_bias(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.layer_norm
     patch(vision, "layer_norm", lambda x, w, bias, eps: right(x, w, bias * 0, eps))
 
 
 def no_position_embedding(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.embed_patches
     patch(vision, "embed_patches", lambda pixels, w, config: right(pixels, w, config) - w.position_pz)
 
 
 def no_final_norm(backend, patch):
-    vision = submodule(backend, "vision")
+    vision = part(backend, "gemma.vision")
     right = vision.layer_norm
     calls = []
 
@@ -159,14 +158,14 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """(folder, what `transformers` makes of a text with two images); four soft tokens an image, a window of six."""
-    hf, folder = vm.saved(tmp_path_factory.mktemp("seeing"), text={"sliding_window": 6})
-    return folder, vm.hf_logits(hf, np.array([vm.text(LAYOUT)]), vm.pixels(2))
+    hf, folder = helpers.saved(tmp_path_factory.mktemp("seeing"), text={"sliding_window": 6})
+    return folder, helpers.hf_logits(hf, np.array([helpers.text(LAYOUT)]), helpers.pixels(2))
 
 
 def error(backend, seeing, kind):
     folder, expected = seeing
     model = in_kind(backend, backend.load(folder), kind)
-    return relative(model([vm.text(LAYOUT)], images=vm.pixels(2)), expected)
+    return relative(model([helpers.text(LAYOUT)], images=helpers.pixels(2)), expected)
 
 
 @pytest.mark.parametrize("kind", ["dense", "latent"])
@@ -188,12 +187,12 @@ def test_a_projector_that_is_not_transposed(backend, tmp_path, monkeypatch):
     config = vision_config(hidden_size=24)
     for form in ("ckpt", "hf-multimodal"):
         rc.write_checkpoint(config, form, tmp_path / form, dtype=torch.float32)
-    tokens_bq, images = [vm.text(LAYOUT)], vm.pixels(2)
+    tokens_bq, images = [helpers.text(LAYOUT)], helpers.pixels(2)
 
     def difference():
         pair = (backend.load(tmp_path / "ckpt", config=config), backend.load(tmp_path / "hf-multimodal"))
         return relative(*(to_numpy(model(tokens_bq, images=images)) for model in pair))
 
     assert difference() < TOLERANCE["float32"]
-    monkeypatch.setattr(formats, "_transposed", lambda entry: entry.read)
+    monkeypatch.setattr(names, "_transposed", lambda entry: entry.read)
     assert difference() > CLEARLY * TOLERANCE["transformers"]

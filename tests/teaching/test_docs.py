@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
 from math import erf, exp, pi, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import tpa_ref
+import tpa_ref.core
 
-ROOT = Path(__file__).resolve().parent.parent
 MATH = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
-MODULES = sorted(found.name for found in pkgutil.iter_modules(tpa_ref.__path__) if found.name != "__main__")
+EVERY_MODULE = [found.name for found in pkgutil.walk_packages(tpa_ref.__path__, "tpa_ref.") if not found.ispkg]
+MATHEMATICS = ["tpa_ref.tpa", *(found.name for found in pkgutil.iter_modules(tpa_ref.core.__path__, "tpa_ref.core."))]
 
 
 def named(text: str) -> set[str]:
-    """Everything the page calls `file.function`, of files in tpa_ref."""
-    return {name for name in re.findall(r"`(\w+\.\w+)`", text) if name.split(".")[0] in MODULES}
+    """Everything the page calls `file.function` or `Class.method`."""
+    return {name for name in re.findall(r"`(\w+(?:\.\w+)+)`", text) if not name.endswith((".py", ".md"))}
 
 
-def public(module: str) -> set[str]:
-    """The functions a file defines whose name does not begin with an underscore, as file.function."""
-    inside = importlib.import_module(f"tpa_ref.{module}")
-    functions = inspect.getmembers(inside, inspect.isfunction)
-    return {f"{module}.{name}" for name, f in functions if name[0] != "_" and f.__module__ == inside.__name__}
+@functools.cache
+def public(module: str) -> dict[str, str]:
+    """What a file defines without a leading underscore: {file.function or Class.method: what that is}.
+
+    A method is what its first definition in the package is: `Latent.encode` is `mode.Mode.encode`.
+    """
+    inside, file = importlib.import_module(module), module.rpartition(".")[2]
+    found = {}
+    for name, thing in vars(inside).items():
+        if name[0] == "_" or getattr(thing, "__module__", None) != inside.__name__:
+            continue
+        if inspect.isfunction(thing):
+            found[f"{file}.{name}"] = f"{file}.{name}"
+        elif inspect.isclass(thing):
+            found |= {f"{of}.{method}": first for of in (name, f"{file}.{name}") for method, first in methods(thing)}
+    return found
 
 
-def test_every_function_named_exists():
-    """No name of a function that was renamed or removed; modes and formats are no functions and need no file."""
-    everything = set().union(*(public(module) for module in MODULES))
-    assert named(MATH) <= everything, f"docs/math.md names what is not there: {sorted(named(MATH) - everything)}"
+def methods(of: type) -> list[tuple[str, str]]:
+    """(name, file.Class.name of its first definition) of the methods and properties of a class."""
+    kinds = (property, classmethod, staticmethod)
+    owners = [owner for owner in of.__mro__ if owner.__module__.startswith("tpa_ref.")]
+    first = {
+        name: f"{owner.__module__.rpartition('.')[2]}.{owner.__name__}.{name}"
+        for owner in owners
+        for name, thing in vars(owner).items()
+        if name[0] != "_" and (inspect.isfunction(thing) or isinstance(thing, kinds) or hasattr(thing, "attrname"))
+    }
+    return list(first.items())
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_every_name_exists():
+    """No name of a function that was renamed or removed."""
+    missing = sorted(named(MATH) - set().union(*map(public, EVERY_MODULE)))
+    assert not missing, f"docs/math.md names what does not exist: {missing}"
+
+
+@pytest.mark.parametrize("module", MATHEMATICS)
 def test_every_public_function_is_named(module):
-    """Whoever adds a function says which equation it is, or that it has none (the last table)."""
-    missing = sorted(public(module) - named(MATH))
-    assert not missing, f"name these in docs/math.md, beside their equation or in the last table: {missing}"
+    """Whoever adds a function or method to the mathematics says which equation it is."""
+    said = {found[name] for found in map(public, EVERY_MODULE) for name in named(MATH) & set(found)}
+    missing = sorted(set(public(module).values()) - said)
+    assert not missing, f"name these in docs/math.md, beside their equation: {missing}"
 
 
 def test_a_wrong_name_would_be_seen():
     """The two checks above can fail."""
-    assert named("`rope.rotates` and `rope.rotate`, `latent`, `x.y`") == {"rope.rotates", "rope.rotate"}
-    assert "rope.rotates" not in public("rope") and "rope.rotate" in public("rope")
-    assert "factorize._leading" not in public("factorize")  # private
-    assert "attention.decode" not in public("attention")  # imported there, defined elsewhere
+    assert named("`rope.rotates` and `rope.rotate`, `latent`, `tpa.py`, `Mode.fit`") == {
+        "rope.rotates",
+        "rope.rotate",
+        "Mode.fit",
+    }
+    rope, latent = public("tpa_ref.core.rope"), public("tpa_ref.core.latent")
+    assert "rope.rotates" not in rope and "rope.rotate" in rope
+    assert "quantize._grouped" not in public("tpa_ref.core.quantize")  # private
+    assert "attention.partial" not in public("tpa_ref.core.attention")  # imported there, defined elsewhere
+    assert latent["Latent.encode"] == "mode.Mode.encode" and "Latent.rotate" not in latent
 
 
 def test_links_and_formulas():

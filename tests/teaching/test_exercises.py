@@ -1,4 +1,4 @@
-"""The exercises of `notebooks/`: a right solution passes all six steps, a mistake fails the step it is made in."""
+"""The exercises of `notebooks/`: a correct solution passes all six steps; a mistake fails the step it is made in."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = ROOT / "notebooks" / "exercises"
 
 SOLUTION = """
 import numpy as np
-from tpa_ref import attention, factorize, masks, rope
-from tpa_ref.cache import slot_positions
+from tpa_ref.core import attention, contextual, masks, rope
+from tpa_ref.core.cache import slot_positions
 
 
 def from_factors(A_bksg, B_bksd):
-    b, k, s, g = A_bksg.shape
+    (b, k, s, g), d = A_bksg.shape, B_bksd.shape[3]
     parts = {"A": A_bksg.reshape(b, k, s * g), "B": B_bksd}
-    return factorize.decode(parts, factorize.Factorization("contextual", s), g)
+    return contextual.Contextual(g, d, rank=s).decode(parts, None)
 
 
-def best_factors(X_bkgd, rank):
-    return factorize.truncate_contextual(X_bkgd, rank)[:2]
+best_factors = contextual.factor
 
 
 def rotate(x_bksd, positions_bk, base, scale=1.0):
     return rope.rotate(x_bksd, *rope.rope_tables(positions_bk, x_bksd.shape[-1], base, scale))
 
 
-scores = attention.scores_contextual
+scores = contextual.scores_contextual
 
 
 def attend(Q, AK, BK, AV, BV, scale, positions_bq, positions_bk, window):
     L_bhqk = masks.apply_mask(scores(Q, AK, BK, scale), masks.visible(positions_bq, positions_bk, window))
-    return attention.values_contextual(attention.softmax(L_bhqk), AV, BV)
+    return contextual.values_contextual(attention.softmax(L_bhqk), AV, BV)
 
 
 class FactorCache:
@@ -75,7 +74,7 @@ def run(mine: Path | None, *tests: str) -> subprocess.CompletedProcess:
     """pytest on the exercises in a fresh interpreter, as a reader runs it."""
     command = [sys.executable, "-m", "pytest", *map(str, tests or [EXERCISES]), "-p", "no:cacheprovider"]
     command += ["--mine", str(mine)] if mine else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -111,7 +111,8 @@ class Calibration:
 
     def _forwards(self, layer: int) -> None:
         """The states behind a layer, and the moments of its K and V."""
-        behind, sums = [], {}
+        behind: list[Any] = []
+        sums: dict[str, Any] = {}
         for index, x_bqm in enumerate(self._states(layer)):
             y_bqm, K_bkgd, V_bkge = self.model.through_layer(layer, x_bqm)
             behind.append(y_bqm)
@@ -127,7 +128,8 @@ class Calibration:
             rng = np.random.default_rng(self.seed)
             last = self._states(layer + 1)[: self.backwards]
             self.store.put("gradients", layer + 1, named([self.model.logits_backward(x_bqm, rng) for x_bqm in last]))
-        in_front, sums = [], {}
+        in_front: list[Any] = []
+        sums: dict[str, Any] = {}
         gradients = map(self.model.array, self.store.get("gradients", layer + 1).values())
         for x_bqm, dy_bqm in zip(states, gradients, strict=True):
             dx_bqm, F_k, F_v = self.model.back_through_layer(layer, x_bqm, dy_bqm)

@@ -1,7 +1,7 @@
 """How a KV cache is to be compressed. This file lives once and serves both backends.
 
-A choice is one of two types: `FixedRank` (factors of a mode, rank and storage dtype) or `Spectral` (a rate: as many bits
-as it allows, where the model feels them). `TPAConfig` is the front that command lines, files and most users take:
+A choice is one of two types: `FixedRank` (factors of a mode, rank and storage dtype) or `Spectral` (a rate: as many
+bits as it allows, where the model feels them). `TPAConfig` is the front that command lines, files and most users take:
 keywords in, one choice for every layer out, resolved once (`model.choices`).
 """
 
@@ -75,8 +75,8 @@ class Spectral:
 
     rate: mean bits per number of dense K and V, in (0, 8]. k: K by itself, of fixed rank, so that the rate is V's
     alone: the fast cache, since nothing costs more time than K that must be rebuilt. predict: code only what the
-    tokens do not tell; None: where calibration has found out what they do. widths: the bits of each coefficient that has
-    any, strongest first, once they are chosen for a layer.
+    tokens do not tell; None: where calibration has found out what they do. widths: the bits of each coefficient that
+    has any, strongest first, once they are chosen for a layer.
     """
 
     rate: float = DEFAULT_RATE
@@ -253,7 +253,10 @@ class TPAConfig:
         try:
             content = dict(content)
             if content.get("per_layer") is not None:
-                content["per_layer"] = tuple(entry and choice_from_dict(entry) for entry in content["per_layer"])
+                rate, predict = content.get("rate") or DEFAULT_RATE, content.get("predict")
+                content["per_layer"] = tuple(
+                    entry and choice_from_dict(entry, rate, predict) for entry in content["per_layer"]
+                )
             return cls(**content)
         except (TypeError, AttributeError, KeyError) as problem:
             raise TPAError(f"tpa config: unreadable: {problem}") from None
@@ -276,14 +279,16 @@ def choice_to_dict(choice: Choice) -> dict[str, Any]:
     return {f"{side}_{name}": x for side, entry in zip("kv", sides) for name, x in zip(names, entry, strict=True)}
 
 
-def choice_from_dict(entry: dict[str, Any]) -> Choice:
-    """The inverse of `choice_to_dict`. K and V with codes of their own each (format 2) count as one choice of K's."""
+def choice_from_dict(entry: dict[str, Any], rate: float = DEFAULT_RATE, predict: bool | None = None) -> Choice:
+    """The inverse of `choice_to_dict`; rate and predict are the configuration's. K and V with codes of their own each
+    (format 2) count as one choice of K's.
+    """
     k, v = (Side(entry[f"{side}_mode"], entry[f"{side}_rank"], entry[f"{side}_dtype"]) for side in "kv")
     k_widths, v_widths = (widths_of(entry.get(f"{side}_widths", ())) for side in "kv")
     if k.dtype == "spectral":
-        return Spectral(widths=k_widths)
+        return Spectral(rate, None, predict, k_widths)
     if v.dtype == "spectral":
-        return Spectral(k=k, widths=v_widths)
+        return Spectral(rate, k, predict, v_widths)
     return FixedRank(k, v)
 
 

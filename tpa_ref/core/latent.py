@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Latent(Mode):
     mean: Any = field(default=None, repr=False)
 
     name = "latent"
-    constants = ("basis", "encoder", "mean")
+    constants: ClassVar[tuple[str, ...]] = ("basis", "encoder", "mean")
 
     @classmethod
     def exact_rank(cls, g: int, d: int) -> int:

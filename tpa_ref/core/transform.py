@@ -2,7 +2,7 @@
 
 1. How much does an error n in a cached vector x hurt? For small n the KL divergence of the model's predictions is a
    quadratic form, KL = 1/2 n^T F n, with the Fisher matrix F = E[grad grad^T] of the log-likelihood
-   (`compress.sensitivity`).
+   (`compress.calibrate`).
 2. In which coordinates is that simplest? In c = U^T F^(1/2) (x - mean), where U are the eigenvectors of
    F^(1/2) Cov F^(1/2): there coefficients are uncorrelated, their variances are lambda_s, and an error of variance D in
    any of them costs D/2 nats, in whatever layer (the Karhunen-Loeve transform in the metric of the damage).

@@ -108,7 +108,7 @@ class Loader(Mapping[str, Any]):
                 tpa = TPAConfig.from_dict(saved["config"])
                 pairs = saved_pairs(self.model_class, saved["factors"], self._held, config)
                 queries = [query_factors(self._held, layer, config) for layer in range(config.num_layers)]
-            except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
         made = self.model_class(
             config, self.weights(on_disk), self.found.tokenizer, tpa, pairs, queries, self.found.stored_dtype
@@ -282,10 +282,11 @@ def write_index(folder: Path) -> None:
 
 
 def write_beside(model: Any, folder: Path) -> None:
-    """config.json and, where there is one, tokenizer.model."""
-    (folder / "config.json").write_text(config_json(model), encoding="utf-8")
+    """tokenizer.model, where there is one, and config.json, which says that everything is there."""
     if model.tokenizer:
         (folder / "tokenizer.model").write_bytes(model.tokenizer.proto)
+    (folder / "config.tmp").write_text(config_json(model), encoding="utf-8")
+    os.replace(folder / "config.tmp", folder / "config.json")
 
 
 def check_output(path: str | Path) -> Path:

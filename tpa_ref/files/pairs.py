@@ -11,16 +11,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..compress.config import KV_DTYPES, width_counts, widths_of
-from ..core.mode import Mode
+from ..core.mode import MODES, Mode
+from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 
-CONSTANTS = ("basis", "encoder", "mean", "predictor")  # of any mode
+ENTRY = {"mode", "rank", "dtype", "error", "widths"}
+
+
+def constants() -> set[str]:
+    """The names that constant arrays have in any mode.
+
+    >>> sorted(constants())
+    ['basis', 'encoder', 'mean', 'predictor']
+    """
+    modes: list[type[Mode]] = [*MODES.values(), CodedLatent]
+    return {name for mode in modes for name in mode.constants}
 
 
 def is_basis(name: str) -> bool:
     """Constant factors keep the precision they were made in; everything else takes the one that is computed in."""
-    return name.startswith("tpa.") and name.rpartition(".")[2] in CONSTANTS
+    return name.startswith("tpa.") and name.rpartition(".")[2] in constants()
 
 
 def is_factor(name: str, config: GemmaConfig) -> bool:
@@ -31,7 +42,7 @@ def is_factor(name: str, config: GemmaConfig) -> bool:
         and parts[:2] == ["tpa", "layers"]
         and parts[2].isdecimal()
         and int(parts[2]) < config.num_layers
-        and (parts[4] in CONSTANTS if parts[3] in "kv" else parts[3:] in (["q", "A"], ["q", "W"]))
+        and (parts[4] in constants() if parts[3] in "kv" else parts[3:] in (["q", "A"], ["q", "W"]))
     )
 
 
@@ -76,11 +87,13 @@ def saved_pair(
 ) -> Any:
     """The pair of one layer; whole: with its constant arrays, which are checked."""
     k_entry, v_entry = entry
+    if unknown := sorted((set(k_entry) | set(v_entry)) - ENTRY):
+        raise TPAError(f"load: saved factors of layer {layer}: keys are {', '.join(sorted(ENTRY))}, got {unknown[0]!r}")
     joint = v_entry["dtype"] == "shared"
     if joint and (v_entry["rank"], v_entry["mode"], k_entry["dtype"]) != (k_entry["rank"], "latent", "spectral"):
         raise TPAError(
-            f"load: saved factors of layer {layer}, V: coefficients that V shares are those of a spectral K of the same "
-            f"rank"
+            f"load: saved factors of layer {layer}, V: coefficients that V shares are those of a spectral K "
+            f"of the same rank"
         )
     if joint:
         v_entry = {**k_entry, "error": v_entry["error"]}
@@ -126,6 +139,7 @@ def check_arrays(mode: Mode, name: str, z: int) -> None:
         got = None if value is None else tuple(value.shape)
         allowed = [(z, *shape[1:]) if constant == "predictor" and shape else shape for shape in shapes]
         if got not in allowed:
-            raise TPAError(f"load: {name}.{constant} of {mode.name} must have shape {allowed[0]}, got {got}")
+            shapes_text = " or ".join(map(str, allowed))
+            raise TPAError(f"load: {name}.{constant} of {mode.name} must have shape {shapes_text}, got {got}")
         if value is not None and "float" not in str(value.dtype):
             raise TPAError(f"load: {name}.{constant} must be float, got {value.dtype}")

@@ -89,22 +89,32 @@ def convert_on_disk(
     converted = begin_conversion(dense, tpa)
     folder = resume_folder(target, recipe(path, converted, calibration, max_tokens))
     with writing(target, folder):
-        store = Folder(folder, dense)
-        if not (folder / shard_name(0, dense.config)).is_file():
-            write_shard(folder, 0, dense.config, outer_part(converted))
-        moments: Any = calibration
-        if calibration is not None and not isinstance(calibration, Moments):
-            windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
-            everything = set(range(dense.config.num_layers))
-            predict = predicts(converted.tpa, dense.config)
-            moments = Calibration(dense, windows, store, everything, predict=predict)
-            moments.run(progress)
-        conversion = DiskConversion(converted, moments, store)
-        conversion.run(progress, conversion.finished_layers())
-        if dense.config.vision:
-            write_shard(folder, dense.config.num_layers + 1, dense.config, vision_part(dense))
-        finish_folder(folder, target, converted)
+        if not (folder / "config.json").is_file():
+            write_files(folder, dense, converted, calibration, max_tokens, progress)
+        finish_folder(folder, target, dense.config)
     return target
+
+
+def write_files(
+    folder: Path, dense: Any, converted: Any, calibration: Any, max_tokens: int, progress: Callable
+) -> None:
+    """All files of a converted model, config.json last."""
+    store, config = Folder(folder, dense), dense.config
+    if not (folder / shard_name(0, config)).is_file():
+        write_shard(folder, 0, config, outer_part(converted))
+    moments = calibration
+    if calibration is not None and not isinstance(calibration, Moments):
+        windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
+        everything, predict = set(range(config.num_layers)), predicts(converted.tpa, config)
+        moments = Calibration(dense, windows, store, everything, predict=predict)
+        moments.run(progress)
+    conversion = DiskConversion(converted, moments, store)
+    conversion.run(progress, conversion.finished_layers())
+    tower = config.num_layers + 1
+    if config.vision and not (folder / shard_name(tower, config)).is_file():
+        write_shard(folder, tower, config, vision_part(dense))
+    write_index(folder)
+    write_beside(converted, folder)
 
 
 class Folder:
@@ -227,14 +237,18 @@ def factors_file(folder: Path, layer: int) -> Path:
     return folder / f"factors-{layer:05d}.json"
 
 
-def finish_folder(folder: Path, target: Path, converted: Any) -> None:
-    """Index, config and tokenizer beside the finished files, nothing else; then the folder takes the target's name."""
-    kept = {shard_name(number, converted.config) for number in range(shard_count(converted.config))}
-    for file in folder.iterdir():  # what only the work needed, and what a killed library left half-written
+def finish_folder(folder: Path, target: Path, config: GemmaConfig) -> None:
+    """Only the model's files stay, and the folder takes the target's name."""
+    kept = {shard_name(number, config) for number in range(shard_count(config))}
+    kept |= {"model.safetensors.index.json", "config.json", "tokenizer.model"}
+    # What only the work needed goes, and what a killed library left half-written; without its recipe no folder is
+    # resumed, so that goes last.
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == RECIPE):
         if file.name not in kept:
             file.unlink()
-    write_index(folder)
-    write_beside(converted, folder)
+    if not target.exists():  # one step, between which and the next nothing can be lost
+        folder.rename(target)
+        return
     with replacing(target) as temporary:
         folder.rename(temporary)
 

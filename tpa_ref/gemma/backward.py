@@ -70,7 +70,7 @@ def block_backward(
     Shapes: dy and x [b,q,m], positions [b,q] -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
     """
     config = model.config
-    eps, _g, scale = config.rms_eps, config.num_kv_heads, config.query_scale
+    eps, scale = config.rms_eps, config.query_scale
     tables = rope.rope_tables(positions_bq, config.head_dim, *config.rope(config.is_global[layer]))
 
     # forwards again, keeping what the way back needs

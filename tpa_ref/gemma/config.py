@@ -1,4 +1,4 @@
-"""What a Gemma 3 model is: `GemmaConfig`, and `VisionConfig` for its image tower.
+"""What a Gemma 3 model is: `GemmaConfig`, and `VisionConfig` for its image tower. Files are read in `hf_config`.
 
 This file lives once and serves both backends; it imports no array library.
 """
@@ -6,7 +6,6 @@ This file lives once and serves both backends; it imports no array library.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from ..errors import TPAError
 
 # Gemma 3 alternates five sliding-window ("local") layers with one that sees everything ("global").
 LAYERS_PER_GLOBAL = 6
-MAX_LAYERS = 10_000  # anything above is a damaged config
 
 
 def layer_pattern(num_layers: int, period: int = LAYERS_PER_GLOBAL) -> tuple[bool, ...]:
@@ -205,98 +203,18 @@ class GemmaConfig:
     def from_hf(cls, config: str | Path | dict[str, Any]) -> GemmaConfig:
         """Read a Hugging Face config.json (its path, or the dict in it), text-only or multimodal.
 
-        Both generations of key names are understood (`rope_theta` ... and `rope_parameters`). Keys that a
-        published file leaves out take the class defaults of `transformers`, as they do there.
-
         >>> GemmaConfig.from_hf({"model_type": "gemma3_text", "num_hidden_layers": 12, "head_dim": 64}).head_dim
         64
         """
-        where = "config.json"
-        if not isinstance(config, dict):
-            where = str(config)
-            config = _read_json(Path(config))
-        text = config.get("text_config", config)
-        if not isinstance(text, dict):
-            raise TPAError(f"{where}: text_config must be an object, got {type(text).__name__}")
-        model_type = text.get("model_type", config.get("model_type"))
-        if model_type not in ("gemma3", "gemma3_text"):
-            raise TPAError(f"{where}: model_type must be 'gemma3' or 'gemma3_text', got {model_type!r}")
+        from . import hf_config  # which builds on this file
 
-        def read(name: str, default: Any) -> Any:
-            value = text.get(name)
-            return default if value is None else value
-
-        try:
-            num_layers = int(read("num_hidden_layers", 26))
-            if not 0 < num_layers <= MAX_LAYERS:
-                raise TPAError(f"{where}: num_hidden_layers must lie in 1 ... {MAX_LAYERS}, got {num_layers}")
-            for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-                if text.get(name) is not None:
-                    raise TPAError(f"{where}: {name} must be null for Gemma 3, got {text[name]!r}")
-            for name in ("attention_bias", "use_bidirectional_attention"):
-                if text.get(name):
-                    raise TPAError(f"{where}: {name} must be false for Gemma 3, got {text[name]!r}")
-            if text.get("tie_word_embeddings") is False or config.get("tie_word_embeddings") is False:
-                raise TPAError(f"{where}: tie_word_embeddings must be true for Gemma 3, got False")
-            if read("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-                raise TPAError(
-                    f"{where}: hidden_activation must be 'gelu_pytorch_tanh', got {text['hidden_activation']!r}"
-                )
-            base_local, base_global, scale = _read_rope(text, where)
-            found = cls(
-                vocab_size=read("vocab_size", 262_208),
-                hidden_size=read("hidden_size", 2304),
-                num_layers=num_layers,
-                num_heads=read("num_attention_heads", 8),
-                num_kv_heads=read("num_key_value_heads", 4),
-                head_dim=read("head_dim", 256),
-                intermediate_size=read("intermediate_size", 9216),
-                sliding_window=read("sliding_window", 4096),
-                query_pre_attn_scalar=read("query_pre_attn_scalar", 256),
-                max_positions=read("max_position_embeddings", 131_072),
-                is_global=_read_layer_types(text, num_layers, where),
-                rope_base_local=base_local,
-                rope_base_global=base_global,
-                rope_scale_global=scale,
-                rms_eps=read("rms_norm_eps", 1e-6),
-                vision=_read_vision(config, where),
-            )
-        except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
-            raise TPAError(f"{where}: a value has the wrong type or size: {problem}") from None
-        return dataclasses.replace(found, variant=_name_variant(found))
+        return hf_config.from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:
-        """The same model as a Hugging Face config.json, readable by every `transformers` >= 4.50."""
-        scaled = self.rope_scale_global != 1.0
-        text = {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-            "sliding_window": self.sliding_window,
-            "layer_types": ["full_attention" if flag else "sliding_attention" for flag in self.is_global],
-            "query_pre_attn_scalar": _whole(self.query_pre_attn_scalar),
-            "max_position_embeddings": self.max_positions,
-            "rope_theta": self.rope_base_global,
-            "rope_local_base_freq": self.rope_base_local,
-            "rope_scaling": {"rope_type": "linear", "factor": self.rope_scale_global} if scaled else None,
-            "rms_norm_eps": self.rms_eps,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "tie_word_embeddings": True,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-        }
-        return (_with_vision(text, self.vision) if self.vision else text) | {"torch_dtype": "bfloat16"}
+        """The same model as the content of a Hugging Face config.json."""
+        from . import hf_config
+
+        return hf_config.to_hf(self)
 
 
 def _check_numbers(config: Any, where: str) -> None:
@@ -311,68 +229,6 @@ def _check_numbers(config: Any, where: str) -> None:
         if field.type == "int" and int(value) != value:
             raise TPAError(f"{where}: {field.name} must be a whole number, got {value!r}")
         object.__setattr__(config, field.name, (int if field.type == "int" else float)(value))
-
-
-def _read_vision(config: dict[str, Any], where: str) -> VisionConfig | None:
-    """The image tower of a multimodal config.json; what it leaves out takes the class defaults of `transformers`."""
-    tower = config.get("vision_config")
-    if "text_config" not in config or tower is None:
-        return None
-    if not isinstance(tower, dict):
-        raise TPAError(f"{where}: vision_config must be an object, got {type(tower).__name__}")
-    if tower.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise TPAError(f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {tower['hidden_act']!r}")
-
-    def token(name: str, default: int) -> int:
-        value = config.get(f"{name}_index", config.get(f"{name}_id"))
-        return default if value is None else value
-
-    return VisionConfig(
-        image_size=tower.get("image_size", 224),
-        patch_size=tower.get("patch_size", 16),
-        channels=tower.get("num_channels", 3),
-        hidden_size=tower.get("hidden_size", 768),
-        num_layers=tower.get("num_hidden_layers", 12),
-        num_heads=tower.get("num_attention_heads", 12),
-        intermediate_size=tower.get("intermediate_size", 3072),
-        norm_eps=tower.get("layer_norm_eps", 1e-6),
-        tokens_per_image=config.get("mm_tokens_per_image", 256),
-        image_token=token("image_token", 262_144),
-        start_token=token("boi_token", 255_999),
-        end_token=token("eoi_token", 256_000),
-    )
-
-
-def _with_vision(text: dict[str, Any], vision: VisionConfig) -> dict[str, Any]:
-    """A text config.json inside a multimodal one."""
-    return {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "text_config": {key: value for key, value in text.items() if key != "architectures"},
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "num_channels": vision.channels,
-            "hidden_size": vision.hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "intermediate_size": vision.intermediate_size,
-            "layer_norm_eps": vision.norm_eps,
-            "hidden_act": "gelu_pytorch_tanh",
-            "vision_use_head": False,
-        },
-        "mm_tokens_per_image": vision.tokens_per_image,
-        "image_token_index": vision.image_token,
-        "boi_token_index": vision.start_token,
-        "eoi_token_index": vision.end_token,
-        "tie_word_embeddings": True,
-    }
-
-
-def _whole(value: float) -> int | float:
-    """An int where the number is one: `transformers` wants query_pre_attn_scalar as an int."""
-    return int(value) if value == int(value) else value
 
 
 def _published(
@@ -404,53 +260,3 @@ VARIANTS = {
     "12b": GemmaConfig.gemma3_12b,
     "27b": GemmaConfig.gemma3_27b,
 }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TPAError(f"config: file not found: {path}") from None
-    except (OSError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8, not JSON, or absurd numbers
-        raise TPAError(f"config: {path} is not a readable JSON file: {problem}") from None
-    if not isinstance(content, dict):
-        raise TPAError(f"config: {path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _read_rope(text: dict[str, Any], where: str) -> tuple[float, float, float]:
-    """(local base, global base, global linear scale) from either generation of keys."""
-    newer = text.get("rope_parameters") or {}
-    local = newer.get("sliding_attention") or {}
-    full = newer.get("full_attention") or {}
-    if newer and not (local or full):  # one flat entry: the global layers'
-        full = newer
-    base_local = local.get("rope_theta") or text.get("rope_local_base_freq") or 10_000.0
-    base_global = full.get("rope_theta") or text.get("rope_theta") or 1_000_000.0
-    scaling = full or text.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear"):
-        raise TPAError(f"{where}: rope scaling must be 'default' or 'linear' for Gemma 3, got {kind!r}")
-    scale = scaling.get("factor") if kind == "linear" else 1.0
-    if scale is None:
-        raise TPAError(f"{where}: linear rope scaling needs a factor, got none")
-    return float(base_local), float(base_global), float(scale)
-
-
-def _read_layer_types(text: dict[str, Any], num_layers: int, where: str) -> tuple[bool, ...]:
-    types = text.get("layer_types")
-    if types is None:
-        return layer_pattern(num_layers, int(text.get("sliding_window_pattern") or LAYERS_PER_GLOBAL))
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise TPAError(f"{where}: layer_types must be full_attention or sliding_attention, got {unknown[0]!r}")
-    return tuple(kind == "full_attention" for kind in types)
-
-
-def _name_variant(config: GemmaConfig) -> str:
-    """The published name whose layer count and width this config has, else 'custom'."""
-    for name, make in VARIANTS.items():
-        published = make()
-        if (published.num_layers, published.hidden_size) == (config.num_layers, config.hidden_size):
-            return name
-    return "custom"

@@ -16,8 +16,8 @@ from .vision import as_pixels, check_pixels, require_vision
 class Conversation:
     """A model that is talked to. The cache keeps every turn; `undo` takes the last one back.
 
-    max_len: tokens the cache has room for. chat: wrap every text in
-    Gemma's chat template; without it texts simply follow each other. sampling: arguments of `generate_tokens`.
+    max_len: tokens the cache has room for. chat: wrap every text in Gemma's chat template; without it texts simply
+    follow each other. sampling: arguments of `generate_tokens`.
     """
 
     def __init__(

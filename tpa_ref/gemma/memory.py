@@ -1,4 +1,4 @@
-"""Bytes of KV caches by arithmetic: the two baselines and TPA. Lives once and serves both backends.
+"""Sizes by arithmetic: KV caches, the two baselines and TPA, and models. Lives once and serves both backends.
 
 Every ratio of this project is given against both baselines, always bf16 and batch 1:
     full      a dense cache of context length in every layer (what google/gemma_pytorch allocates)
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .config import GemmaConfig
+from .weights import hf_names
 
 BF16 = 2
 
@@ -39,6 +42,26 @@ def windowed_bytes(config: GemmaConfig, n: int) -> int:
     0.738
     """
     return token_bytes_dense(config) * sum(config.slots(layer, n) for layer in range(config.num_layers))
+
+
+def parameter_count(config: GemmaConfig) -> int:
+    """Numbers in all weights.
+
+    >>> parameter_count(GemmaConfig.tiny())
+    7549952
+    """
+    return sum(int(np.prod(shape)) for shape in hf_names(config).values())
+
+
+def weights_bytes(dense: Any, tpa: Any) -> dict[str, int]:
+    """Bytes of the weights in memory; TPA adds its model constants and, with a q rank, exchanges W_Q."""
+    size = parameter_count(dense.config) * dense.weights.embed_vm.dtype.itemsize
+    arrays = [x for pair in tpa.pairs for mode in pair.modes for x in mode.arrays().values() if x is not None]
+    extra = sum(x.nbytes for x in arrays)
+    for query, block in zip(tpa.query_factors, dense.weights.layers, strict=True):
+        if query is not None:
+            extra += query[0].nbytes + query[1].nbytes - block.WQ_hdm.nbytes
+    return {"dense": size, "tpa": size + extra}
 
 
 def table(config: GemmaConfig, rows: list[tuple[str, int, int]]) -> str:

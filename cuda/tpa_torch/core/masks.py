@@ -1,4 +1,4 @@
-"""Which key a query sees. Twin of `tpa_ref.masks`."""
+"""Which key a query sees. Twin of `tpa_ref.core.masks`."""
 
 from __future__ import annotations
 

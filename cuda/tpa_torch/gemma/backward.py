@@ -1,5 +1,5 @@
-"""The way back through a layer. Twin of `tpa_ref.gemma.backward`, which writes it out; here autograd goes it, one layer at
-a time, so that no more than one layer's activations are held.
+"""The way back through a layer. Twin of `tpa_ref.gemma.backward`, which writes it out; here autograd goes it, one layer
+at a time, so that no more than one layer's activations are held.
 """
 
 from __future__ import annotations

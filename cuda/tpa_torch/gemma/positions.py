@@ -36,8 +36,8 @@ class Tokens:
 
 
 class Positions(reference.Positions):
-    """Positions of new tokens as one kind of layer sees them. Nothing of the size queries x keys is kept for more than a
-    few queries.
+    """Positions of new tokens as one kind of layer sees them. Nothing of the size queries x keys is kept for more than
+    a few queries.
     """
 
     def __init__(self, model: Any, is_global: bool, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None):

@@ -1,4 +1,4 @@
-"""Images: pixels -> soft tokens of the text model. Twin of `tpa_ref.vision`, which explains it."""
+"""Images: pixels -> soft tokens of the text model. Twin of `tpa_ref.gemma.vision`, which explains it."""
 
 from __future__ import annotations
 

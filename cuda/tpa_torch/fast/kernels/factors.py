@@ -34,7 +34,7 @@ def factor_token(x, a, b, squarings, G: tl.constexpr, D: tl.constexpr, RANK: tl.
         u = of_unit_length(tl.sum(tl.where(i[None, :] == column, P, 0.0), 1))
         u = of_unit_length(tl.sum(rest * u[None, :], 1))
         largest = tl.sum(tl.where(i == tl.argmax(tl.abs(u), 0), u, 0.0), 0)
-        u = tl.where(largest < 0, -u, u)  # `factorize.steady_signs`
+        u = tl.where(largest < 0, -u, u)  # `transform.fix_signs`
         tl.store(a + (token * RANK + s) * G + i, u * RANK, i < G)
         tl.store(b + (token * RANK + s) * D + d, tl.sum(u[:, None] * X, 0))
         rest = rest - u[:, None] * u[None, :]

@@ -1,0 +1,71 @@
+"""Both commands have one set of option names, and the defaults that depend on size stand in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from tpa_ref.cli import demo, options, run
+from tpa_ref.gemma.config import GemmaConfig
+
+FEW = {"calibration_tokens": 4096, "eval_tokens": 2048, "recall_prompts": 2}
+MANY = {"calibration_tokens": 32_768, "eval_tokens": 16_384, "recall_prompts": 10}
+
+
+def parser_of(module):
+    """The parser that a command builds."""
+    with mock.patch.object(options.Parser, "parse_args", lambda parser: (_ for _ in ()).throw(Built(parser))):
+        with pytest.raises(Built) as built:
+            module.parse_arguments()
+    return built.value.args[0]
+
+
+class Built(Exception):
+    """Carries a parser out of the function that builds it."""
+
+
+def test_one_set_of_names():
+    """What both commands have is called alike, spelt alike and means the same kind of value."""
+    ours, theirs = ({name: a for a in parser_of(m)._actions for name in a.option_strings} for m in (demo, run))
+    shared = set(ours) & set(theirs)
+    assert {"--ckpt", "--rate", "--calibration", "--context", "--chat", "--output", "--save-tpa"} <= shared
+    for name in shared - {"--prompt", "--help", "-h"}:
+        assert (ours[name].type, ours[name].choices) == (theirs[name].type, theirs[name].choices), name
+    assert set(ours) - shared == {"--eval-text", "--eval-tokens", "--recall-prompts", "--timing-rounds", "--plot"}
+
+
+@pytest.mark.parametrize(
+    "variant, stored, backend, device, dtype, expected, rounds, context",
+    [
+        ("tiny", "bfloat16", "torch", "cpu", "float32", MANY, 3, 2048),
+        ("270m", "bfloat16", "torch", "cpu", "bfloat16", FEW, 1, 32_768),
+        ("270m", "float32", "torch", "cpu", "float32", FEW, 1, 32_768),
+        ("1b", "bfloat16", "numpy", "cpu", "float32", FEW, 1, 32_768),
+        ("4b", "bfloat16", "torch", "cuda", "bfloat16", MANY, 1, 32_768),
+    ],
+)
+def test_defaults(variant, stored, backend, device, dtype, expected, rounds, context):
+    """By size, device and how the weights are stored."""
+    config = GemmaConfig.tiny() if variant == "tiny" else GemmaConfig.of_variant(variant)
+    found = options.Defaults.of(SimpleNamespace(config=config, stored_dtype=stored), backend, device)
+    about = {"size": variant, "device": device, "dtype": dtype, "timing_rounds": rounds, "context": context}
+    assert dataclasses.asdict(found) == about | expected
+
+
+def test_what_is_given_wins_and_the_rest_is_printed():
+    """Zero counts as given."""
+    found = options.Defaults("270m", "cpu", "bfloat16", 4096, 2048, 2, 1, 32_768)
+    args = Namespace(dtype=None, calibration_tokens=None, eval_tokens=100, recall_prompts=0)
+    line = found.fill(args, ("dtype", "calibration_tokens", "eval_tokens", "recall_prompts"))
+    assert line == "defaults for 270m on cpu: bfloat16, calibration tokens 4,096"
+    assert vars(args) == {"dtype": "bfloat16", "calibration_tokens": 4096, "eval_tokens": 100, "recall_prompts": 0}
+
+
+def test_underscores_and_hyphens():
+    """--k_rank is --k-rank; a value keeps its underscores."""
+    args = options.shared_parser(None).parse_args(["--k_rank", "3", "--ckpt=a_b", "--max_new_tokens=5"])
+    assert (args.k_rank, args.ckpt, args.max_new_tokens) == (3, "a_b", 5)

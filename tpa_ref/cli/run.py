@@ -1,0 +1,249 @@
+"""Gemma 3 with a TPA cache, any size: convert, save, load again, generate, talk.
+
+tpa --ckpt /models/gemma-3-4b-it --convert --save-tpa tpa-4b          # in a clone: python scripts/run_tpa.py ...
+tpa --load-tpa tpa-4b --chat --prompt "Why is the sky blue?"          # generate
+tpa --load-tpa tpa-4b --chat                                          # talk, turn by turn
+tpa --ckpt model.ckpt --variant 1b --convert --prompts-file many.txt  # a batch of prompts
+tpa --load-tpa tpa-4b --export gemma-3-4b-again                       # back to a dense model
+tpa --load-tpa tpa-4b --chat --image cat.jpg --prompt "What is this?" # 4b, 12b and 27b
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compress.config import TPAConfig
+from ..errors import TPAError
+from ..files.checkpoint import check_output, save
+from ..files.stream import export
+from ..gemma import memory
+from ..gemma.config import GemmaConfig
+from ..gemma.conversation import Conversation
+from ..gemma.generate import generate_batch
+from ..gemma.images import mark_images, read_images
+from ..gemma.sampling import Sampling
+from ..gemma.texts import read_text
+from ..gemma.vision import require_vision
+from . import options, report
+from .steps import Work
+
+HELP = "/undo removes the last turn, /reset clears the conversation, /quit ends"
+HELP_IMAGE = "/image FILE shows an image with the next turn, "
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = options.shared_parser(__doc__)
+    option = parser.add_argument_group("what to do (without a prompt, and nothing to save: talk)").add_argument
+    option("--convert", action="store_true", help="give the model a TPA cache (else: dense)")
+    option("--save-tpa", "--output", metavar="PATH", help="save the converted model: a folder, .safetensors or .pt")
+    option("--load-tpa", metavar="PATH", help="a saved TPA model, instead of --ckpt")
+    option("--export", metavar="FOLDER", help="write the model as a dense Hugging Face folder")
+    option("--prompt", action="append", default=[], help="may be given several times")
+    option("--prompts-file", metavar="FILE", help="one prompt a line, UTF-8")
+    option("--image", action="append", default=[], metavar="FILE", help="with every prompt, or with the first turn")
+    option("--pan-and-scan", action="store_true", help="long images also as two to four crops")
+    option("--report", metavar="FILE.json", help="seconds, peak memory and bytes of the conversion")
+    args = parser.parse_args()
+    options.check_counts(args)
+    check_combination(args)
+    return args
+
+
+def check_combination(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, or that concern something that is not asked for."""
+    if args.load_tpa and (args.ckpt or args.convert or args.save_tpa):
+        raise TPAError("--load-tpa names a model that is converted already; it excludes --ckpt, --convert, --save-tpa")
+    chosen = {name: x for name, x in vars(options.tpa_config(args)).items() if x != getattr(TPAConfig(), name)}
+    chosen.pop("context", None)  # which concerns conversations as well
+    if chosen and not (args.convert or args.save_tpa):
+        raise TPAError(f"--{next(iter(chosen)).replace('_', '-')} concerns a conversion, but --convert is not given")
+    if args.report and not is_folder(args.save_tpa):
+        raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
+    if args.pan_and_scan and not args.image:
+        raise TPAError("--pan-and-scan concerns images, but --image is not given")
+    if args.image and (args.save_tpa or args.export) and not (args.prompt or args.prompts_file):
+        raise TPAError("--image goes with a prompt, but --prompt is not given")
+
+
+def is_folder(path: str | None) -> bool:
+    """Is this a place for a saved model that is a folder?"""
+    return bool(path) and not Path(str(path)).suffix
+
+
+def main() -> None:
+    args = parse_arguments()
+    prompts = args.prompt + (read_prompts(Path(args.prompts_file)) if args.prompts_file else [])
+    if args.report:
+        report.check_writable(args.report)
+    for path in (args.save_tpa, args.export):
+        if path:
+            check_output(path)
+    converts = ("calibration_tokens",) if args.convert or args.save_tpa else ()
+    work = Work(args, args.load_tpa or args.ckpt or str(options.TINY), ("dtype", "context", *converts))
+    images = Images(work.config, args.pan_and_scan, args.image)  # what is wrong with them shows before minutes of work
+    work.introduce()
+    if args.export:
+        print(f"dense model written to {export(work.source, args.export, options.progress_bar('exporting'))}")
+    if is_folder(args.save_tpa):
+        work = saved_folder(work)
+    finished = is_folder(args.save_tpa) or (args.export and not args.save_tpa)
+    if not prompts and finished:
+        return
+    model = model_with_cache(work)
+    if prompts:
+        answer(model, args, prompts, images)
+    elif not (args.save_tpa or args.export):
+        talk(model, args, images)
+
+
+def saved_folder(work: Work) -> Work:
+    """Convert into a folder, say what it took, and go on with what was saved."""
+    args = work.args
+    plan, found = work.convert_to_folder(args.save_tpa)
+    if plan:
+        print(f"plan: {plan.message}")
+    print(
+        f"saved to {args.save_tpa} ({memory.human(found['saved_bytes'])}): {found['conversion_seconds']:.1f} s, "
+        f"peak memory {memory.human(found['peak_memory_bytes'])}, computed in {args.dtype}"
+    )
+    if args.report:
+        report.write_json(args.report, found)
+    args.variant, args.config, args.convert = None, None, False
+    return Work(args, args.save_tpa, ())
+
+
+def model_with_cache(work: Work) -> Any:
+    """Load the model, convert it if asked to, say how it caches, and save it if asked to."""
+    args, model, plan = work.args, work.load(), None
+    to_file = args.save_tpa and not is_folder(args.save_tpa)
+    if args.convert or (to_file and model.tpa is None):
+        done = work.convert(model)
+        model, plan = done.model, done.plan
+    report.print_conversion(model, plan)
+    if model.tpa is not None:
+        print(memory.table(model.config, memory_rows(model, min(args.context, model.config.max_positions))))
+    if to_file:
+        print(f"saved to {save(model, args.save_tpa)}")
+    return model
+
+
+def memory_rows(model: Any, context: int) -> list[tuple[str, int, int]]:
+    """Rows of the memory table; a model that reads images has one for what an image takes."""
+    cache, vision = model.new_cache(1, 1), model.config.vision
+    rows = [("one image", vision.tokens_per_image, cache.nbytes_at(vision.tokens_per_image))] if vision else []
+    return [*rows, ("at --context", context, cache.nbytes_at(context))]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    prompts = [line for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise TPAError(f"--prompts-file: {path} must hold at least one prompt, got none")
+    return prompts
+
+
+# ---- text and images ----
+
+
+class Images:
+    """Images that go with the next prompt: pixels [i,c,x,y], and how many crops follow each file's."""
+
+    def __init__(self, config: GemmaConfig, pan_and_scan: bool, files: list[str]):
+        self.config, self.pan_and_scan = config, pan_and_scan
+        self.pixels: list[np.ndarray] = []
+        self.crops: list[int] = []
+        if files:
+            self.add(files)
+
+    def add(self, files: list[str]) -> None:
+        """Read more of them."""
+        pixels, crops = read_images(files, require_vision(self.config), self.pan_and_scan)
+        self.pixels, self.crops = [*self.pixels, *pixels], self.crops + crops
+
+    def clear(self) -> None:
+        """They have been shown."""
+        self.pixels, self.crops = [], []
+
+    def mark(self, prompt: str) -> str:
+        """The prompt with marks where images go."""
+        return mark_images(prompt, self.crops) if self.crops else prompt
+
+    def stacked(self) -> np.ndarray | None:
+        """Their pixels; says how many tokens they take."""
+        if not self.pixels:
+            return None
+        count, each = len(self.pixels), require_vision(self.config).tokens_per_image
+        print(f"{count} image{'s' if count > 1 else ''} in each prompt: {count} x {each} = {count * each:,} tokens")
+        return np.stack(self.pixels)
+
+
+def answer(model: Any, args: argparse.Namespace, prompts: list[str], images: Images) -> None:
+    """One prompt streams; several are generated as one batch and shown one after another."""
+    start, alone, end = time.perf_counter(), len(prompts) == 1, "\n" if args.chat else ""
+    pieces: list[list[str]] = [[] for _ in prompts]
+    sampling = options.sampling(args) | {"chat": args.chat, "images": images.stacked()}
+    bar = options.progress_bar("prefill")
+    if alone:
+        print(f"\n{prompts[0]}", end=end, flush=True)
+    marked = [images.mark(prompt) for prompt in prompts]
+    for row, piece in generate_batch(model, marked, args.max_new_tokens, **sampling, progress=bar):
+        pieces[row].append(piece)
+        if alone:
+            print(piece, end="", flush=True)
+    if alone:
+        print()
+    for prompt, said in zip(prompts, pieces, strict=True) if not alone else ():
+        print(f"\n{prompt}{end}{''.join(said)}")
+    print(f"\n{len(prompts)} prompt{'' if alone else 's'} in {time.perf_counter() - start:.1f} s")
+
+
+def talk(model: Any, args: argparse.Namespace, images: Images) -> None:
+    """Turns from standard input; what was said stays in the cache. Images go with the next turn."""
+    sampling = options.sampling(args)
+    Sampling(**sampling).check(model.config, 1, args.max_new_tokens)
+    conversation = Conversation(model, args.context, args.chat, args.max_new_tokens, **sampling)
+    commands = HELP_IMAGE + HELP if model.config.vision else HELP
+    print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {commands}")
+    prompt = "\n> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        try:
+            turn(conversation, text, images)
+        except TPAError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+
+
+def turn(conversation: Conversation, text: str, images: Images) -> None:
+    """One line of input. Ctrl-C ends an answer, not the program; images that were shown are taken off the list."""
+    if text == "/reset":
+        conversation.reset()
+        print("conversation cleared")
+    elif text == "/undo":
+        print("last turn removed" if conversation.undo() else "no turn to remove")
+    elif text.startswith("/image "):
+        images.add([text.removeprefix("/image ").strip()])
+    elif text:
+        try:
+            for piece in conversation.say(images.mark(text), images.stacked()):
+                print(piece, end="", flush=True)
+            images.clear()
+        except KeyboardInterrupt:
+            images.clear()
+        finally:
+            print(flush=True)
+
+
+def run() -> None:
+    """The command `tpa`."""
+    options.run(main)

@@ -1,0 +1,215 @@
+"""Hugging Face's config.json, text-only or multimodal, to and from a `GemmaConfig`.
+
+Two tables say which key is which field. Both generations of key names are understood (`rope_theta` ... and
+`rope_parameters`); what is written every `transformers` >= 4.50 reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import TPAError
+from .config import LAYERS_PER_GLOBAL, VARIANTS, GemmaConfig, VisionConfig, layer_pattern
+
+MAX_LAYERS = 10_000  # anything above is a damaged config
+GELU = "gelu_pytorch_tanh"
+Table = tuple[tuple[str, str, Any], ...]
+
+# (field of GemmaConfig, key of the file, default): what a file leaves out takes the class defaults of `transformers`.
+TEXT: Table = (
+    ("vocab_size", "vocab_size", 262_208),
+    ("hidden_size", "hidden_size", 2304),
+    ("num_layers", "num_hidden_layers", 26),
+    ("num_heads", "num_attention_heads", 8),
+    ("num_kv_heads", "num_key_value_heads", 4),
+    ("head_dim", "head_dim", 256),
+    ("intermediate_size", "intermediate_size", 9216),
+    ("sliding_window", "sliding_window", 4096),
+    ("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
+    ("max_positions", "max_position_embeddings", 131_072),
+    ("rms_eps", "rms_norm_eps", 1e-6),
+)
+
+# The same for VisionConfig inside vision_config, ...
+TOWER: Table = (
+    ("image_size", "image_size", 224),
+    ("patch_size", "patch_size", 16),
+    ("channels", "num_channels", 3),
+    ("hidden_size", "hidden_size", 768),
+    ("num_layers", "num_hidden_layers", 12),
+    ("num_heads", "num_attention_heads", 12),
+    ("intermediate_size", "intermediate_size", 3072),
+    ("norm_eps", "layer_norm_eps", 1e-6),
+)
+
+# ... and beside it. Newer files say `image_token_id` and so on.
+IMAGE_TOKENS: Table = (
+    ("image_token", "image_token_index", 262_144),
+    ("start_token", "boi_token_index", 255_999),
+    ("end_token", "eoi_token_index", 256_000),
+)
+
+# Keys of which Gemma 3 allows one value: (what a message calls it, is this it?).
+Rule = tuple[str, Callable[[Any], bool]]
+TIED: dict[str, Rule] = {"tie_word_embeddings": ("true for Gemma 3", lambda x: x is not False)}
+RULES: dict[str, Rule] = {
+    "attn_logit_softcapping": ("null for Gemma 3", lambda x: x is None),
+    "final_logit_softcapping": ("null for Gemma 3", lambda x: x is None),
+    "attention_bias": ("false for Gemma 3", lambda x: not x),
+    "use_bidirectional_attention": ("false for Gemma 3", lambda x: not x),
+    **TIED,
+    "hidden_activation": (f"{GELU!r}", lambda x: x is None or x == GELU),
+}
+
+
+# ---- reading ----
+
+
+def from_hf(config: str | Path | dict[str, Any]) -> GemmaConfig:
+    """Read a config.json: its path, or the dict in it."""
+    where = "config.json" if isinstance(config, dict) else str(config)
+    content = config if isinstance(config, dict) else _read_json(Path(config))
+    text = content.get("text_config", content)
+    if not isinstance(text, dict):
+        raise TPAError(f"{where}: text_config must be an object, got {type(text).__name__}")
+    model_type = text.get("model_type", content.get("model_type"))
+    if model_type not in ("gemma3", "gemma3_text"):
+        raise TPAError(f"{where}: model_type must be 'gemma3' or 'gemma3_text', got {model_type!r}")
+    try:
+        found = _read(content, text, where)
+    except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
+        raise TPAError(f"{where}: a value has the wrong type or size: {problem}") from None
+    return dataclasses.replace(found, variant=_name_variant(found))
+
+
+def _read(content: dict[str, Any], text: dict[str, Any], where: str) -> GemmaConfig:
+    fields = {field: default if text.get(key) is None else text[key] for field, key, default in TEXT}
+    fields["num_layers"] = num_layers = int(fields["num_layers"])
+    if not 0 < num_layers <= MAX_LAYERS:
+        raise TPAError(f"{where}: num_hidden_layers must lie in 1 ... {MAX_LAYERS}, got {num_layers}")
+    _check_rules(text, RULES, where)
+    _check_rules(content, TIED, where)
+    rope = _read_rope(text, where)
+    is_global, vision = _read_layer_types(text, num_layers, where), _read_vision(content, where)
+    return GemmaConfig(**fields, **rope, is_global=is_global, vision=vision)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TPAError(f"config: file not found: {path}") from None
+    except (OSError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8, not JSON, or absurd numbers
+        raise TPAError(f"config: {path} is not a readable JSON file: {problem}") from None
+    if not isinstance(content, dict):
+        raise TPAError(f"config: {path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _check_rules(content: dict[str, Any], rules: dict[str, Rule], where: str) -> None:
+    for key, (said, fits) in rules.items():
+        if not fits(content.get(key)):
+            raise TPAError(f"{where}: {key} must be {said}, got {content[key]!r}")
+
+
+def _read_rope(text: dict[str, Any], where: str) -> dict[str, float]:
+    """Both bases and the linear scale of global layers, from either generation of keys."""
+    newer = text.get("rope_parameters") or {}
+    local = newer.get("sliding_attention") or {}
+    full = newer.get("full_attention") or {}
+    if newer and not (local or full):  # one flat entry: the global layers'
+        full = newer
+    base_local = local.get("rope_theta") or text.get("rope_local_base_freq") or 10_000.0
+    base_global = full.get("rope_theta") or text.get("rope_theta") or 1_000_000.0
+    scaling = full or text.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear"):
+        raise TPAError(f"{where}: rope scaling must be 'default' or 'linear' for Gemma 3, got {kind!r}")
+    scale = scaling.get("factor") if kind == "linear" else 1.0
+    if scale is None:
+        raise TPAError(f"{where}: linear rope scaling needs a factor, got none")
+    found = {"rope_base_local": base_local, "rope_base_global": base_global, "rope_scale_global": scale}
+    return {name: float(value) for name, value in found.items()}
+
+
+def _read_layer_types(text: dict[str, Any], num_layers: int, where: str) -> tuple[bool, ...]:
+    types = text.get("layer_types")
+    if types is None:
+        return layer_pattern(num_layers, int(text.get("sliding_window_pattern") or LAYERS_PER_GLOBAL))
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise TPAError(f"{where}: layer_types must be full_attention or sliding_attention, got {unknown[0]!r}")
+    return tuple(kind == "full_attention" for kind in types)
+
+
+def _read_vision(content: dict[str, Any], where: str) -> VisionConfig | None:
+    """The image tower of a multimodal file."""
+    tower = content.get("vision_config")
+    if "text_config" not in content or tower is None:
+        return None
+    if not isinstance(tower, dict):
+        raise TPAError(f"{where}: vision_config must be an object, got {type(tower).__name__}")
+    if tower.get("hidden_act", GELU) != GELU:
+        raise TPAError(f"{where}: hidden_act must be {GELU!r}, got {tower['hidden_act']!r}")
+    fields = {field: tower.get(key, default) for field, key, default in TOWER}
+    fields["tokens_per_image"] = content.get("mm_tokens_per_image", 256)
+    for field, key, default in IMAGE_TOKENS:
+        value = content.get(key, content.get(key.replace("_index", "_id")))
+        fields[field] = default if value is None else value
+    return VisionConfig(**fields)
+
+
+def _name_variant(config: GemmaConfig) -> str:
+    """The published name whose layer count and width this config has, else 'custom'."""
+    for name, make in VARIANTS.items():
+        published = make()
+        if (published.num_layers, published.hidden_size) == (config.num_layers, config.hidden_size):
+            return name
+    return "custom"
+
+
+# ---- writing ----
+
+
+def to_hf(config: GemmaConfig) -> dict[str, Any]:
+    """The content of a config.json."""
+    scalar, scaled = config.query_pre_attn_scalar, config.rope_scale_global != 1.0
+    text = _named(config, TEXT) | {
+        "model_type": "gemma3_text",
+        "layer_types": ["full_attention" if flag else "sliding_attention" for flag in config.is_global],
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # `transformers` wants an int
+        "rope_theta": config.rope_base_global,
+        "rope_local_base_freq": config.rope_base_local,
+        "rope_scaling": {"rope_type": "linear", "factor": config.rope_scale_global} if scaled else None,
+        "hidden_activation": GELU,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    if config.vision is None:
+        return {"architectures": ["Gemma3ForCausalLM"]} | text | {"torch_dtype": "bfloat16"}
+    tower = {"model_type": "siglip_vision_model", "hidden_act": GELU, "vision_use_head": False}
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": tower | _named(config.vision, TOWER),
+        "mm_tokens_per_image": config.vision.tokens_per_image,
+        **_named(config.vision, IMAGE_TOKENS),
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _named(config: Any, table: Table) -> dict[str, Any]:
+    """The fields of a table by the keys of the file."""
+    return {key: getattr(config, field) for field, key, _ in table}
