@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+FAST := tests/core tests/test_tpa.py tests/test_structure.py tests/cli/test_options.py
 
-.PHONY: demo test lint notebooks table results heal sizes benchmarks real golden tiny clean
+.PHONY: demo test test-fast lint notebooks table results heal sizes benchmarks real golden tiny clean
 
 demo: .venv/.demo
 	@mkdir -p $(OUT)
@@ -11,6 +12,10 @@ demo: .venv/.demo
 
 test: .venv/.test
 	$(BIN)/python -m pytest
+
+# Under a minute: the lesson, the mathematics, the structure, the command lines' options.
+test-fast: .venv/.test
+	$(BIN)/python -m pytest $(FAST)
 
 lint: .venv/.test
 	$(BIN)/ruff check .

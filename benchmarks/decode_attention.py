@@ -36,7 +36,6 @@ from tpa_torch.core.dense import Dense
 from tpa_torch.core.fixed_a import FixedA
 from tpa_torch.core.fixed_b import FixedB
 from tpa_torch.core.latent import Latent
-from tpa_torch.core.mode import Mode
 from tpa_torch.core.pair import Joint, Pair
 from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import decode
@@ -101,12 +100,12 @@ def filled(config: GemmaConfig, how: Pair, context: int, device: str, dtype: str
     fill(cache, context)
     ring = cache.layers[0].rings["coded"]
     _, at = model.positions(np.array([[context - 1]]))
-    positions_bk = ring.positions(cache.lengths_b)
-    segment = Segment("coded", how, ring.read(cache.lengths_b), positions_bk, at.tokens(positions_bk, "coded"))
+    stored, positions_bk = ring.read(cache.lengths_b)
+    segment = Segment("coded", how, stored, positions_bk, at.tokens(positions_bk, "coded"))
     return Keys([segment], at, cache.layers[0], cache.lengths_b), model
 
 
-def flops(mode: Mode, config: GemmaConfig, is_key: bool) -> float:
+def flops(mode: Any, config: GemmaConfig, is_key: bool) -> float:
     """Of one cached token, all heads: its score, or its share in the output."""
     g, h, d, rank = config.num_kv_heads, config.num_heads, config.head_dim, mode.rank
     if isinstance(mode, Dense) or (isinstance(mode, FixedA) and rank == g):

@@ -167,7 +167,7 @@ def measure(name: str, args: Any, clock: Clock) -> dict[str, Any]:
 
     tokens_bq = np.random.default_rng(0).integers(3, 4000, (1, args.prefill))
     works: dict[str, Callable[[], Any]] = {
-        setting: lambda m=model: prefill(m, tokens_bq.tolist(), m.new_cache(1, args.prefill))
+        setting: lambda m=model: prefill(m, tokens_bq.tolist(), m.new_cache(1, args.prefill))  # type: ignore[misc]
         for setting, model in models.items()
     }
     if hf is not None:

@@ -90,7 +90,7 @@ def best_at_equal_quality(rows: dict, sizes: list[str]) -> str:
     kept = [cache for cache in kl if kl[cache] <= MOST_KL and all((size, *cache) in rows for size in sizes)]
     if not kept:
         return ""
-    ratio = {cache: [rows[(size, *cache)]["ratio_fastest"] for size in sizes] for cache in kept}
+    ratio = {(name, dtype): [rows[size, name, dtype]["ratio_fastest"] for size in sizes] for name, dtype in kept}
     best = max(kept, key=lambda cache: min(ratio[cache]))
     ratios = ", ".join(f"{size} {times:.2f}x" for size, times in zip(sizes, ratio[best], strict=True))
     others = "; ".join(f"{name}, {dtype}: KL {kl[name, dtype]:.5f}" for name, dtype in kept if (name, dtype) != best)

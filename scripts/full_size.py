@@ -48,7 +48,7 @@ def measure(variant: str, form: str, work: Path, device: str, whole: bool) -> di
         shutil.rmtree(folder, ignore_errors=True)
     spectra = ["--spectra"] if variant == "1b" else []
     run("scripts/random_checkpoint.py", "--variant", variant, "--format", form, "--out", str(source), *spectra)
-    convert = ["--ckpt", str(source), "--convert", "--save_tpa", str(target), "--device", device]
+    convert = ["--ckpt", str(source), "--convert", "--save-tpa", str(target), "--device", device]
     run("scripts/run_tpa.py", *convert, "--report", str(report))
     figures = json.loads(report.read_text())
     figures["checkpoint_bytes"] = sum(file.stat().st_size for file in source.iterdir())
@@ -80,7 +80,7 @@ def markdown(rows: list[dict]) -> str:
         )
     lines += [
         "",
-        f"From disk to disk with `run_tpa.py --convert --save_tpa`, {rows[0]['calibration_tokens']:,} calibration "
+        f"From disk to disk with `run_tpa.py --convert --save-tpa`, {rows[0]['calibration_tokens']:,} calibration "
         f"tokens, computed in {rows[0]['dtype']}, on {environment['processor']}, {environment['threads']} threads, "
         f"torch {environment['torch']}. "
         "Peak memory is anonymous memory: weights that are used in the dtype they are stored in stay pages of the "

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         "correct": [
             attempt(
                 {"variant": variant, "mode": mode, "store": store, "dtype": str(dtype)},
-                lambda variant=variant, mode=mode, store=store, dtype=dtype: check(variant, mode, store, dtype),
+                partial(check, variant, mode, store, dtype),
             )
             for variant in ("27b", "4b")
             for dtype in TOLERANCE
@@ -297,13 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         "decode": [
             attempt(
                 {"variant": variant, "mode": mode, "store": store},
-                lambda v=variant, m=mode, s=store: decode_speed(v, m, s, bandwidth, rate, args.tune),
+                partial(decode_speed, variant, mode, store, bandwidth, rate, args.tune),
             )
             for variant in ("27b", "4b")
             for mode, store in CASES
         ],
         "model_1b": [
-            attempt({}, lambda tpa=tpa: model_speed(tpa, bandwidth, GemmaConfig.gemma3_1b()))
+            attempt({}, partial(model_speed, tpa, bandwidth, GemmaConfig.gemma3_1b()))
             for tpa in (None, TPAConfig(mode="latent", rate=2.0))
         ],
     }

@@ -21,15 +21,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "cuda"), str(ROOT / "scripts")]
 import tiny_corpus
 import tpa_torch
 from tpa_ref import plots
-from tpa_ref.cli import options as cli
-from tpa_ref.compress.calibrate import read_text
+from tpa_ref.cli import options
+from tpa_ref.cli.machine import environment
+from tpa_ref.cli.report import write_json
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.gemma.memory import windowed_bytes
+from tpa_ref.gemma.texts import read_text
 from tpa_torch.heal import heal
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
 CONSTANT = TPAConfig(rate=0.5, context=CONTEXT, predict=False)
-SETTINGS = {  # with the learning rate, the steps (the less there is to heal, the smaller they must be), and `words`
+SETTINGS = {  # with the learning rate, the steps (the less there is to heal, the smaller they must be), and `predict`
     "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500, False),
     "spectral without words, rate 0.5": (CONSTANT, 0.004, 300, False),
     "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003, 300, False),
@@ -38,7 +40,7 @@ SETTINGS = {  # with the learning rate, the steps (the less there is to heal, th
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default=str(ROOT / "runs" / "heal"), help="where the states of the training lie")
     parser.add_argument("--out", default=str(ROOT / "results" / "heal"), help="without suffix: .json, .md, .png")
     parser.add_argument("--steps", type=int, help="instead of those of each setting")
@@ -48,11 +50,11 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    dense = tpa_torch.load(cli.TINY)
-    moments = tpa_torch.calibrate(dense, read_text(cli.TINY / "calibration.txt"), cache_dir=work)
-    text, unseen = training_text(work), read_text(cli.TINY / "evaluation.txt")
+    dense = tpa_torch.load(options.TINY)
+    moments = tpa_torch.calibrate(dense, read_text(options.TINY / "calibration.txt"), cache_dir=work)
+    text, unseen = training_text(work), read_text(options.TINY / "evaluation.txt")
     rows = []
-    for number, (name, (config, learning_rate, steps, words)) in enumerate(SETTINGS.items()):
+    for number, (name, (config, learning_rate, steps, predict)) in enumerate(SETTINGS.items()):
         steps = args.steps or steps
         if args.only is not None and number != args.only:
             continue
@@ -66,8 +68,8 @@ def main() -> None:
             batch=args.batch,
             learning_rate=learning_rate,
             state=work / f"{number}.pt",
-            progress=cli.progress_bar(name),
-            words=words,
+            progress=options.progress_bar(name),
+            predict=predict,
         )
         if args.only is not None:
             continue
@@ -85,8 +87,8 @@ def main() -> None:
         )
         print(line(rows[-1]), flush=True)
     if args.only is None:
-        content = {"rows": rows, "context": CONTEXT, "environment": cli.environment("torch", "cpu")}
-        cli.write_json(f"{args.out}.json", content)
+        content = {"rows": rows, "context": CONTEXT, "environment": environment("torch", "cpu")}
+        write_json(f"{args.out}.json", content)
         Path(f"{args.out}.md").write_text(markdown(content), encoding="utf-8")
         draw(content, f"{args.out}.png")
 
@@ -117,11 +119,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    first, environment = content["rows"][0], content["environment"]
+    first, made = content["rows"][0], content["environment"]
     note = (
         f"Steps of {first['tokens_a_step']:,} tokens of the tiny model's training text; "
         f"{first['before']['tokens']:,} tokens of unseen documents; ratios at {content['context']} tokens, where every "
-        f"layer holds as much. torch {environment['torch']}, {environment['processor']}."
+        f"layer holds as much. torch {made['torch']}, {made['processor']}."
     )
     return "\n".join([HEADER, *(line(row) for row in content["rows"]), "", note, ""])
 
@@ -131,9 +133,10 @@ def draw(content: dict[str, Any], path: str) -> None:
     figure, axis = plots.new_figure(1, width=6.4)
     looks = ("-", plots.INK["tpa"]), ("--", plots.INK["full"]), (":", "#5b6a78"), ("-", "#2f6f9f")
     for row, (style, colour) in zip(content["rows"], looks, strict=True):
-        kl, smooth = row["training_kl"], []
-        for value in kl:
-            smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)
+        kl = row["training_kl"]
+        smooth = kl[:1]
+        for value in kl[1:]:
+            smooth.append(0.9 * smooth[-1] + 0.1 * value)
         axis.plot(range(1, len(kl) + 1), smooth, style, color=colour, label=row["name"])
         axis.plot([0, len(kl)], [row["before"]["kl"], row["after"]["kl"]], "o", color=colour)
     axis.set(yscale="log", xlabel="step", ylabel="KL to the dense model (nats)")
@@ -143,4 +146,4 @@ def draw(content: dict[str, Any], path: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run(main)

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tpa_ref import plots
-from tpa_ref.cli import options as cli
-from tpa_ref.compress.config import DEFAULT_SINKS, LayerConfig
-from tpa_ref.compress.plan import spectral_layer
+from tpa_ref.cli import options
+from tpa_ref.cli.report import write_json
+from tpa_ref.compress.config import DEFAULT_SINKS, Spectral
+from tpa_ref.compress.plan import planned_pair
 from tpa_ref.core.cache import Exact, cache_bytes
 from tpa_ref.gemma.config import GemmaConfig
 from tpa_ref.gemma.memory import full_bytes, human, windowed_bytes
@@ -31,12 +32,12 @@ CONTEXTS = (8_192, 32_768, 131_072)
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "results" / "kv_memory"), help="without suffix")
     args = parser.parse_args()
-    rows = [row(GemmaConfig.of_variant(name), n) for name in VARIANTS for n in CONTEXTS]
-    rows = [found for found in rows if found]
-    cli.write_json(f"{args.out}.json", {"rows": rows, "sinks": DEFAULT_SINKS})
+    configs = [GemmaConfig.of_variant(name) for name in VARIANTS]
+    rows = [row(config, n) for config in configs for n in CONTEXTS if n <= config.max_positions]
+    write_json(f"{args.out}.json", {"rows": rows, "sinks": DEFAULT_SINKS})
     Path(f"{args.out}.md").write_text(markdown(rows), encoding="utf-8")
     draw(f"{args.out}.png")
     print(markdown(rows))
@@ -46,13 +47,11 @@ def spectral_bytes(config: GemmaConfig, rate: float, n: int) -> int:
     """A cache of n tokens at a rate: that share of the coefficients in 4 bits."""
     numbers = 2 * config.num_kv_heads * config.head_dim
     widths = (4,) * round(rate * numbers / 4)
-    factors = [spectral_layer(LayerConfig.spectral(widths))] * config.num_layers
-    return cache_bytes(config, factors, n, exact=Exact(DEFAULT_SINKS))
+    pairs = [planned_pair(Spectral(rate, widths=widths), config)] * config.num_layers
+    return cache_bytes(pairs, config.windows, n, exact=Exact(DEFAULT_SINKS))
 
 
-def row(config: GemmaConfig, n: int) -> dict[str, Any] | None:
-    if n > config.max_positions:
-        return None
+def row(config: GemmaConfig, n: int) -> dict[str, Any]:
     return {
         "variant": config.variant,
         "context": n,
@@ -101,4 +100,4 @@ def draw(path: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run(main)

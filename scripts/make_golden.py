@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def main() -> int:
             print(f"{path.name}: {'same' if same else 'DIFFERENT'}")
         else:
             versions = {f"version_{package}": np.array(version) for package, version in VERSIONS.items()}
-            np.savez_compressed(path, **arrays, **versions)
+            np.savez_compressed(path, **arrays, **versions)  # type: ignore[arg-type]
             print(f"{path.name}: {path.stat().st_size:,} bytes")
     return 1 if different else 0
 
@@ -61,7 +62,7 @@ def text_config(scale: float = 1.0) -> Gemma3TextConfig:
         hidden_size=64,
         num_attention_heads=2,
         sliding_window=WINDOW,
-        rope_scaling=scaling,
+        rope_scaling=scaling,  # type: ignore[call-arg]  # `rope_parameters` today; both are read
     )
     config._attn_implementation = "eager"
     return config
@@ -94,11 +95,11 @@ def masks() -> dict[str, np.ndarray]:
     config = text_config()
     embeds = torch.zeros(2, LENGTH, config.hidden_size)
     padding = torch.arange(LENGTH)[None] < torch.tensor(LENGTHS)[:, None]
-    whole = {
+    whole: dict[str, Any] = {
         "causal": masking_utils.create_causal_mask(config, embeds, padding.long(), None),
         "window": masking_utils.create_sliding_window_causal_mask(config, embeds, padding.long(), None),
     }
-    chunk = {
+    chunk: dict[str, Any] = {
         name: masking_utils.eager_mask(1, 3, LENGTH, q_offset=LENGTH - 3, mask_function=function)
         for name, function in (
             ("causal", masking_utils.causal_mask_function),

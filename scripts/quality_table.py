@@ -23,10 +23,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from tpa_ref import plots
-from tpa_ref.cli import options as cli
-from tpa_ref.compress.calibrate import read_text
+from tpa_ref.cli import options
+from tpa_ref.cli.report import write_json
+from tpa_ref.cli.steps import Work
 from tpa_ref.compress.config import TPAConfig
+from tpa_ref.compress.plan import make_plan
 from tpa_ref.gemma.memory import full_bytes, windowed_bytes
+from tpa_ref.gemma.texts import read_text
 
 CONTEXT = 1024  # where ratios of the table are taken: what the text windows fill
 # (mode, K and V rank, dtype); g = 4, d = 32, so the exact ranks are 4, 4, 32 and 128.
@@ -71,8 +74,8 @@ CLAIMS = [
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_model_options(parser)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_model_options(parser)
     parser.add_argument("--out", default=str(ROOT / "results"), help="a folder")
     parser.add_argument("--work", default=str(ROOT / "runs" / "quality"), help="what was measured already")
     parser.add_argument("--eval-tokens", type=int, default=8_192)
@@ -90,7 +93,6 @@ def main() -> None:
         for label, context, budget, kl in CLAIMS
     ]
     bounded = bench.bounded(2048, 0.02)
-    environment = cli.environment(args.backend, str(getattr(bench.dense, "device", "cpu")))
     content = {
         "context": CONTEXT,
         "rows": fixed + spectral,
@@ -98,9 +100,9 @@ def main() -> None:
         "bounded": bounded,
         "bound": bench.bound(BUDGETS),
         "transformers": transformers_cache(),
-        "environment": environment,
+        "environment": bench.environment,
     }
-    cli.write_json(str(out / "tiny_quality.json"), content)
+    write_json(str(out / "tiny_quality.json"), content)
     (out / "tiny_quality.md").write_text(markdown(content), encoding="utf-8")
     (out / "claims.md").write_text(claims_markdown(content), encoding="utf-8")
     draw_pareto(content, str(out / "pareto.png"))
@@ -112,14 +114,14 @@ class Bench:
     """The tiny model, its moments and texts; every setting is measured once and kept in a file."""
 
     def __init__(self, args: argparse.Namespace, work: Path):
-        self.backend, self.args, self.work = cli.backend_module(args.backend), args, work
-        self.dense = cli.load_model(self.backend, args)
-        self.text = read_text(cli.TINY / "evaluation.txt")
-        self.holdout = read_text(cli.TINY / "holdout.txt")
+        opened = Work(args, args.ckpt or str(options.TINY), ("dtype",))
+        self.backend, self.environment, self.dense = opened.backend, opened.environment, opened.load()
+        self.args, self.work = args, work
+        self.text = read_text(options.TINY / "evaluation.txt")
+        self.holdout = read_text(options.TINY / "holdout.txt")
         self.moments = self.backend.calibrate(
-            self.dense, read_text(cli.TINY / "calibration.txt"), max_tokens=32_768, cache_dir=work
+            self.dense, read_text(options.TINY / "calibration.txt"), max_tokens=32_768, cache_dir=work
         )
-        self.planner = cli.importlib.import_module(f"{self.backend.__name__}.compress.plan")
 
     def fixed(self, mode: str, rank: int, dtype: str) -> dict[str, Any]:
         name = NAMES.get((mode, rank, dtype), mode)
@@ -132,9 +134,9 @@ class Bench:
 
     def planned(self, context: int, budget: float, predict: bool = True) -> dict[str, Any]:
         base = TPAConfig(rate=1.0, predict=predict)
-        plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=context, base=base)
+        plan = make_plan(self.dense, self.moments, kv_budget=budget, context=context, base=base)
         name = "spectral" if predict else "spectral without words"
-        about = {"name": name, "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
+        about: dict[str, Any] = {"name": name, "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
         about |= {"predicted": plan.chosen.predicted, "bound": plan.bound_damage, "rate": plan.chosen.rate}
         return self._measured(plan.config, context, about)
 
@@ -142,18 +144,16 @@ class Bench:
         """A plan for a bound on KL, and what it gives on text that the planner has not seen."""
         file = self.work / f"bounded-{context}-{max_kl}.json"
         if not file.exists():
-            plan = self.planner.make_plan(
-                self.dense, self.moments, max_kl=max_kl, context=context, holdout=self.holdout
-            )
+            plan = make_plan(self.dense, self.moments, max_kl=max_kl, context=context, holdout=self.holdout)
             row = self._measured(plan.config, context, {"name": f"--max-kl {max_kl}"})
-            cli.write_json(str(file), row | {"plan": plan.to_dict()})
+            write_json(str(file), row | {"plan": plan.to_dict()})
         return json.loads(file.read_text())
 
     def bound(self, budgets: tuple[float, ...]) -> list[list[float]]:
         """(ratio, predicted damage, least damage of any Gaussian code with as many bits) along the rates."""
         trials = []
         for budget in budgets:
-            plan = self.planner.make_plan(self.dense, self.moments, kv_budget=budget, context=CONTEXT)
+            plan = make_plan(self.dense, self.moments, kv_budget=budget, context=CONTEXT)
             trials.append([plan.chosen.ratio_vs_windowed, plan.chosen.predicted, plan.bound_damage])
         return trials
 
@@ -173,12 +173,12 @@ class Bench:
                 "bytes": held,
                 "ratio_vs_full": full_bytes(model, context) / held,
                 "ratio_vs_windowed": windowed_bytes(model, context) / held,
-                "bits": [sum(how.widths) for how, _ in tpa.factors],
-                "ranks": [how.rank for how, _ in tpa.factors],
+                "bits": [sum(getattr(pair.k, "widths", ())) for pair in tpa.pairs],
+                "ranks": [pair.k.rank for pair in tpa.pairs],
                 **quality,
                 "seconds": time.perf_counter() - start,
             }
-            cli.write_json(str(file), row)
+            write_json(str(file), row)
         row = about | json.loads(file.read_text())
         print(line(row), flush=True)
         return row
@@ -198,8 +198,8 @@ def transformers_cache() -> dict[str, Any]:
         import transformers
     except ImportError:
         return {}
-    model = transformers.Gemma3ForCausalLM.from_pretrained(cli.TINY, dtype=torch.bfloat16)
-    cache = transformers.DynamicCache(config=model.config)
+    model = transformers.Gemma3ForCausalLM.from_pretrained(options.TINY, dtype=torch.bfloat16)
+    cache: Any = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.full((1, CONTEXT), 5), past_key_values=cache)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
@@ -330,4 +330,4 @@ def draw_bits(claims: list[dict[str, Any]], config: Any, path: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run(main)

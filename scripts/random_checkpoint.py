@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -111,12 +112,13 @@ def with_spectrum(white: Tensor, ranks: tuple[int, int, int], generator: torch.G
 
 def read_spectra(path: Path = SPECTRA) -> Spectrum:
     """The published table, by tensor name."""
-    spectra = {}
+    spectra: Spectrum = {}
     with path.open(encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             for part in "qkv":
                 name = f"model.layers.{row['layer']}.self_attn.{part}_proj.weight"
-                spectra[name] = tuple(int(row[f"{part}_rank{share}"]) for share in (90, 95, 98))
+                low, middle, high = (int(row[f"{part}_rank{share}"]) for share in (90, 95, 98))
+                spectra[name] = low, middle, high
     return spectra
 
 
@@ -217,7 +219,7 @@ def config_json(config: GemmaConfig, form: str) -> dict:
     text = replace(config, vision=None).to_hf()
     if form == "hf":
         return text
-    whole = config.to_hf() if config.vision else {"model_type": "gemma3"}
+    whole: dict[str, Any] = config.to_hf() if config.vision else {"model_type": "gemma3"}
     whole["architectures"] = ["Gemma3ForConditionalGeneration"]
     if form == "hf-multimodal":
         scaling = {"rope_type": "linear", "factor": config.rope_scale_global}
@@ -256,7 +258,7 @@ def write_checkpoint(
     shards = [tensors] if form in ("ckpt", "ckpt-int8") else shards_of(tensors, shard_bytes)
     stem, suffix = ("pytorch_model", ".bin") if form == "ckpt-sharded" else ("model", ".safetensors")
     indexed = form == "ckpt-sharded" or len(shards) > 1
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(progress(shards), 1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" if indexed else f"{stem}{suffix}"
         made = {tensor.name: tensor.make() for tensor in shard}

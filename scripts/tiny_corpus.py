@@ -15,11 +15,15 @@ import importlib.util
 import inspect
 import io
 import os
+import random
 import sys
 import tokenize
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+
+from tpa_ref.compress import recall
 
 SHINGLE = 24  # words; two documents that share one such run are near-duplicates there
 SPLITS = ("train", "holdout", "evaluation")
@@ -172,3 +176,27 @@ def collect() -> dict[str, dict[str, str]]:
     for name, text in documents.items():
         splits[split_of(name)][name] = text
     return splits
+
+
+def recall_document(rng: random.Random, filler: str, characters: int, facts: int = 12) -> Iterator[tuple[str, bool]]:
+    """Pieces (text, is it an answer?) of one document of the recall task (`tpa_ref.compress.recall`): facts, then
+    rounds of questions with stretches of text between.
+
+    A round asks many questions, because only answers teach; the stretches are long enough that the facts (and the
+    answers of the round before) lie beyond a local layer's window.
+    """
+    chosen = dict(zip(rng.sample(recall.KEYS, facts), rng.sample(recall.VALUES, facts), strict=True))
+    for key, value in chosen.items():
+        yield recall.statement(key, value), False
+    done = 0
+    while done < characters:
+        for _ in range(rng.randint(4, 16)):
+            key = rng.choice(list(chosen))
+            yield recall.question(key), False
+            yield f" {chosen[key]}", True
+            yield ".\n", False
+            done += 24
+        length = rng.choice((60, 300, 600, 1200))
+        start = rng.randrange(len(filler) - length)
+        yield filler[start : start + length] + "\n", False
+        done += length

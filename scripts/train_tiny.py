@@ -3,9 +3,9 @@
     python scripts/train_tiny.py --out runs/tiny            # resumes by itself after an interruption
     python scripts/train_tiny.py --out runs/tiny --export assets/tiny-gemma3
 
-About a tenth of the sequences are the recall task of `tpa_ref.recall`, so that long-range attention is used and can be
-measured. Learning rate to zero over the whole run; the weights with the best held-out loss are the ones exported.
-Two CPU cores need under two hours, a GPU minutes.
+About a tenth of the sequences are the recall task (`tpa_ref.compress.recall`), so that long-range attention is used
+and can be measured. Learning rate to zero over the whole run; the weights with the best held-out loss are the ones
+exported. Two CPU cores need under two hours, a GPU minutes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tiny_corpus
-from tpa_ref.cli.options import describe_config, parameter_count
+from tpa_ref.cli.report import describe_config
 from tpa_ref.compress import recall
 from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.memory import parameter_count
+from tpa_ref.gemma.tokenizer import Tokenizer
 from tpa_ref.gemma.weights import LayerWeights, hf_names, names_of
 
 LENGTH = 1024  # tokens of a training sequence
@@ -113,15 +115,15 @@ class Sequences:
     def repeated_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Random tokens, then the same again and again: only looking back predicts them. The first round is free."""
         period = rng.randint(12, length // 2)
-        first = np.random.default_rng(rng.getrandbits(32)).integers(400, self.tokenizer.vocab_size(), period)
+        first = np.random.default_rng(rng.getrandbits(32)).integers(400, self.tokenizer.vocab_size, period)
         row = np.concatenate([[BOS], np.resize(first, length)])
         return row, (np.arange(length) >= period).astype(np.float32)
 
     def recall_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One document of the recall task; its answers carry more weight than text."""
         row, weight = [BOS], []
-        for text, is_answer in recall.training_document(rng, self.filler, characters=6 * length):
-            ids = self.tokenizer.encode(text)
+        for text, is_answer in tiny_corpus.recall_document(rng, self.filler, characters=6 * length):
+            ids = self.tokenizer.encode(text, bos=False)
             row += ids
             weight += [ANSWER_WEIGHT if is_answer else 1.0] * len(ids)
         assert len(weight) >= length, "recall document shorter than the sequence"
@@ -328,7 +330,7 @@ def recall_accuracy(parameters, config, tokenizer, filler: list[int], distance: 
     device = parameters["model.norm.weight"].device
     rows, answers = [], []
     for _ in range(count):
-        prompt, answer = recall.prompt_and_answer(rng, tokenizer.encode, filler, distance)
+        prompt, answer = recall.prompt_and_answer(rng, tokenizer, filler, distance)
         row = [BOS, *prompt, *answer]
         answers.append(range(len(row) - len(answer) - 1, len(row) - 1))
         rows.append(row + [0] * (-len(row) % config.sliding_window))
@@ -363,8 +365,8 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     splits, tokenizer = prepare(out, config)
     filler = "\n\n".join(splits["train"].values())
-    tokens = np.array(tokenizer.encode(filler), np.int32)
-    unseen = windows_of(np.array(tokenizer.encode("\n\n".join(splits["holdout"].values())))).to(device)
+    tokens = np.array(tokenizer.encode(filler, bos=False), np.int32)
+    unseen = windows_of(np.array(tokenizer.encode("\n\n".join(splits["holdout"].values()), bos=False))).to(device)
     unseen = unseen[:: max(1, len(unseen) // 32)][:32]
     filler_ids = unseen[:, 1:].flatten().tolist()
     print(f"training tokens {len(tokens):,}; held-out windows {len(unseen)} x {LENGTH}", flush=True)
@@ -448,9 +450,9 @@ def prepare(out: Path, config: GemmaConfig):
     path = out / "tokenizer.model"
     if not path.exists():
         rng = random.Random(0)
-        examples = ["".join(text for text, _ in recall.training_document(rng, " " * 2000, 4000)) for _ in range(200)]
+        examples = ["".join(text for text, _ in tiny_corpus.recall_document(rng, " " * 2000, 4000)) for _ in range(200)]
         train_tokenizer(list(splits["train"].values()) + examples, path, config.vocab_size)
-    return splits, sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return splits, Tokenizer.from_file(path)
 
 
 # ---- export ----
@@ -480,8 +482,8 @@ def export(args: argparse.Namespace) -> None:
 
     # Figures of the weights as they are shipped: bfloat16, computed in float32.
     weights = {name: value.float() for name, value in parameters.items()}
-    unseen = np.array(tokenizer.encode(texts["evaluation"]))
-    seen = np.array(tokenizer.encode("\n\n".join(splits["train"].values())))
+    unseen = np.array(tokenizer.encode(texts["evaluation"], bos=False))
+    seen = np.array(tokenizer.encode("\n\n".join(splits["train"].values()), bos=False))
     stride = max(1, len(seen) // LENGTH // 100)
     figures = {
         "loss_unseen_documents": held_out_loss(weights, config, windows_of(unseen)),

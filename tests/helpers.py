@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.config import GemmaConfig, layer_pattern
-from tpa_ref.gemma.weights import from_named, hf_names
+from tpa_ref.gemma.weights import from_named, hf_names, joined, joined_vision
 from tpa_ref.trace import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +237,14 @@ def model(backend: Any, of: GemmaConfig | None = None, dtype: str = "float32", s
     of = of or config()
     named = {name: to(backend, value.astype(dtype)) for name, value in tensors(of, seed).items()}
     return backend.Model(of, from_named(named, of))
+
+
+def to_named(weights: Any) -> dict[str, Any]:
+    """All `Weights` by their Hugging Face names: the inverse of `from_named`."""
+    named = {"model.embed_tokens.weight": weights.embed_vm, "model.norm.weight": weights.final_norm_m}
+    for layer, block in enumerate(weights.layers):
+        named |= joined(block, f"model.layers.{layer}.")
+    return named | dict(joined_vision(weights.vision) if weights.vision else ())
 
 
 def tokens(count: int, batch: int = 1, vocab: int = 300, seed: int = 0) -> np.ndarray:

@@ -1,19 +1,24 @@
-"""What importing costs and leaves alone, doctests, the trace comparison, and configs against the published files."""
+"""What importing costs and leaves alone, doctests, the trace comparison, configs against the published files, and what
+ships in a wheel.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
-import helpers
 
 import tpa_ref
 from tpa_ref.gemma.config import VARIANTS, GemmaConfig, VisionConfig
@@ -112,14 +117,15 @@ def test_both_packages_offer_the_same_names():
 
 
 def modules_of(package):
-    return [package.__name__, *(f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))]
+    """Every module of a package, in all its folders; Triton's kernels only where Triton is."""
+    found = [found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    triton = importlib.util.find_spec("triton")
+    return [package.__name__, *(name for name in found if triton or "triton" not in name)]
 
 
 @pytest.mark.parametrize("name", [name for package in helpers.backends() for name in modules_of(package)])
 def test_doctests(name):
     """Every example in a docstring is true."""
-    if name.endswith("__main__"):
-        pytest.skip("runs the command line when imported")
     if name.endswith("plots"):
         pytest.importorskip("matplotlib")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -127,11 +133,12 @@ def test_doctests(name):
 
 def test_the_doctests_are_found():
     """The test above would pass if there were none."""
-    attempted = {
-        name: doctest.testmod(importlib.import_module(f"tpa_ref.{name}")).attempted
-        for name in ("config", "factorize", "quantize", "rope", "cache", "masks", "memory", "trace", "tokenizer")
-    }
-    assert min(attempted.values()) >= 1 and sum(attempted.values()) >= 20, attempted
+    attempted = {name: doctest.testmod(importlib.import_module(name)).attempted for name in modules_of(tpa_ref)}
+    documented = (
+        "compress.config core.contextual core.quantize core.rope core.cache core.masks gemma.memory gemma.config"
+    )
+    assert min(attempted[f"tpa_ref.{name}"] for name in [*documented.split(), "trace", "gemma.tokenizer"]) >= 1
+    assert sum(attempted.values()) >= 60, attempted
 
 
 # ---- the trace ----
@@ -332,6 +339,57 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {tpa_ref.__version__}\n" in citation and "2501.06425" in citation
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this tree, built from a copy, since setuptools would leave its build folder in the tree."""
+    pytest.importorskip("setuptools", "77")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("tpa_ref", "cuda", "assets"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    python("import sys, setuptools.build_meta as b; print(b.build_wheel(sys.argv[1]))", out, cwd=source, path=())
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_everything(wheel):
+    """Every module of both packages, the C++ source, the type markers and the tiny model with its licences."""
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for place, package in ((ROOT / "tpa_ref", "tpa_ref"), (ROOT / "cuda" / "tpa_torch", "tpa_torch")):
+        files = [
+            path.relative_to(place).as_posix()
+            for suffix in ("py", "cpp", "typed")
+            for path in place.rglob(f"*.{suffix}")
+        ]
+        missing = {f"{package}/{name}" for name in files} - held
+        assert len(files) > 20 and not missing
+    tiny = ROOT / "assets" / "tiny-gemma3"
+    shipped = {path.relative_to(tiny).as_posix() for path in tiny.rglob("*") if path.is_file()} - {"training.png"}
+    assert {name.removeprefix("tpa_ref/tiny/") for name in held if name.startswith("tpa_ref/tiny/")} == shipped
+    assert not [name for name in held if name.startswith(("cuda", "tests", "assets", "scripts"))]
+
+
+def test_commands_run_from_the_wheel(wheel, tmp_path):
+    """Installed elsewhere and called from an empty folder, both commands answer, and find the tiny model inside."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*pip, str(wheel.absolute())], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def said(name, *arguments):
+        command = [site / "bin" / name, *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert said("tpa-demo", "--version") == f"tpa-gemma3 {tpa_ref.__version__}\n"
+    assert "--eval-tokens" in said("tpa-demo", "--help")
+    answer = said("tpa", "--backend", "numpy", "--prompt", "Return the number of", "--max-new-tokens", "2")
+    assert "Gemma 3 tiny" in answer and "\n\nReturn the number of" in answer
+    assert python("import tpa_ref; print(tpa_ref.__file__)", cwd=empty, path=(site,)).startswith(str(site))
+
+
 def test_memory_where_the_system_does_not_tell():
     """Without /proc and without the module `resource` (Windows) peak memory is 0 and no error."""
     code = """if True:
@@ -340,7 +398,7 @@ def test_memory_where_the_system_does_not_tell():
         sys.modules["resource"] = None
         def unreadable(*_, **__): raise OSError
         Path.read_text = unreadable
-        from tpa_ref.command_line import anonymous_memory
+        from tpa_ref.cli.machine import anonymous_memory
         print(anonymous_memory())
     """
     assert python(code) == "0"

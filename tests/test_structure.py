@@ -28,7 +28,6 @@ LATE = {
 }
 # Functions that are longer -> why
 LONG = {
-    "tpa_torch.fast.kernels.launch.attend": "one argument of a kernel a line",
     "tpa_torch.fast.kernels.triton_kernels.attend_split": "a Triton kernel, which calls no functions of Python",
 }
 

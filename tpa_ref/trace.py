@@ -19,10 +19,8 @@ class Trace:
     """Records every array it is called with, in order.
 
     >>> trace = Trace()
-    >>> float(trace("attn.scale", np.float32(0.5)))
-    0.5
-    >>> list(trace.stages)
-    ['attn.scale']
+    >>> trace("attn.scale", 0.5), trace.stages
+    (0.5, {'attn.scale': 0.5})
     """
 
     def __init__(self) -> None:
@@ -65,11 +63,14 @@ def scoped(trace: Tracer, prefix: str) -> Tracer:
     """
     if trace is no_trace:
         return no_trace
+
+    def within(name: str, array: Any) -> Any:
+        return trace(f"{prefix}.{name}", array)
+
     if isinstance(trace, Watch):
-        start = f"{prefix}."
-        here = [name.removeprefix(start) for name in trace.wanted if name.startswith(start)]
-        return Watch(dict.fromkeys(here, lambda name, array: trace(f"{prefix}.{name}", array)))
-    return lambda name, array: trace(f"{prefix}.{name}", array)
+        here = [name.removeprefix(f"{prefix}.") for name in trace.wanted if name.startswith(f"{prefix}.")]
+        return Watch(dict.fromkeys(here, within))
+    return within
 
 
 def compare(
@@ -84,32 +85,28 @@ def compare(
     [DIFF]    x  max 5.0e-01  mean 2.5e-01
     'x'
     """
-    first = None
+    different = []
     for name, expected in reference.items():
-        if name not in other:
-            verdict, detail = "[MISSING]", ""
-        else:
-            a, b = (_unmasked(_to_numpy(x)) for x in (expected, other[name]))
-            if a.shape != b.shape:
-                verdict, detail = "[SHAPE]", f"{a.shape} and {b.shape}"
-            else:
-                with np.errstate(invalid="ignore"):  # infinite over infinite is NaN, which is never OK
-                    error = np.abs(a - b) / max(float(np.abs(a).max(initial=0.0)), 1e-30)
-                ok = bool(error.max(initial=0.0) <= tolerance)  # NaN is never OK
-                verdict = "[OK]" if ok else "[DIFF]"
-                detail = f"max {error.max(initial=0.0):.1e}  mean {error.mean() if error.size else 0:.1e}"
+        verdict, detail = _verdict(expected, other[name], tolerance) if name in other else ("[MISSING]", "")
         show(f"{verdict:<9} {name}  {detail}".rstrip())
-        if first is None and verdict != "[OK]":
-            first = name
-    return first
+        if verdict != "[OK]":
+            different.append(name)
+    return different[0] if different else None
 
 
-def _unmasked(x: np.ndarray) -> np.ndarray:
-    """Masked logits as 0: beside their magnitude no other difference would show."""
-    return np.where(x < -1e37, 0, x) if x.dtype.kind == "f" else x
+def _verdict(expected: Any, found: Any, tolerance: float) -> tuple[str, str]:
+    a, b = _comparable(expected), _comparable(found)
+    if a.shape != b.shape:
+        return "[SHAPE]", f"{a.shape} and {b.shape}"
+    with np.errstate(invalid="ignore"):  # infinite over infinite is NaN, which is never OK
+        error = np.abs(a - b) / max(float(np.abs(a).max(initial=0.0)), 1e-30)
+    largest, mean = error.max(initial=0.0), error.mean() if error.size else 0
+    return "[OK]" if largest <= tolerance else "[DIFF]", f"max {largest:.1e}  mean {mean:.1e}"
 
 
-def _to_numpy(array: Any) -> np.ndarray:
+def _comparable(array: Any) -> np.ndarray:
+    """In float64, masked logits as 0: beside their magnitude no other difference would show."""
     if hasattr(array, "detach"):
         array = array.detach().cpu().double().numpy()
-    return np.asarray(array, dtype=np.float64)
+    x = np.asarray(array, dtype=np.float64)
+    return np.where(x < -1e37, 0, x)

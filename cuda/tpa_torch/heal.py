@@ -14,6 +14,7 @@ No cache is needed: pre-RoPE K and V of a whole text are replaced by what the ca
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,7 @@ def heal(
     progress: Callable = iter,
     predict: bool = False,
 ) -> Model:
-    """A healed copy of a converted model. What was trained is described above; the history is `healed.healing`.
+    """A healed copy of a converted model. The history is `healed.healing`.
 
     The last windows of the text are not trained on. KL is checked there ten times, and the best state so far, the one
     before the first step included, is what is returned.
@@ -74,7 +75,7 @@ def heal(
     wraps the steps, for instance `tqdm.tqdm`. predict: begin with maps of the tokens in place of constant means;
     a regression on this text finds in minutes what the steps would look for in hours.
     """
-    check_pair(tpa, dense, steps, batch, learning_rate, predict)
+    check_arguments(tpa, dense, steps, batch, learning_rate, predict)
     if predict:
         tpa = with_maps_of_tokens(tpa, dense, read_text(text_or_path), None if state is None else Path(state).parent)
     run = Run(tpa, dense, list(text_windows(dense, text_or_path, max_tokens, WINDOW)), steps, learning_rate)
@@ -99,7 +100,7 @@ class Run:
         kept = len(windows) - min(CHECKED, len(windows) // 4)
         self.dense, self.windows, self.aside, self.learning_rate = dense, windows[:kept], windows[kept:], learning_rate
         self.student, self.history = Student(tpa), Healing(steps)
-        self.optimizer = torch.optim.AdamW(self.student.trained(), learning_rate, (0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.student.theta.values(), learning_rate, (0.9, 0.99), weight_decay=0.0)
         self.best_kl = math.inf
         self.best: dict[str, Tensor] = {}
 
@@ -113,7 +114,7 @@ class Run:
             kl_part, states_part = losses(self.student, self.dense, window)
             ((kl_part + STATES * states_part) / len(windows)).backward()
             kl, states = kl + kl_part.item() / len(windows), states + states_part.item() / len(windows)
-        torch.nn.utils.clip_grad_norm_(self.student.trained(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.student.theta.values(), 1.0)
         self.optimizer.step()
         self.history.kl.append(kl)
         self.history.states.append(states)
@@ -130,16 +131,10 @@ class Run:
 
     def healed(self) -> Model:
         """The model with the best weights, and the history."""
-        self.set_weights(self.best)
+        self.student.set_weights(self.best)
         healed = self.student.model()
         healed.healing = self.history
         return healed
-
-    @torch.no_grad()
-    def set_weights(self, theta: dict[str, Tensor]) -> None:
-        """Give the student other weights."""
-        for name, value in self.student.theta.items():
-            value.copy_(theta[name])
 
     def save(self, path: str | Path) -> None:
         """Write down everything that `resume` needs."""
@@ -161,7 +156,7 @@ class Run:
             content = torch.load(path, weights_only=True)
             if (content["tpa"], content["history"]["steps"]) != (repr(self.student.tpa.tpa), self.history.steps):
                 raise TPAError(f"heal: {path} is the state of another healing; remove it or name another file")
-            self.set_weights(content["theta"])
+            self.student.set_weights(content["theta"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.history = Healing(**content["history"])
             self.best_kl, self.best = content["best"]["kl"], content["best"]["theta"]
@@ -190,7 +185,7 @@ def spread(text: str, size: int, pieces: int = 256) -> str:
     return "".join(text[start : start + size // pieces] for start in starts)
 
 
-def check_pair(tpa: Model, dense: Model, steps: int, batch: int, learning_rate: float, predict: bool = False) -> None:
+def check_arguments(tpa: Model, dense: Model, steps: int, batch: int, learning_rate: float, predict: bool) -> None:
     """Every rule on the arguments of `heal`."""
     if tpa.tpa is None or dense.tpa is not None:
         raise TPAError("heal: a converted model and its dense original are needed, in this order")
@@ -207,11 +202,9 @@ def check_pair(tpa: Model, dense: Model, steps: int, batch: int, learning_rate: 
 def batches(windows: list[list[int]], batch: int, seed: int) -> Iterator[list[list[int]]]:
     """Windows in random order, again and again."""
     rng = np.random.default_rng(seed)
-    order: list[int] = []
+    order = itertools.chain.from_iterable(rng.permutation(len(windows)) for _ in itertools.count())
     while True:
-        while len(order) < batch:
-            order += rng.permutation(len(windows)).tolist()
-        yield [windows[order.pop(0)] for _ in range(batch)]
+        yield [windows[index] for index in itertools.islice(order, batch)]
 
 
 def schedule(step: int, steps: int) -> float:

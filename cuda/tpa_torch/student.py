@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpa_ref.core.mode import Tokens
 from tpa_ref.gemma.token_vectors import numbered
-from tpa_ref.gemma.weights import LayerWeights, Weights
+from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Watch
 
 from .core.contextual import Contextual
@@ -33,24 +33,22 @@ class Student:
     def __init__(self, tpa: Model):
         self.tpa = tpa
         self.start: dict[str, Tensor] = {}
-        self.theta: dict[str, Tensor] = {}
         for layer, pair in enumerate(tpa.pairs):
             if pair.is_dense:
                 continue
             block = tpa.weights.layers[layer]
-            self._train(f"{layer}.WO", block.WO_mhe)
+            found = {"WO": block.WO_mhe}
             for side, mode, W in (("k", pair.k, block.WK_gdm), ("v", pair.v, block.WV_gem)):
-                self._train(f"{layer}.{side}.W", W)
-                for name, value in mode.arrays().items():
-                    if value is not None and value.numel():
-                        self._train(f"{layer}.{side}.{name}", value)
+                constants = {f"{side}.{name}": x for name, x in mode.arrays().items() if x is not None and x.numel()}
+                found |= {f"{side}.W": W} | constants
+            self.start |= {f"{layer}.{name}": x.detach().clone().float() for name, x in found.items()}
+        self.theta = {name: torch.zeros_like(W0).requires_grad_() for name, W0 in self.start.items()}
 
-    def _train(self, name: str, value: Tensor) -> None:
-        self.start[name] = value.detach().clone().float()
-        self.theta[name] = torch.zeros_like(self.start[name]).requires_grad_()
-
-    def trained(self) -> list[Tensor]:
-        return list(self.theta.values())
+    @torch.no_grad()
+    def set_weights(self, theta: dict[str, Tensor]) -> None:
+        """Go on from other thetas."""
+        for name, value in self.theta.items():
+            value.copy_(theta[name])
 
     def now(self, name: str, otherwise: Tensor | None) -> Any:
         """The present value of a weight; `otherwise` where it is not trained."""
@@ -63,13 +61,9 @@ class Student:
     def block(self, layer: int) -> LayerWeights:
         """The weights of a layer as they are now."""
         w = self.tpa.weights.layers[layer]
-        dtype = w.WO_mhe.dtype
-        return replace(
-            w,
-            WO_mhe=self.now(f"{layer}.WO", w.WO_mhe).to(dtype),
-            WK_gdm=self.now(f"{layer}.k.W", w.WK_gdm).to(dtype),
-            WV_gem=self.now(f"{layer}.v.W", w.WV_gem).to(dtype),
-        )
+        names = {"WO_mhe": "WO", "WK_gdm": "k.W", "WV_gem": "v.W"}
+        now = {field: self.now(f"{layer}.{name}", getattr(w, field)) for field, name in names.items()}
+        return replace(w, **{field: x.to(w.WO_mhe.dtype) for field, x in now.items()})
 
     def pair(self, layer: int) -> Pair:
         """How a layer caches K and V, with the constants as they are now."""
@@ -84,9 +78,7 @@ class Student:
     def model(self) -> Model:
         """A model with these weights."""
         tpa, layers = self.tpa, range(self.tpa.config.num_layers)
-        weights = Weights(tpa.weights.embed_vm, [self.block(layer) for layer in layers], tpa.weights.final_norm_m)
-        if getattr(tpa.weights, "vision", None) is not None:
-            weights.vision = tpa.weights.vision
+        weights = replace(tpa.weights, layers=[self.block(layer) for layer in layers])
         pairs = [self.pair(layer) for layer in layers]
         made = type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, pairs, tpa.query_factors, tpa.stored_dtype)
         made.choices = tpa.choices
@@ -95,15 +87,15 @@ class Student:
 
 def cached(K_bkgd: Tensor, V_bkge: Tensor, pair: Any, sinks: int, tokens: Any) -> tuple[Tensor, Tensor]:
     """What a cache gives back of K (before RoPE) and V, differentiable: two arrays [b,k,g,d]."""
-    sides = K_bkgd.float(), V_bkge.float()
+    sides, modes = (K_bkgd.float(), V_bkge.float()), (pair.k, pair.v)
+    made: list[Tensor]
     if isinstance(pair, Joint):
-        C_bks = sum(mode.encode(X_bkgd, tokens)["C"] for X_bkgd, mode in zip(sides, pair.modes, strict=True))
-        parts = rounded({"C": C_bks}, pair.k)
-        made = [mode.decode(parts, tokens) for mode in pair.modes]
+        C_bks = sum(mode.encode(X_bkgd, tokens)["C"] for X_bkgd, mode in zip(sides, modes, strict=True))
+        parts = rounded({"C": C_bks}, modes[0])
+        made = [mode.decode(parts, tokens) for mode in modes]
     else:
-        made = [cached_alone(X_bkgd, mode, tokens) for X_bkgd, mode in zip(sides, pair.modes, strict=True)]
-    if sinks:
-        made = [torch.cat([X[:, :sinks], Y[:, sinks:]], 1) for X, Y in zip(sides, made, strict=True)]
+        made = [cached_alone(X_bkgd, mode, tokens) for X_bkgd, mode in zip(sides, modes, strict=True)]
+    made = [torch.cat([X[:, :sinks], Y[:, sinks:]], 1) for X, Y in zip(sides, made, strict=True)]
     return made[0].to(K_bkgd.dtype), made[1].to(V_bkge.dtype)
 
 
@@ -210,7 +202,7 @@ class ThroughCache(Model):
 
     def __init__(self, dense: Model, pair: Any, sinks: int, Z_bqz: Any):
         super().__init__(dense.config, dense.weights, dense.tokenizer)
-        self.pair, self.sinks, self.tokens = pair, sinks, Tokens((), Z_bqz)
+        self.pair, self.sinks, self.tokens = pair, sinks, Tokens((None, None), Z_bqz)
 
     def project_keys_and_values(self, a_bkm: Tensor, layer: int, w: LayerWeights, trace: Any) -> tuple[Tensor, Tensor]:
         K_bkgd, V_bkge = super().project_keys_and_values(a_bkm, layer, w, trace)

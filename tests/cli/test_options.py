@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from types import SimpleNamespace
 from unittest import mock
@@ -18,14 +17,15 @@ MANY = {"calibration_tokens": 32_768, "eval_tokens": 16_384, "recall_prompts": 1
 
 def parser_of(module):
     """The parser that a command builds."""
-    with mock.patch.object(options.Parser, "parse_args", lambda parser: (_ for _ in ()).throw(Built(parser))):
-        with pytest.raises(Built) as built:
-            module.parse_arguments()
-    return built.value.args[0]
+    built = []
 
+    def parse_args(parser):
+        built.append(parser)
+        raise SystemExit
 
-class Built(Exception):
-    """Carries a parser out of the function that builds it."""
+    with mock.patch.object(options.Parser, "parse_args", parse_args), pytest.raises(SystemExit):
+        module.parse_arguments()
+    return built[0]
 
 
 def test_one_set_of_names():
@@ -36,6 +36,12 @@ def test_one_set_of_names():
     for name in shared - {"--prompt", "--help", "-h"}:
         assert (ours[name].type, ours[name].choices) == (theirs[name].type, theirs[name].choices), name
     assert set(ours) - shared == {"--eval-text", "--eval-tokens", "--recall-prompts", "--timing-rounds", "--plot"}
+
+
+def found(variant, stored):
+    """A checkpoint as `inspect` finds it."""
+    config = GemmaConfig.tiny() if variant == "tiny" else GemmaConfig.of_variant(variant)
+    return SimpleNamespace(config=config, stored_dtype=stored)
 
 
 @pytest.mark.parametrize(
@@ -50,19 +56,19 @@ def test_one_set_of_names():
 )
 def test_defaults(variant, stored, backend, device, dtype, expected, rounds, context):
     """By size, device and how the weights are stored."""
-    config = GemmaConfig.tiny() if variant == "tiny" else GemmaConfig.of_variant(variant)
-    found = options.Defaults.of(SimpleNamespace(config=config, stored_dtype=stored), backend, device)
-    about = {"size": variant, "device": device, "dtype": dtype, "timing_rounds": rounds, "context": context}
-    assert dataclasses.asdict(found) == about | expected
+    args = Namespace(backend=backend)
+    options.fill_defaults(args, demo.USES, found(variant, stored), device)
+    assert vars(args) == expected | {"backend": backend, "dtype": dtype, "timing_rounds": rounds, "context": context}
 
 
 def test_what_is_given_wins_and_the_rest_is_printed():
     """Zero counts as given."""
-    found = options.Defaults("270m", "cpu", "bfloat16", 4096, 2048, 2, 1, 32_768)
-    args = Namespace(dtype=None, calibration_tokens=None, eval_tokens=100, recall_prompts=0)
-    line = found.fill(args, ("dtype", "calibration_tokens", "eval_tokens", "recall_prompts"))
+    args = Namespace(backend="torch", dtype=None, calibration_tokens=None, eval_tokens=100, recall_prompts=0)
+    uses = ("dtype", "calibration_tokens", "eval_tokens", "recall_prompts")
+    line = options.fill_defaults(args, uses, found("270m", "bfloat16"), "cpu")
     assert line == "defaults for 270m on cpu: bfloat16, calibration tokens 4,096"
-    assert vars(args) == {"dtype": "bfloat16", "calibration_tokens": 4096, "eval_tokens": 100, "recall_prompts": 0}
+    filled = {"dtype": "bfloat16", "calibration_tokens": 4096, "eval_tokens": 100, "recall_prompts": 0}
+    assert vars(args) == filled | {"backend": "torch"}
 
 
 def test_underscores_and_hyphens():

@@ -31,7 +31,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     command = [sys.executable, ROOT / "scripts" / "run_tpa.py", "--convert", "--save_tpa", "tpa"]
     options = ["--calibration-tokens", "1000", "--report", "r.json"]
-    out = said(subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = said(subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, env=environment))
     assert "saved to tpa" in out and "peak memory" in out
     assert "defaults for tiny on cpu: float32, context 2,048\n" in out
     report = json.loads((folder / "r.json").read_text())

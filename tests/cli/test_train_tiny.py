@@ -66,14 +66,14 @@ def test_recall_prompt_states_the_fact_at_the_distance():
     """The value asked for stands exactly `distance` tokens before the answer, and once only."""
     ids: dict[str, int] = {}
 
-    def encode(text):
-        return [
-            ids.setdefault(word, len(ids)) for word in text.replace("\n", " \n ").replace(".", " .").split(" ") if word
-        ]
+    class Words:
+        def encode(self, text, bos):
+            words = text.replace("\n", " \n ").replace(".", " .").split(" ")
+            return [ids.setdefault(word, len(ids)) for word in words if word]
 
     for distance in (150, 300, 900):
         filler = list(range(10_000, 12_000))
-        prompt, answer = recall.prompt_and_answer(random.Random(distance), encode, filler, distance)
+        prompt, answer = recall.prompt_and_answer(random.Random(distance), Words(), filler, distance)
         where = [i for i, token in enumerate(prompt + answer) if token == answer[0]]
         assert len(answer) == 1 and where == [len(prompt) - distance, len(prompt)]
 
@@ -82,11 +82,10 @@ def test_batches_repeat_and_stages_follow():
     """A step's batch is the same whenever asked; sequences get longer in the second half."""
 
     class Words:
-        def encode(self, text):
-            return [len(word) for word in text.split()]
+        vocab_size = 1000
 
-        def vocab_size(self):
-            return 1000
+        def encode(self, text, bos):
+            return [len(word) for word in text.split()]
 
     data = train_tiny.Sequences(np.arange(5000), Words(), "some words " * 2000, seed=3, steps=10)
     for step, length in ((0, 256), (9, 1024)):

@@ -29,13 +29,13 @@ def tiny() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., tuple[Any, Any]]:
-    """Makes (a small random model of a backend in float64, its moments), once for each backend and length of text."""
+    """Makes (a small random model of a backend, its moments), once for equal arguments."""
 
     @functools.cache
-    def make(backend: Any, max_tokens: int = 300, **more: Any) -> tuple[Any, Any]:
+    def make(backend: Any, max_tokens: int = 300, dtype: str = "float64", **more: Any) -> tuple[Any, Any]:
         if helpers.is_torch(backend):
             pytest.importorskip("torch").set_num_threads(1)
-        model = helpers.model(backend, helpers.config(**HEADS), dtype="float64")
+        model = helpers.model(backend, helpers.config(**HEADS), dtype=dtype)
         model.tokenizer = Bytes()
         return model, backend.calibrate(model, CALIBRATION, max_tokens=max_tokens, **more)
 

@@ -25,7 +25,7 @@ CONFIGS = {
     "contextual": TPAConfig(mode="contextual", k_rank=2, v_rank=2),
     "fixed-a": TPAConfig(mode="fixed-a", k_rank=3, v_rank=3),
     "fixed-b": TPAConfig(mode="fixed-b", k_rank=12, v_rank=12, kv_dtype="int8"),
-    "latent": TPAConfig(mode="latent", k_rank=48, v_rank=48, kv_dtype="int4"),
+    "latent": TPAConfig(mode="latent", k_rank=56, v_rank=56, kv_dtype="int4"),  # no number lies between two codes
     "spectral": TPAConfig(rate=0.5, context=128),
     "not predicted": TPAConfig(rate=0.5, context=128, predict=False),
     "V alone": TPAConfig(k_mode="fixed-a", rate=0.5, context=128),
@@ -35,16 +35,16 @@ TEXT = read_text(TINY / "calibration.txt")[:1500]
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    """Windows of 64 tokens, so that a few steps see the whole text."""
+    """Windows of 128 tokens, so that a few steps see the whole text."""
     module = sys.modules["tpa_torch.heal"]  # `tpa_torch.heal` is the function
-    monkeypatch.setattr(module, "WINDOW", 64)
+    monkeypatch.setattr(module, "WINDOW", 128)
     monkeypatch.setattr(module, "CHECKS", 2)
 
 
 @pytest.fixture
 def pair(small):
     """(a spectral conversion, its dense model), both small."""
-    dense, moments = small(tpa_torch)
+    dense, moments = small(tpa_torch, dtype="float32")
     return tpa_torch.convert(dense, TPAConfig(rate=1.5, context=60), moments), dense
 
 
@@ -70,11 +70,10 @@ def test_healing_lowers_the_kl(tiny, short_windows, name, learning_rate, tmp_pat
     """A few steps on a little text lower the KL on that text; the healed model is saved and loaded like others."""
     dense, moments = tiny
     tpa = tpa_torch.convert(dense, CONFIGS[name], moments)
-    healed = heal(tpa, dense, TEXT, steps=10, batch=1, learning_rate=learning_rate)
+    healed = heal(tpa, dense, TEXT, steps=8, batch=1, learning_rate=learning_rate)
     before, after = (measured_kl(dense, model) for model in (tpa, healed))
-    print(before, after)
     assert after < 0.95 * before
-    assert len(healed.healing.kl) == 10 and [step for step, _ in healed.healing.checked] == [0, 5, 10]
+    assert len(healed.healing.kl) == 8 and [step for step, _ in healed.healing.checked] == [0, 4, 8]
     assert healed.tpa == tpa.tpa and healed.choices == tpa.choices
     ids = np.array([dense.tokenizer.encode(TEXT)[:40]])
     loaded = tpa_torch.load(tpa_torch.save(healed, tmp_path / "h.pt"))
@@ -87,7 +86,6 @@ def test_healing_begins_with_maps_of_the_tokens(tiny, short_windows):
     tpa = tpa_torch.convert(dense, CONFIGS["not predicted"], moments)
     healed = heal(tpa, dense, TEXT, steps=1, batch=1, learning_rate=1e-4, predict=True)
     before, after = (measured_kl(dense, model) for model in (tpa, healed))
-    print(before, after)
     assert after < 0.6 * before
     assert tpa.tpa.predict is False and healed.tpa.predict
     assert all(mode.predictor is not None for pair in healed.pairs for mode in pair.modes)

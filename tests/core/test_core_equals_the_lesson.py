@@ -124,7 +124,7 @@ MISTAKES = {
     "1/R dropped in values": ("values", "contextual.values_contextual", lambda f: lambda *x: f(*x) * R),
     "window one too long": ("visible", "masks.visible", lambda f: lambda i, j, w: f(i, j, w and w + 1)),
     "mask forgotten": ("softmax", "masks.apply_mask", lambda f: lambda L, seen: L),
-    "K not rotated": ("attention", "pair.Pair.turned", lambda f: staticmethod(lambda X, tokens: X)),
+    "K not rotated": ("attention", "mode.Mode.turned", lambda f: staticmethod(lambda X, tokens: X)),
     "next token's slot": ("cache", "cache.Ring.write", lambda f: lambda ring, new, at: f(ring, new, at + 1)),
 }
 

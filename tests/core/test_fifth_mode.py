@@ -51,31 +51,25 @@ class Paired(Mode):
         return {"middle": ((self.g, self.d),)}
 
     def encode(self, X_bkgd, tokens):
-        X_bkgd = X_bkgd - self.cast(self.middle, X_bkgd)
+        X_bkgd = X_bkgd - self.cast(self.middle, X_bkgd.dtype)
         first, second = X_bkgd[:, :, 0::2], X_bkgd[:, :, 1::2]
         return {"mean": (first + second) / 2, "half": (first - second) / 2}
 
     def decode(self, parts, tokens):
         X_bkgd = self.interleaved(parts["mean"] + parts["half"], parts["mean"] - parts["half"])
-        return X_bkgd + self.cast(self.middle, X_bkgd)
-
-    def cast(self, x, like):
-        return x.astype(like.dtype)
+        return X_bkgd + self.cast(self.middle, X_bkgd.dtype)
 
     def interleaved(self, first, second):
         return np.stack([first, second], 3).reshape(*first.shape[:2], self.g, self.d)
 
 
 def twin():
-    """`Paired` on tensors: what differs is how arrays are cast and stacked."""
+    """`Paired` on tensors: what differs is how arrays are stacked."""
     import torch
 
     from tpa_torch.core.mode import Mode as TorchMode
 
     class TorchPaired(TorchMode, Paired):
-        def cast(self, x, like):
-            return x.to(like.dtype)
-
         def interleaved(self, first, second):
             return torch.stack([first, second], 3).flatten(2, 3)
 

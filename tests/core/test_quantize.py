@@ -148,15 +148,15 @@ def test_bytes_of_a_row_by_hand(backend, n, bytes_by_dtype):
     x = np.ones((1, n), np.float32)
     for dtype, expected in zip(("float32", "bfloat16", "int8", "int4"), bytes_by_dtype, strict=True):
         quantize = helpers.part(backend, "core.quantize")
-        assert quantize.stored_bytes(n, dtype) == expected
+        assert sum(size * kind.itemsize for size, kind in quantize.field_shapes(n, dtype).values()) == expected
         fields = quantize.quantize(helpers.to(backend, x), dtype)
         assert sum(array.nbytes for array in fields.values()) == expected
 
 
 def test_bytes_of_a_dense_token_of_the_4b_model(backend):
     """K and V of 4 heads of 256: 4096 bytes in bfloat16, 2112 in int8, 1152 in int4."""
-    count = helpers.part(backend, "core.quantize").stored_bytes
-    assert [2 * 4 * count(256, dtype) for dtype in ("bfloat16", "int8", "int4")] == [4096, 2112, 1152]
+    pair = helpers.part(backend, "core.pair").Pair
+    assert [pair.dense(4, 256, dtype).token_bytes for dtype in ("bfloat16", "int8", "int4")] == [4096, 2112, 1152]
 
 
 def test_field_shapes_are_those_of_the_arrays(backend):
@@ -165,8 +165,8 @@ def test_field_shapes_are_those_of_the_arrays(backend):
     for n in (1, 63, 64, 65, 129):
         for dtype in ("float64", "float32", "bfloat16", "int8", "int4"):
             made = quantize.quantize(helpers.to(backend, np.ones((2, 3, n), np.float32)), dtype)
-            expected = quantize.field_shapes(n, dtype)
-            assert {name: (array.shape[-1], array.dtype) for name, array in made.items()} == expected
+            expected = {name: (size, kind.name) for name, (size, kind) in quantize.field_shapes(n, dtype).items()}
+            assert {name: (x.shape[-1], str(x.dtype).removeprefix("torch.")) for name, x in made.items()} == expected
             assert all(tuple(array.shape[:2]) == (2, 3) for array in made.values())
 
 

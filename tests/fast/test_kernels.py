@@ -104,9 +104,10 @@ def filled(pair, lengths, slots, windowed, size=1.0, seed=0):
 def expected(Q, held, lengths, asking=None):
     """What the PyTorch twin makes of the same cache, in float64."""
     lengths, ring = np.array(lengths), held.rings["coded"]
-    position = torch.from_numpy(ring.positions(lengths)).to(DEVICE)
+    stored, positions = ring.read(lengths)
+    position = torch.from_numpy(positions).to(DEVICE)
     query = torch.from_numpy((lengths - 1 if asking is None else np.array(asking))[:, None]).to(DEVICE)
-    parts_k, parts_v = ring.pair.load(ring.read(lengths), torch.float64)
+    parts_k, parts_v = ring.pair.load(stored, torch.float64)
     tokens = Tokens(turns().to(torch.complex128)[position.clamp(min=0)])
     L = ring.pair.k.scores(Q.double(), parts_k, tokens, SCALE)
     P = attention.softmax(masks.apply_mask(L, masks.visible(query, position, held.window)))
@@ -328,7 +329,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     another size compiles nothing anew.
     """
     here = Path(__file__).parent
-    path = os.pathsep.join(str(x) for x in (here.parent, here.parent / "cuda", here))
+    path = os.pathsep.join(str(here.parents[1] / folder) for folder in (".", "cuda"))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     command = [sys.executable, str(here / "compile_for_gpu.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -25,7 +25,7 @@ import tpa_ref
 from tpa_ref import GemmaConfig, TPAConfig, TPAError
 from tpa_ref.files import checkpoint
 from tpa_ref.files.pairs import describe, named_arrays
-from tpa_ref.gemma.weights import hf_names, to_named
+from tpa_ref.gemma.weights import hf_names
 
 FORMATS = ("", ".safetensors", ".pt")
 IDS = helpers.tokens(25, batch=2, seed=3)
@@ -112,7 +112,7 @@ def test_bfloat16_weights_stay_bfloat16(backend, tmp_path, suffix):
     model = backend.load(write_folder(tmp_path / "model", weights=named))
     assert model.stored_dtype == "bfloat16" and model.dtype == "float32"
     path = backend.save(model, target(tmp_path, suffix))
-    again = to_named(tpa_ref.load(path).weights, model.config)
+    again = helpers.to_named(tpa_ref.load(path).weights)
     for name, value in named.items():
         np.testing.assert_array_equal(again[name], value.astype(np.float32))
     if suffix != ".pt":
@@ -350,7 +350,9 @@ def test_a_config_that_is_no_json_object(backend, folder, content, words):
         ({"model_type": None}, ("model_type", "None")),
         ({"final_logit_softcapping": 30.0}, ("final_logit_softcapping", "30.0")),
         ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", "50.0")),
-        ({"attention_bias": True}, ("attention_bias", "True")),
+        ({"attention_bias": True}, ("attention_bias", "false", "True")),
+        ({"use_bidirectional_attention": True}, ("use_bidirectional_attention", "false", "True")),
+        ({"num_hidden_layers": 10_001}, ("num_hidden_layers", "10000", "10001")),
         ({"hidden_activation": "gelu"}, ("hidden_activation", "gelu_pytorch_tanh", "'gelu'")),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ("rope", "linear", "yarn")),
         ({"rope_scaling": {"rope_type": "linear"}}, ("factor",)),
@@ -846,7 +848,7 @@ def settle(path, original, ids=IDS[:, :3]):
         assert str(problem) and "\n" not in str(problem), repr(str(problem))
         return
     if original is not None:
-        for name, value in to_named(model.weights, model.config).items():
+        for name, value in helpers.to_named(model.weights).items():
             np.testing.assert_array_equal(value, original[name])
 
 
@@ -943,7 +945,7 @@ def test_damaged_pt(tmp_path, wounds):
     settle(path, None)
 
 
-HOSTILE = [None, True, -1, 0, 1.5, 1e999, float("nan"), 10**400, "x", "a\nb", [], {}, {"a": 1}]
+HOSTILE: list = [None, True, -1, 0, 1.5, 1e999, float("nan"), 10**400, "x", "a\nb", [], {}, {"a": 1}]
 
 
 def test_hostile_values_in_every_place_of_a_config(saved, original):

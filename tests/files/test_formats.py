@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -203,15 +204,14 @@ def test_the_variant_is_guessed_from_the_shapes(variant):
     """Layers and width name a published size; 262,144 and 262,208 embedding rows are both its own."""
     from tpa_ref.files.formats import Entry
     from tpa_ref.files.found import _choose_config
-    from tpa_ref.files.names import with_rows
     from tpa_ref.gemma.weights import hf_names
 
     config = GemmaConfig.of_variant(variant)
-    entries = {name: Entry(shape, "bfloat16", None) for name, shape in hf_names(config).items()}
+    entries = {name: Entry(shape, "bfloat16") for name, shape in hf_names(config).items()}
     for named in (None, variant):
-        assert _choose_config("model.ckpt", None, named, None, entries) == config
-    entries["model.embed_tokens.weight"] = Entry((262_208, config.hidden_size), "bfloat16", None)
-    assert with_rows(config, entries).vocab_size == 262_208
+        assert _choose_config("model.ckpt", named, None, entries) == config
+    entries["model.embed_tokens.weight"] = Entry((262_208, config.hidden_size), "bfloat16")
+    assert _choose_config("model.ckpt", None, None, entries) == replace(config, vocab_size=262_208)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,7 +13,7 @@ from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma import generate
 from tpa_ref.gemma.conversation import Conversation
-from tpa_ref.gemma.sampling import Sampling
+from tpa_ref.gemma.generate import Sampling
 from tpa_ref.gemma.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
 
 P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
@@ -126,10 +126,10 @@ def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
     model = helpers.model(backend, dtype="float64")
     if mode != "dense":
         model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
-    rows = [helpers.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)]
-    together = list(generate.generate_rows(model, rows, 12, temperature, seed=5))
+    rows, sampling = [helpers.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)], Sampling(temperature, seed=5)
+    together = list(generate.generate_rows(model, rows, 12, sampling))
     for row, ids in enumerate(rows):
-        alone = list(generate.generate_tokens(model, ids, 12, temperature, seed=5))
+        alone = list(generate.generate_tokens(model, ids, 12, sampling))
         assert [step[row] for step in together][: len(alone)] == alone
         assert all(step[row] is None for step in together[len(alone) :])
 
@@ -217,7 +217,7 @@ def test_a_seed_repeats_a_text_and_another_does_not(backend):
     model = helpers.model(backend)
 
     def run(seed):
-        return list(generate.generate_tokens(model, [2, 5, 7], 10, temperature=3.0, seed=seed))
+        return list(generate.generate_tokens(model, [2, 5, 7], 10, Sampling(3.0, seed=seed)))
 
     assert run(7) == run(7)
     assert len({tuple(run(seed)) for seed in range(5)}) > 1
@@ -232,8 +232,8 @@ def test_sampled_text_is_the_same_in_both_backends(mode):
         model = helpers.model(backend, dtype="float64")
         if mode != "dense":
             model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
-        options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "seed": 3}
-        said.append(list(generate.generate_tokens(model, [2, 5, 7], 20, **options)))
+        sampling = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=3)
+        said.append(list(generate.generate_tokens(model, [2, 5, 7], 20, sampling)))
     assert said[0] == said[1] != list(generate.generate_tokens(model, [2, 5, 7], 20))
 
 
@@ -242,7 +242,7 @@ def test_an_unusual_seed_works_or_is_refused_in_one_line(backend, seed):
     """Any whole number may be given on the command line: tokens or a TPAError, nothing else."""
     model = helpers.model(backend)
     try:
-        tokens = list(generate.generate_tokens(model, [2, 5], 2, temperature=1.0, seed=seed))
+        tokens = list(generate.generate_tokens(model, [2, 5], 2, Sampling(1.0, seed=seed)))
     except TPAError as problem:
         assert "seed" in str(problem) and "\n" not in str(problem)
     else:
@@ -409,7 +409,9 @@ def test_turns_that_do_not_alternate_are_refused(turns):
 def test_wrong_arguments_are_named_with_rule_and_value(arguments, words):
     """One line naming the argument, what it may be and what it was; before the model is run."""
     model = Scripted([5] * 200)
-    refused(lambda: list(generate.generate_tokens(model, [2, 3, 4], **arguments)), "generate", *words)
+    sampling = Sampling(**{name: x for name, x in arguments.items() if name != "max_new_tokens"})
+    count = arguments.get("max_new_tokens", 64)
+    refused(lambda: list(generate.generate_tokens(model, [2, 3, 4], count, sampling)), "generate", *words)
     assert model.passes == 0
 
 

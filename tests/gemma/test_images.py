@@ -233,7 +233,7 @@ def test_an_image_in_a_prompt():
     """Start, soft tokens and end, with an empty line before and after; BOS once; the rest as without an image."""
     tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
     soft = [VISION.start_token, *[VISION.image_token] * 4, VISION.end_token]
-    ids = tokenizer.encode_chat([("user", f"{START_OF_IMAGE}What is this?")], VISION)
+    ids = tokenizer.encode(chat_text([("user", f"{START_OF_IMAGE}What is this?")]), vision=VISION)
     before = tokenizer.encode("<start_of_turn>user\n\n\n")
     after = tokenizer.encode("\n\nWhat is this?<end_of_turn>\n<start_of_turn>model\n", bos=False)
     assert ids == before + soft + after

@@ -324,16 +324,16 @@ def test_a_wrong_vision_config_is_named(written, wrong, words):
 def test_a_published_ckpt_has_the_published_tower():
     """A multimodal .ckpt of a published size, without any config: the default image tower is what it must hold."""
     entries = {
-        "model.layers.33.self_attn.q_norm.weight": Entry((256,), "bfloat16", lambda _: None),
-        "model.embed_tokens.weight": Entry((262_144, 2560), "bfloat16", lambda _: None),
-        PATCH: Entry((1152, 3, 14, 14), "bfloat16", lambda _: None),
+        "model.layers.33.self_attn.q_norm.weight": Entry((256,), "bfloat16"),
+        "model.embed_tokens.weight": Entry((262_144, 2560), "bfloat16"),
+        PATCH: Entry((1152, 3, 14, 14), "bfloat16"),
     }
-    config = _choose_config("model.ckpt", None, None, None, entries)
+    config = _choose_config("model.ckpt", None, None, entries)
     assert config == replace(GemmaConfig.gemma3_4b(), vision=VisionConfig())
     count = sum(int(np.prod(shape)) for name, shape in hf_names(config).items() if name.startswith("vision_tower"))
     assert round(count / 1e6) == 417  # as the Gemma 3 report has it
     del entries[PATCH]
-    assert _choose_config("model.ckpt", None, None, None, entries) == GemmaConfig.gemma3_4b()
+    assert _choose_config("model.ckpt", None, None, entries) == GemmaConfig.gemma3_4b()
 
 
 # ---- saved and converted ----

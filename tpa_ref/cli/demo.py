@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import plots
+from ..compress.config import DEFAULT_RATE
 from ..compress.evaluate import evaluate
 from ..errors import TPAError
 from ..files.checkpoint import check_output, save
 from ..gemma import memory
 from ..gemma.generate import generate, prefill, prompt_tokens
-from ..gemma.sampling import Sampling
 from ..gemma.texts import read_text
 from ..gemma.tokenizer import BOS
 from . import options, report
-from .machine import synchronizer, timed
 from .steps import Converted, Work
 
 PROMPT = "Return the number of"
@@ -33,13 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = options.shared_parser(__doc__)
     option = parser.add_argument_group("measurement and output").add_argument
     option("--prompt", default=PROMPT)
-    option(
-        "--output",
-        "--save-tpa",
-        metavar="PATH",
-        default="tpa_model.pt",
-        help="where to save: .pt, .safetensors, folder",
-    )
+    places = "where to save: .pt, .safetensors, folder"
+    option("--output", "--save-tpa", metavar="PATH", default="tpa_model.pt", help=places)
     option("--eval-text", metavar="FILE", help="held-out text (default: the shipped one)")
     option("--eval-tokens", type=int, metavar="N", help="how much of it is used")
     option("--recall-prompts", type=int, metavar="N", help="recall questions for each distance; 0: none")
@@ -53,9 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    for path in (args.report, args.plot):
-        if path:
-            report.check_writable(path)
+    for path in filter(None, (args.report, args.plot)):
+        report.check_writable(path)
     check_output(args.output)
     options.tpa_config(args)  # what is wrong with the options shows now, not after minutes of work
     text = read_text(Path(args.eval_text or options.TINY / "evaluation.txt"))
@@ -65,18 +62,20 @@ def main() -> None:
     work.introduce()
     dense = work.load()
     done = work.convert(dense)
-    constants = memory.weights_bytes(dense, done.model)
-    show_conversion(done, constants, save(done.model, args.output))
-    figures = measure(work, dense, done, text) | {"weights_bytes": constants}
-    figures["text"] = {"prompt": args.prompt}
+    weights = show_conversion(done, dense, save(done.model, args.output))
+    figures = measure(work, dense, done, text) | {"weights_bytes": weights, "text": {"prompt": args.prompt}}
     for name, model in (("dense", dense), ("TPA", done.model)):
-        figures["text"][name.lower()] = show_text(name, model, args)
+        print(f"\n{name}: {args.prompt}", end="", flush=True)
+        sampling = vars(options.sampling(args))
+        pieces = generate(model, args.prompt, args.max_new_tokens, **sampling, chat=args.chat)
+        figures["text"][name.lower()] = options.stream(pieces)
+        print()
     figures["environment"] = work.environment
     if args.report:
         report.write_json(args.report, figures)
         print(f"\nreport written to {args.report}")
     if args.plot:
-        report.plot(args.plot, done.model, figures)
+        plots.write_report(args.plot, done.model, figures)
         print(f"picture written to {args.plot}")
 
 
@@ -88,22 +87,24 @@ def check_prompt(work: Work) -> None:
     if found.tpa is not None:
         raise TPAError(f"{work.source} is already a TPA model; give the dense checkpoint")
     ids = prompt_tokens(found.tokenizer, args.prompt, args.chat)
-    Sampling(**options.sampling(args)).check(found.config, len(ids), args.max_new_tokens)
+    options.sampling(args).check(found.config, len(ids), args.max_new_tokens)
 
 
-def show_conversion(done: Converted, constants: dict[str, int], saved: Path) -> None:
-    """What was converted, and to what."""
+def show_conversion(done: Converted, dense: Any, saved: Path) -> dict[str, int]:
+    """Say what was converted, and to what; the bytes of the weights of both models."""
     source = f"{done.calibration_tokens:,} calibration tokens" if done.calibration_tokens else "the weights alone"
     print(f"\nconverted in {done.seconds:.1f} s, model constants from {source}")
     report.print_conversion(done.model, done.plan)
-    print(f"  model constants {memory.human(constants['tpa'] - constants['dense'])} (shared by all sequences)")
+    weights = memory.weights_bytes(dense, done.model)
+    print(f"  model constants {memory.human(weights['tpa'] - weights['dense'])} (shared by all sequences)")
     print(f"  saved to {saved} ({memory.human(report.size_on_disk(saved))})")
+    return weights
 
 
 def measure(work: Work, dense: Any, done: Converted, text: str) -> dict[str, Any]:
     """Print and return figures: memory (what a really filled cache holds, then arithmetic), quality, speed."""
     args, config, tpa = work.args, work.config, done.model
-    speed, cache = measure_speed(dense, tpa, text, work.device, args.timing_rounds)
+    speed, cache = measure_speed(dense, tpa, text, args.timing_rounds)
     tpa_bytes = tpa.new_cache(1, 1).nbytes_at(args.context)
     rows = [("measured", cache.max_len, cache.nbytes), ("at --context", args.context, tpa_bytes)]
     print("\n" + memory.table(config, rows))
@@ -114,7 +115,14 @@ def measure(work: Work, dense: Any, done: Converted, text: str) -> dict[str, Any
     return {
         "variant": config.variant,
         "config": config.to_hf(),
-        "tpa": done.report(args) | {"ranks_used": report.ranks_used(tpa)},
+        "tpa": {
+            "mode": args.mode,
+            "ranks_requested": {"q": args.q_rank, "k": args.k_rank, "v": args.v_rank},
+            "rate": tpa.tpa.rate or (DEFAULT_RATE if tpa.tpa.spectral else None),
+            "kv_dtype": args.kv_dtype,
+            "plan": done.plan.to_dict() if done.plan else None,
+            "ranks_used": report.ranks_used(tpa),
+        },
         "conversion_seconds": done.seconds,
         "kv": memory.kv_report(config, cache, args.context, tpa_bytes),
         "peak_memory_bytes": done.peak_bytes,
@@ -123,42 +131,33 @@ def measure(work: Work, dense: Any, done: Converted, text: str) -> dict[str, Any
     }
 
 
-def measure_speed(dense: Any, tpa: Any, text: str, device: str, rounds: int) -> tuple[dict[str, dict[str, float]], Any]:
+def measure_speed(dense: Any, tpa: Any, text: str, rounds: int) -> tuple[dict[str, dict[str, float]], Any]:
     """(tokens per second of both, the filled TPA cache): prefill of real text, then greedy steps; medians."""
     length = min(2048, dense.config.max_positions - NEW, dense.config.max_positions // 2)
     ids = [BOS, *dense.tokenizer.encode(text[: 16 * length], bos=False)][:length]
     seconds: dict[str, list[tuple[float, float]]] = {"dense": [], "tpa": []}
-    wait = synchronizer(device)
     for _ in range(rounds):
         for name, model in (("dense", dense), ("tpa", tpa)):
             cache = model.new_cache(1, len(ids) + NEW)
-            prefilled = timed(lambda m=model, c=cache: prefill(m, [ids], c), wait)  # type: ignore[misc]
-            decoded = timed(lambda m=model, c=cache: greedy_steps(m, c, ids[-1]), wait)  # type: ignore[misc]
-            seconds[name].append((prefilled, decoded))
-    medians = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in seconds.items()}
-    return {
-        name: {"prefill_tokens_per_s": len(ids) / prefilled, "decode_tokens_per_s": NEW / decoded}
-        for name, (prefilled, decoded) in medians.items()
-    }, cache
+            prefilled = timed(prefill, model, [ids], cache)
+            seconds[name].append((prefilled, timed(greedy_steps, model, cache, ids[-1])))
+    speed = {}
+    for name, runs in seconds.items():
+        prefilled, decoded = map(statistics.median, zip(*runs))
+        speed[name] = {"prefill_tokens_per_s": len(ids) / prefilled, "decode_tokens_per_s": NEW / decoded}
+    return speed, cache
+
+
+def timed(work: Callable, *arguments: Any) -> float:
+    """Seconds. Here all work ends with numbers that leave the device, so it has finished."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
 
 
 def greedy_steps(model: Any, cache: Any, token: int) -> None:
-    """Decode some tokens, one at a time."""
     for _ in range(NEW):
         token = int(model([[token]], cache=cache)[0, -1].argmax())
 
 
-def show_text(name: str, model: Any, args: argparse.Namespace) -> str:
-    """The continuation of the prompt, printed as it comes."""
-    print(f"\n{name}: {args.prompt}", end="", flush=True)
-    pieces = []
-    for piece in generate(model, args.prompt, args.max_new_tokens, **options.sampling(args), chat=args.chat):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
-    print()
-    return "".join(pieces)
-
-
-def run() -> None:
-    """The command `tpa-demo`."""
-    options.run(main)
+run = partial(options.run, main)  # the command `tpa-demo`

@@ -1,13 +1,12 @@
-"""What figures are measured on, and with: the machine, its memory, its clock."""
+"""What figures are measured on, and with: the machine and its memory."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def environment(backend: str, device: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "torch": None,
         "device": device,
-        "processor": _processor(),
+        "processor": _said("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "threads": os.cpu_count(),
     }
     if backend == "torch":
@@ -33,19 +32,13 @@ def environment(backend: str, device: str) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _lines(file: str) -> list[str]:
-    """The lines of a file of the system; none where there is no such file."""
+def _said(file: str, name: str) -> str:
+    """What a file of the system says of a name; empty where there is no such file or name."""
     try:
-        return Path(file).read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except OSError:
-        return []
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 class PeakMemory:
@@ -56,57 +49,33 @@ class PeakMemory:
 
     def __init__(self, device: str = "cpu", interval: float = 0.02):
         self.device, self.interval, self.bytes = device, interval, 0
-        self._stop = threading.Event()
+        self._cuda = importlib.import_module("torch").cuda if device.startswith("cuda") else None
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats(self.device)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self.device.startswith("cuda"):
-            import torch
-
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        if self._cuda:
+            self.bytes = self._cuda.max_memory_allocated(self.device)
 
     def _watch(self) -> None:
-        while True:
+        self.bytes = anonymous_memory()
+        while not self._stop.wait(self.interval):
             self.bytes = max(self.bytes, anonymous_memory())
-            if self._stop.wait(self.interval):
-                return
 
 
 def anonymous_memory() -> int:
     """Anonymous resident memory of this process in bytes."""
-    for line in _lines("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
+    if said := _said("/proc/self/status", "RssAnon"):
+        return int(said.split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def synchronizer(device: str) -> Callable[[], None]:
-    """What waits until a device has finished."""
-    if device.startswith(("cuda", "mps")):
-        import torch
-
-        return torch.cuda.synchronize if device.startswith("cuda") else torch.mps.synchronize
-    return lambda: None
-
-
-def timed(work: Callable[[], Any], synchronize: Callable[[], None]) -> float:
-    """Seconds that `work` takes, with the device finished."""
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start

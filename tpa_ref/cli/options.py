@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ from ..compress.plan import check_bounds
 from ..errors import TPAError
 from ..files.found import Found
 from ..gemma.config import VARIANTS
+from ..gemma.generate import Sampling
 from ..gemma.memory import parameter_count
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent  # of a clone
 TINY = PACKAGE / "tiny" if (PACKAGE / "tiny").is_dir() else ROOT / "assets" / "tiny-gemma3"  # installed, or a clone
 LARGE = 100_000_000  # parameters from which on a CPU gets smaller defaults, to finish in minutes
+
+# Help texts that are long
+CHECKPOINT = "checkpoint: Hugging Face folder, gemma_pytorch .ckpt or folder, .safetensors"
+DTYPE = "compute dtype (default: float32; bfloat16 from 100 M parameters on, if the weights are stored in it)"
+PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 512, no images)"
+CALIBRATION = "text for the model constants (default: the shipped one); 'none': from the weights alone"
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,18 +38,9 @@ class Parser(argparse.ArgumentParser):
         raise TPAError(f"{self.prog}: {message}")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        given = sys.argv[1:] if args is None else list(args)
-        return super().parse_args([_hyphens(argument) for argument in given], namespace)
-
-
-def _hyphens(argument: str) -> str:
-    """The hyphen spelling of an option.
-
-    >>> _hyphens("--k_rank=2"), _hyphens("a_b")
-    ('--k-rank=2', 'a_b')
-    """
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
+        given = sys.argv[1:] if args is None else args
+        hyphens = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), argument) for argument in given]
+        return super().parse_args(hyphens, namespace)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -59,6 +57,15 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def stream(pieces: Iterable[str]) -> str:
+    """Print a text as it comes; the whole of it."""
+    said = []
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        said.append(piece)
+    return "".join(said)
+
+
 def progress_bar(label: str) -> Callable:
     """Wraps a list in a tqdm bar that shows only on a terminal."""
     from tqdm import tqdm
@@ -66,7 +73,15 @@ def progress_bar(label: str) -> Callable:
     return lambda items: tqdm(items, desc=label, leave=False, disable=None)
 
 
-# ---- the options ----
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("model").add_argument
+    option("--ckpt", metavar="PATH", help=CHECKPOINT)
+    option("--tokenizer", metavar="FILE", help="tokenizer.model, where the checkpoint has none")
+    option("--variant", choices=[name for name in VARIANTS if name != "tiny"], help="what --ckpt must be")
+    option("--config", metavar="FILE", help="a Hugging Face config.json, where the checkpoint has none")
+    option("--backend", choices=("torch", "numpy"), default="torch")
+    option("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    option("--dtype", choices=("float32", "bfloat16", "float64"), help=DTYPE)
 
 
 def shared_parser(description: str | None) -> Parser:
@@ -74,29 +89,6 @@ def shared_parser(description: str | None) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
     add_model_options(parser)
-    add_tpa_options(parser)
-    add_text_options(parser)
-    return parser
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument_group("model").add_argument
-    option(
-        "--ckpt", metavar="PATH", help="checkpoint: Hugging Face folder, gemma_pytorch .ckpt or folder, .safetensors"
-    )
-    option("--tokenizer", metavar="FILE", help="tokenizer.model, where the checkpoint has none")
-    option("--variant", choices=[name for name in VARIANTS if name != "tiny"], help="what --ckpt must be")
-    option("--config", metavar="FILE", help="a Hugging Face config.json, where the checkpoint has none")
-    option("--backend", choices=("torch", "numpy"), default="torch")
-    option("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    option(
-        "--dtype",
-        choices=("float32", "bfloat16", "float64"),
-        help="compute dtype (default: float32; bfloat16 from 100 M parameters on, if the weights are stored in it)",
-    )
-
-
-def add_tpa_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("TPA (nothing given: --rate 2, spectral latent, 8x smaller)").add_argument
     option("--rate", type=float, metavar="BITS", help="bits per number of dense K and V, in (0, 8]")
     option("--kv-budget", type=float, metavar="X", help="plan: at least X times smaller than windowed")
@@ -104,11 +96,7 @@ def add_tpa_options(parser: argparse.ArgumentParser) -> None:
     option("--holdout", metavar="FILE", help="text --max-kl is measured on (default: the shipped one)")
     option("--sinks", type=int, metavar="N", help="first tokens that global layers keep exactly")
     option("--recent", type=int, default=0, metavar="N", help="newest tokens that they keep exactly")
-    option(
-        "--predict",
-        action=argparse.BooleanOptionalAction,
-        help="predict K and V from token embeddings and code the rest (default: up to a hidden size of 512, no images)",
-    )
+    option("--predict", action=argparse.BooleanOptionalAction, help=PREDICT)
     option("--mode", choices=tuple(MODES), help="for K and V, instead of a rate")
     option("--k-mode", choices=tuple(MODES))
     option("--v-mode", choices=tuple(MODES))
@@ -119,16 +107,9 @@ def add_tpa_options(parser: argparse.ArgumentParser) -> None:
     option("--k-dtype", choices=KV_DTYPES)
     option("--v-dtype", choices=KV_DTYPES)
     option("--layers", default="all", help="all, global, local, or numbers like 5,11; the others stay dense")
-    option(
-        "--calibration",
-        metavar="FILE",
-        help="text for the model constants (default: the shipped one); 'none': from the weights alone",
-    )
+    option("--calibration", metavar="FILE", help=CALIBRATION)
     option("--calibration-tokens", type=int, metavar="N", help="how much of it is used")
     option("--context", type=int, metavar="N", help="tokens that bytes are compared at, or a conversation has room for")
-
-
-def add_text_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("text").add_argument
     option("--max-new-tokens", type=int, default=48, metavar="N")
     option("--temperature", type=float, default=0.0, help="0: greedy")
@@ -136,9 +117,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     option("--top-p", type=float, metavar="P")
     option("--seed", type=int, default=0)
     option("--chat", action="store_true", help="put the prompt into Gemma's chat template")
-
-
-# ---- what they mean ----
+    return parser
 
 
 def check_counts(args: argparse.Namespace) -> None:
@@ -150,7 +129,6 @@ def check_counts(args: argparse.Namespace) -> None:
 
 
 def wants_plan(args: argparse.Namespace) -> bool:
-    """Is a plan asked for?"""
     return args.kv_budget is not None or args.max_kl is not None
 
 
@@ -169,38 +147,24 @@ def tpa_config(args: argparse.Namespace) -> TPAConfig:
     return TPAConfig(**chosen)
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Sampling`."""
-    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+def sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.seed)
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What depends on the size of a model and on the device: all of it stands here. An option that is given wins."""
-
-    size: str
-    device: str
-    dtype: str
-    calibration_tokens: int
-    eval_tokens: int
-    recall_prompts: int
-    timing_rounds: int
-    context: int
-
-    @classmethod
-    def of(cls, found: Found, backend: str, device: str) -> Defaults:
-        """The defaults for a checkpoint on a device."""
-        large = parameter_count(found.config) > LARGE
-        slow = large and device == "cpu"
-        dtype = "bfloat16" if backend == "torch" and large and found.stored_dtype == "bfloat16" else "float32"
-        tokens = (4096, 2048, 2) if slow else (32_768, 16_384, 10)
-        context = min(DEFAULT_CONTEXT, found.config.max_positions)
-        return cls(found.config.variant or "this model", device, dtype, *tokens, 1 if large else 3, context)
-
-    def fill(self, args: argparse.Namespace, names: Sequence[str]) -> str:
-        """Give the options that are not given their defaults, in place; the line that says which."""
-        filled = [name for name in names if getattr(args, name, None) is None]
-        for name in filled:
-            setattr(args, name, getattr(self, name))
-        shown = [f"{name.replace('_', ' ')} {getattr(self, name):,}" for name in filled if name != "dtype"]
-        return f"defaults for {self.size} on {self.device}: {', '.join([self.dtype] * ('dtype' in filled) + shown)}"
+def fill_defaults(args: argparse.Namespace, names: Sequence[str], found: Found, device: str) -> str:
+    """Give the options that are not given what suits the model's size and the device; the line that says which."""
+    large = parameter_count(found.config) > LARGE
+    slow = large and device == "cpu"
+    narrow = large and args.backend == "torch" and found.stored_dtype == "bfloat16"
+    defaults: dict[str, Any] = {
+        "dtype": "bfloat16" if narrow else "float32",
+        "calibration_tokens": 4096 if slow else 32_768,
+        "eval_tokens": 2048 if slow else 16_384,
+        "recall_prompts": 2 if slow else 10,
+        "timing_rounds": 1 if large else 3,
+        "context": min(DEFAULT_CONTEXT, found.config.max_positions),
+    }
+    filled = {name: defaults[name] for name in names if getattr(args, name, None) is None}
+    vars(args).update(filled)
+    shown = [value if name == "dtype" else f"{name.replace('_', ' ')} {value:,}" for name, value in filled.items()]
+    return f"defaults for {found.config.variant or 'this model'} on {device}: {', '.join(shown)}"

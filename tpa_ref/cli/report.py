@@ -1,53 +1,55 @@
-"""What the commands print, and the report: descriptions, tables, JSON, the picture."""
+"""What the commands print, and their reports."""
 
 from __future__ import annotations
 
 import json
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .. import plots
 from ..atomic import replacing
 from ..compress.config import widths_of
 from ..core.mode import Mode
+from ..core.pair import Joint
 from ..errors import TPAError
-from ..files.pairs import describe, is_joint
+from ..files.pairs import describe
 from ..gemma.config import GemmaConfig
 from ..gemma.memory import parameter_count
 
-# ---- one line each ----
+QUALITY = """
+Quality on {tokens:,} tokens of held-out text
+  KL(dense || TPA)   mean {kl:.5f}   95 % {kl_p95:.4f}   99 % {kl_p99:.4f}   max {kl_max:.3f} nats
+  KL by position     {positions}
+  top-1 agreement    {percent:.2f} %
+  perplexity         dense {ppl_dense:.3f}   TPA {ppl_tpa:.3f}"""
 
 
 def describe_config(config: GemmaConfig) -> str:
     """A model in one line."""
+    vision = config.vision
     line = (
         f"Gemma 3 {config.variant}: {config.num_layers} layers ({config.num_global} global), "
         f"width {config.hidden_size}, {config.num_heads} query and {config.num_kv_heads} KV heads of "
         f"{config.head_dim}, window {config.sliding_window}, {parameter_count(config) / 1e6:,.1f} M parameters"
     )
-    side, vision = config.vision and config.vision.image_size, config.vision
-    return f"{line}, images of {side} x {side} as {vision.tokens_per_image} tokens" if vision else line
-
-
-def describe_environment(environment: dict[str, Any]) -> str:
-    """A machine in one line."""
-    return ", ".join(f"{name} {value}" for name, value in environment.items() if value)
+    if vision is None:
+        return line
+    return f"{line}, images of {vision.image_size} x {vision.image_size} as {vision.tokens_per_image} tokens"
 
 
 def describe_pairs(model: Any) -> list[str]:
     """One line for each run of layers that cache in the same way."""
-    shown = [_describe_pair(pair) for pair in model.pairs]
-    starts = [layer for layer in range(len(shown)) if layer == 0 or shown[layer] != shown[layer - 1]]
-    runs = zip(starts, [*starts[1:], len(shown)], strict=True)
-    return [
-        f"layer{'s' if end - start > 1 else ''} {start}{f'-{end - 1}' if end - start > 1 else ''}: {shown[start]}"
-        for start, end in runs
-    ]
+    lines, start = [], 0
+    for shown, run in groupby(map(_describe_pair, model.pairs)):
+        end = start + len(list(run))
+        lines.append(f"layer {start}: {shown}" if end == start + 1 else f"layers {start}-{end - 1}: {shown}")
+        start = end
+    return lines
 
 
 def _describe_pair(pair: Any) -> str:
-    if is_joint(pair):
+    if isinstance(pair, Joint):
         return f"K and V {_describe_mode(pair.k, 2)}"
     return f"K {_describe_mode(pair.k)}, V {_describe_mode(pair.v)}"
 
@@ -62,33 +64,25 @@ def _describe_mode(mode: Mode, sides: int = 1) -> str:
 
 def print_conversion(model: Any, plan: Any = None) -> None:
     """The plan, what had to be clamped, how every layer caches, and what does not help."""
-    planned = [f"plan: {plan.message}"] if plan else []
-    for line in planned + model.notes + describe_pairs(model):
-        print(f"  {line}")
+    lines = [f"plan: {plan.message}"] if plan else []
+    lines += model.notes + describe_pairs(model)
     names = {mode.name for pair in model.pairs for mode in pair.modes}
     if model.config.num_kv_heads == 1 and names & {"contextual", "fixed-a"}:
-        print(
-            "  note: this model has one KV head; head-rank factors (contextual, fixed-a) cannot make its cache smaller"
-        )
+        what = "head-rank factors (contextual, fixed-a) cannot make its cache smaller"
+        lines.append(f"note: this model has one KV head; {what}")
+    for line in lines:
+        print(f"  {line}")
 
 
 def print_quality(quality: dict[str, Any]) -> None:
     """The figures of `evaluate`."""
-    print(f"\nQuality on {quality['tokens']:,} tokens of held-out text")
-    print(
-        f"  KL(dense || TPA)   mean {quality['kl']:.5f}   95 % {quality['kl_p95']:.4f}   "
-        f"99 % {quality['kl_p99']:.4f}   max {quality['kl_max']:.3f} nats"
-    )
-    by_position = [f"{value:.4f} from {start}" for start, value in quality["kl_by_position"].items()]
-    print(f"  KL by position     {', '.join(by_position)}")
-    print(f"  top-1 agreement    {100 * quality['top1']:.2f} %")
-    print(f"  perplexity         dense {quality['ppl_dense']:.3f}   TPA {quality['ppl_tpa']:.3f}")
+    positions = ", ".join(f"{value:.4f} from {start}" for start, value in quality["kl_by_position"].items())
+    print(QUALITY.format(**quality, positions=positions, percent=100 * quality["top1"]))
     if quality["recall_dense"] is not None:
-        distances = list(quality["recall_dense_by_distance"])
-        print(
-            f"  recall             dense {100 * quality['recall_dense']:.0f} %"
-            f"   TPA {100 * quality['recall_tpa']:.0f} %   (facts {distances[0]} to {distances[-1]} tokens back)"
-        )
+        dense, tpa = 100 * quality["recall_dense"], 100 * quality["recall_tpa"]
+        facts = list(quality["recall_dense_by_distance"])
+        back = f"(facts {facts[0]} to {facts[-1]} tokens back)"
+        print(f"  recall             dense {dense:.0f} %   TPA {tpa:.0f} %   {back}")
 
 
 def print_speed(speed: dict[str, dict[str, float]], tokens: int) -> None:
@@ -99,28 +93,20 @@ def print_speed(speed: dict[str, dict[str, float]], tokens: int) -> None:
         print(f"  {kind:<18} dense {dense:>9,.1f}   TPA {tpa:>9,.1f}   TPA/dense {tpa / dense:.2f}x")
 
 
-# ---- figures ----
-
-
 def ranks_used(model: Any) -> list[dict[str, dict[str, Any]]]:
     """Of every layer's K and V: mode, rank, dtype, and the bits of a token's coefficients."""
-    return [
-        {
-            side: {name: entry[name] for name in ("mode", "rank", "dtype")}
-            | {"bits": sum(widths_of(entry.get("widths", ()))) or None}
-            for side, entry in zip("kv", describe(pair), strict=True)
-        }
-        for pair in model.pairs
-    ]
+
+    def used(entry: dict[str, Any]) -> dict[str, Any]:
+        bits = sum(widths_of(entry.get("widths", ()))) or None
+        return {name: entry[name] for name in ("mode", "rank", "dtype")} | {"bits": bits}
+
+    return [dict(zip("kv", map(used, describe(pair)), strict=True)) for pair in model.pairs]
 
 
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of everything in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-# ---- files ----
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
@@ -140,12 +126,3 @@ def check_writable(path: str) -> Path:
     if not os.access(parent, os.W_OK):
         raise TPAError(f"output: no permission to write in {parent}")
     return target
-
-
-def plot(path: str, tpa: Any, report: dict[str, Any]) -> None:
-    """Three panels: memory, recall, speed."""
-    figure, (left, middle, right) = plots.new_figure(3)
-    plots.plot_memory(left, tpa.config, tpa.new_cache(1, 1).nbytes_at, report["kv"]["context"])
-    plots.plot_recall(middle, report["quality"], tpa.config.sliding_window)
-    plots.plot_speed(right, report["speed"])
-    plots.write(figure, path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from ..gemma.config import GemmaConfig
 from ..gemma.conversation import Conversation
 from ..gemma.generate import generate_batch
 from ..gemma.images import mark_images, read_images
-from ..gemma.sampling import Sampling
 from ..gemma.texts import read_text
 from ..gemma.vision import require_vision
 from . import options, report
@@ -81,9 +81,8 @@ def main() -> None:
     prompts = args.prompt + (read_prompts(Path(args.prompts_file)) if args.prompts_file else [])
     if args.report:
         report.check_writable(args.report)
-    for path in (args.save_tpa, args.export):
-        if path:
-            check_output(path)
+    for path in filter(None, (args.save_tpa, args.export)):
+        check_output(path)
     converts = ("calibration_tokens",) if args.convert or args.save_tpa else ()
     work = Work(args, args.load_tpa or args.ckpt or str(options.TINY), ("dtype", "context", *converts))
     images = Images(work.config, args.pan_and_scan, args.image)  # what is wrong with them shows before minutes of work
@@ -92,14 +91,12 @@ def main() -> None:
         print(f"dense model written to {export(work.source, args.export, options.progress_bar('exporting'))}")
     if is_folder(args.save_tpa):
         work = saved_folder(work)
-    finished = is_folder(args.save_tpa) or (args.export and not args.save_tpa)
-    if not prompts and finished:
-        return
-    model = model_with_cache(work)
     if prompts:
-        answer(model, args, prompts, images)
+        answer(model_with_cache(work), args, prompts, images)
     elif not (args.save_tpa or args.export):
-        talk(model, args, images)
+        talk(model_with_cache(work), args, images)
+    elif args.save_tpa and not is_folder(args.save_tpa):
+        model_with_cache(work)
 
 
 def saved_folder(work: Work) -> Work:
@@ -108,10 +105,9 @@ def saved_folder(work: Work) -> Work:
     plan, found = work.convert_to_folder(args.save_tpa)
     if plan:
         print(f"plan: {plan.message}")
-    print(
-        f"saved to {args.save_tpa} ({memory.human(found['saved_bytes'])}): {found['conversion_seconds']:.1f} s, "
-        f"peak memory {memory.human(found['peak_memory_bytes'])}, computed in {args.dtype}"
-    )
+    size, peak = memory.human(found["saved_bytes"]), memory.human(found["peak_memory_bytes"])
+    took = f"{found['conversion_seconds']:.1f} s, peak memory {peak}, computed in {args.dtype}"
+    print(f"saved to {args.save_tpa} ({size}): {took}")
     if args.report:
         report.write_json(args.report, found)
     args.variant, args.config, args.convert = None, None, False
@@ -119,7 +115,7 @@ def saved_folder(work: Work) -> Work:
 
 
 def model_with_cache(work: Work) -> Any:
-    """Load the model, convert it if asked to, say how it caches, and save it if asked to."""
+    """Load the model, convert it if asked to, say how it caches and what an image takes, and save it if asked to."""
     args, model, plan = work.args, work.load(), None
     to_file = args.save_tpa and not is_folder(args.save_tpa)
     if args.convert or (to_file and model.tpa is None):
@@ -127,17 +123,13 @@ def model_with_cache(work: Work) -> Any:
         model, plan = done.model, done.plan
     report.print_conversion(model, plan)
     if model.tpa is not None:
-        print(memory.table(model.config, memory_rows(model, min(args.context, model.config.max_positions))))
+        config, cache = model.config, model.new_cache(1, 1)
+        lengths = {"one image": config.vision.tokens_per_image} if config.vision else {}
+        lengths["at --context"] = min(args.context, config.max_positions)
+        print(memory.table(config, [(label, n, cache.nbytes_at(n)) for label, n in lengths.items()]))
     if to_file:
         print(f"saved to {save(model, args.save_tpa)}")
     return model
-
-
-def memory_rows(model: Any, context: int) -> list[tuple[str, int, int]]:
-    """Rows of the memory table; a model that reads images has one for what an image takes."""
-    cache, vision = model.new_cache(1, 1), model.config.vision
-    rows = [("one image", vision.tokens_per_image, cache.nbytes_at(vision.tokens_per_image))] if vision else []
-    return [*rows, ("at --context", context, cache.nbytes_at(context))]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -148,9 +140,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-# ---- text and images ----
-
-
 class Images:
     """Images that go with the next prompt: pixels [i,c,x,y], and how many crops follow each file's."""
 
@@ -158,16 +147,15 @@ class Images:
         self.config, self.pan_and_scan = config, pan_and_scan
         self.pixels: list[np.ndarray] = []
         self.crops: list[int] = []
-        if files:
-            self.add(files)
+        for file in files:
+            self.add(file)
 
-    def add(self, files: list[str]) -> None:
-        """Read more of them."""
-        pixels, crops = read_images(files, require_vision(self.config), self.pan_and_scan)
-        self.pixels, self.crops = [*self.pixels, *pixels], self.crops + crops
+    def add(self, file: str) -> None:
+        pixels, crops = read_images([file], require_vision(self.config), self.pan_and_scan)
+        self.pixels += [*pixels]
+        self.crops += crops
 
     def clear(self) -> None:
-        """They have been shown."""
         self.pixels, self.crops = [], []
 
     def mark(self, prompt: str) -> str:
@@ -186,28 +174,27 @@ class Images:
 def answer(model: Any, args: argparse.Namespace, prompts: list[str], images: Images) -> None:
     """One prompt streams; several are generated as one batch and shown one after another."""
     start, alone, end = time.perf_counter(), len(prompts) == 1, "\n" if args.chat else ""
-    pieces: list[list[str]] = [[] for _ in prompts]
-    sampling = options.sampling(args) | {"chat": args.chat, "images": images.stacked()}
-    bar = options.progress_bar("prefill")
+    more = vars(options.sampling(args)) | {"chat": args.chat, "images": images.stacked()}
+    marked, bar = [images.mark(prompt) for prompt in prompts], options.progress_bar("prefill")
+    batch = generate_batch(model, marked, args.max_new_tokens, **more, progress=bar)
     if alone:
         print(f"\n{prompts[0]}", end=end, flush=True)
-    marked = [images.mark(prompt) for prompt in prompts]
-    for row, piece in generate_batch(model, marked, args.max_new_tokens, **sampling, progress=bar):
-        pieces[row].append(piece)
-        if alone:
-            print(piece, end="", flush=True)
-    if alone:
+        options.stream(piece for _, piece in batch)
         print()
-    for prompt, said in zip(prompts, pieces, strict=True) if not alone else ():
-        print(f"\n{prompt}{end}{''.join(said)}")
+    else:
+        texts = [""] * len(prompts)
+        for row, piece in batch:
+            texts[row] += piece
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"\n{prompt}{end}{text}")
     print(f"\n{len(prompts)} prompt{'' if alone else 's'} in {time.perf_counter() - start:.1f} s")
 
 
 def talk(model: Any, args: argparse.Namespace, images: Images) -> None:
     """Turns from standard input; what was said stays in the cache. Images go with the next turn."""
     sampling = options.sampling(args)
-    Sampling(**sampling).check(model.config, 1, args.max_new_tokens)
-    conversation = Conversation(model, args.context, args.chat, args.max_new_tokens, **sampling)
+    sampling.check(model.config, 1, args.max_new_tokens)
+    conversation = Conversation(model, args.context, args.chat, args.max_new_tokens, sampling)
     commands = HELP_IMAGE + HELP if model.config.vision else HELP
     print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {commands}")
     prompt = "\n> " if sys.stdin.isatty() else ""
@@ -232,18 +219,15 @@ def turn(conversation: Conversation, text: str, images: Images) -> None:
     elif text == "/undo":
         print("last turn removed" if conversation.undo() else "no turn to remove")
     elif text.startswith("/image "):
-        images.add([text.removeprefix("/image ").strip()])
+        images.add(text.removeprefix("/image ").strip())
     elif text:
         try:
-            for piece in conversation.say(images.mark(text), images.stacked()):
-                print(piece, end="", flush=True)
-            images.clear()
+            options.stream(conversation.say(images.mark(text), images.stacked()))
         except KeyboardInterrupt:
-            images.clear()
+            pass
         finally:
             print(flush=True)
+        images.clear()
 
 
-def run() -> None:
-    """The command `tpa`."""
-    options.run(main)
+run = partial(options.run, main)  # the command `tpa`

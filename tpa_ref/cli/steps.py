@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compress.calibrate import calibrate
-from ..compress.config import DEFAULT_RATE
+from ..compress.config import TPAConfig
 from ..compress.convert import convert
 from ..compress.moments import Moments
 from ..compress.plan import Plan, make_plan
@@ -21,8 +21,8 @@ from ..files.found import inspect
 from ..files.stream import check_folder, convert_on_disk
 from ..gemma.texts import read_text
 from .machine import PeakMemory, environment
-from .options import ROOT, TINY, Defaults, progress_bar, tpa_config, wants_plan
-from .report import describe_config, describe_environment
+from .options import ROOT, TINY, fill_defaults, progress_bar, tpa_config, wants_plan
+from .report import describe_config, size_on_disk
 
 
 def backend_module(name: str) -> Any:
@@ -43,19 +43,8 @@ class Converted:
     model: Any
     plan: Plan | None
     calibration_tokens: int
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def report(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What was asked for, and what was chosen, as JSON can hold it."""
-        tpa = self.model.tpa
-        return {
-            "mode": args.mode,
-            "ranks_requested": {"q": args.q_rank, "k": args.k_rank, "v": args.v_rank},
-            "rate": tpa.rate or (DEFAULT_RATE if tpa.spectral else None),
-            "kv_dtype": args.kv_dtype,
-            "plan": self.plan.to_dict() if self.plan else None,
-        }
+    seconds: float
+    peak_bytes: int
 
 
 class Work:
@@ -71,20 +60,18 @@ class Work:
         self.found = inspect(source, args.variant, args.config, args.tokenizer)
         self.config = self.found.config
         self.environment = environment(args.backend, self.device)
-        self._defaults = Defaults.of(self.found, args.backend, self.device).fill(args, uses)
+        self._defaults = fill_defaults(args, uses, self.found, self.device)
 
     def introduce(self) -> None:
         """Say what is worked on, with what, and which defaults were chosen for it."""
-        print(describe_config(self.config))
-        print(f"{describe_environment(self.environment)}, {self.args.dtype}")
-        print(self._defaults)
+        machine = [f"{name} {value}" for name, value in self.environment.items() if value]
+        print(describe_config(self.config), ", ".join([*machine, self.args.dtype]), self._defaults, sep="\n")
 
     def load(self, on_disk: bool = False) -> Any:
         """The model; on_disk: its blocks are read whenever they are needed."""
-        args, bar = self.args, progress_bar("loading")
-        return self.backend.load(
-            self.source, args.variant, args.config, args.tokenizer, args.dtype, bar, on_disk, **self.place
-        )
+        args = self.args
+        what = self.source, args.variant, args.config, args.tokenizer, args.dtype
+        return self.backend.load(*what, progress_bar("loading"), on_disk, **self.place)
 
     def calibration_text(self) -> str | None:
         """The text for the model constants, or None."""
@@ -97,41 +84,39 @@ class Work:
         tokens, predict = self.args.calibration_tokens, self.args.predict
         return None if text is None else calibrate(dense, text, max_tokens=tokens, progress=bar, predict=predict)
 
-    def plan(self, dense: Any, moments: Moments | None) -> Plan | None:
-        """The plan that --kv-budget and --max-kl ask for; None if neither is given."""
-        args = self.args
+    def choose(self, dense: Any, moments: Moments | None) -> tuple[Plan | None, TPAConfig]:
+        """The plan that --kv-budget and --max-kl ask for, if one is given, and the config to convert with."""
+        args, config = self.args, tpa_config(self.args)
         if not wants_plan(args):
-            return None
+            return None, config
         if moments is None:
             raise TPAError("--calibration none leaves nothing to plan with: --kv-budget and --max-kl need a text")
         holdout, bar = read_text(Path(args.holdout or TINY / "holdout.txt")), progress_bar("planning")
-        return make_plan(dense, moments, args.kv_budget, args.max_kl, args.context, holdout, tpa_config(args), bar)
+        plan = make_plan(dense, moments, args.kv_budget, args.max_kl, args.context, holdout, config, bar)
+        return plan, plan.config
 
     def convert(self, dense: Any) -> Converted:
         """Calibrate, plan if asked to, and convert in memory."""
         start = time.perf_counter()
         with PeakMemory(self.device) as peak:
             moments = self.calibrate(dense)
-            plan = self.plan(dense, moments)
-            config = plan.config if plan else tpa_config(self.args)
+            plan, config = self.choose(dense, moments)
             model = convert(dense, config, moments, progress_bar("converting"))
-        tokens = moments.tokens if moments else 0
-        return Converted(model, plan, tokens, time.perf_counter() - start, peak.bytes)
+        return Converted(model, plan, moments.tokens if moments else 0, time.perf_counter() - start, peak.bytes)
 
     def convert_to_folder(self, target: str) -> tuple[Plan | None, dict[str, Any]]:
         """Convert from disk to disk, layer by layer, in the memory of one layer: (plan, report)."""
-        args, plan, start = self.args, None, time.perf_counter()
-        folder = check_folder(target)
+        args, start, folder = self.args, time.perf_counter(), check_folder(target)
         with PeakMemory(self.device) as peak:
-            dense, calibration = self.load(on_disk=True), self.calibration_text()
+            dense = self.load(on_disk=True)
             moments = self.calibrate(dense) if wants_plan(args) else None
-            plan = self.plan(dense, moments)
-            config, bar = plan.config if plan else tpa_config(args), progress_bar("converting")
-            convert_on_disk(dense, self.source, folder, config, moments or calibration, args.calibration_tokens, bar)
+            plan, config = self.choose(dense, moments)
+            source, bar = moments or self.calibration_text(), progress_bar("converting")
+            convert_on_disk(dense, self.source, folder, config, source, args.calibration_tokens, bar)
         return plan, {
             "conversion_seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak.bytes,
-            "saved_bytes": sum(file.stat().st_size for file in Path(target).iterdir()),
+            "saved_bytes": size_on_disk(folder),
             "dtype": args.dtype,
             "calibration_tokens": 0 if args.calibration == "none" else args.calibration_tokens,
             "environment": self.environment,

@@ -22,17 +22,13 @@ def allocate_bits(variances: Sequence[np.ndarray], entries: Sequence[float], bit
     >>> allocate_bits([np.array([16.0, 1.0]), np.array([1.0])], entries=[1, 4], bits=5)
     [(5, 3), (0,)]
     """
-    steps_w = DISTORTION[:-1] - DISTORTION[1:]
-    gain = np.concatenate(
-        [(variance[:, None] * steps_w / held).ravel() for variance, held in zip(variances, entries, strict=True)]
-    )
-    price = np.concatenate(
-        [np.full(len(variance) * MAX_WIDTH, held) for variance, held in zip(variances, entries, strict=True)]
-    )
+    sizes = [len(variance_s) for variance_s in variances]
+    price = np.repeat(entries, np.array(sizes) * MAX_WIDTH)
+    gain = (np.concatenate(variances)[:, None] * (DISTORTION[:-1] - DISTORTION[1:])).ravel() / price
     order = np.argsort(-gain, kind="stable")
     granted = np.zeros(len(gain), bool)
     granted[order[np.cumsum(price[order]) <= bits * (1 + 1e-12)]] = True
-    ends = np.cumsum([len(variance) for variance in variances])
+    ends = np.cumsum(sizes)
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         own = order[(order >= start * MAX_WIDTH) & (order < end * MAX_WIDTH)]
         granted[own[~granted[own]][: -granted[own].sum() % 8]] = True
@@ -41,14 +37,18 @@ def allocate_bits(variances: Sequence[np.ndarray], entries: Sequence[float], bit
 
 
 def damage(variances: Sequence[np.ndarray], widths: Sequence[tuple[int, ...]]) -> float:
-    """Nats per token that the coding of all layers is predicted to cost: 1/2 sum of variance times distortion.
+    """Nats per token that the coding of all layers is predicted to cost: 1/2 sum of variance times distortion. Where
+    widths end, the coefficients that follow have none.
 
-    >>> damage([np.array([2.0])], [(0,)])
-    1.0
+    >>> damage([np.array([2.0, 1.0])], [()])
+    1.5
     """
-    return float(
-        sum((variance * DISTORTION[list(width)]).sum() / 2 for variance, width in zip(variances, widths, strict=True))
-    )
+    total = 0.0
+    for variance_s, given in zip(variances, widths, strict=True):
+        width_s = np.zeros(len(variance_s), int)
+        width_s[: len(given)] = given
+        total += (variance_s * DISTORTION[width_s]).sum() / 2
+    return float(total)
 
 
 def gaussian_bound(variances: Sequence[np.ndarray], entries: Sequence[float], bits: float) -> float:
@@ -61,7 +61,7 @@ def gaussian_bound(variances: Sequence[np.ndarray], entries: Sequence[float], bi
     0.5
     """
     variance = np.concatenate(variances)
-    held = np.concatenate([np.full(len(v), float(n)) for v, n in zip(variances, entries, strict=True)])
+    held = np.repeat(np.array(entries, float), [len(variance_s) for variance_s in variances])
     low, high = 1e-40, float((variance / held).max())
     for _ in range(200):
         theta = (low * high) ** 0.5

@@ -57,19 +57,18 @@ def calibrate(
     model, text and arguments, and found again. predict: also how K and V follow from the tokens (default: where that
     is affordable, see `token_prediction`).
     """
-    check_dense(model)
+    if model.tpa is not None:
+        raise TPAError("calibrate: the model already has a TPA cache; calibrate the dense model")
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
-    kept = chosen_layers(layers, model.config)
+    kept = sorted(chosen_layers(layers, model.config))
     predict = token_prediction.wanted(predict, model.config)
-    name = f"moments-{fingerprint(model, windows, sorted(kept), seed, sensitivity_tokens, predict)}.safetensors"
+    name = f"moments-{fingerprint(model, windows, kept, seed, sensitivity_tokens, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
         return Moments.load(file)
-    calibration = Calibration(model, windows, Memory(), kept, seed, sensitivity_tokens, predict)
-    calibration.run(progress)
-    moments = Moments(
-        {layer: calibration.of_layer(layer) for layer in sorted(kept)}, calibration.tokens, calibration.of_tokens
-    )
+    found = Calibration(model, windows, Memory(), seed, sensitivity_tokens, predict)
+    found.run(progress)
+    moments = Moments({layer: found.of_layer(layer) for layer in kept}, found.tokens, found.of_tokens)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         moments.save(file)
@@ -84,13 +83,11 @@ class Calibration:
         model: Any,
         windows: list[list[int]],
         store: Any,
-        kept: set[int],
         seed: int = 0,
         sensitivity_tokens: int = SENSITIVITY_TOKENS,
         predict: bool = False,
     ):
-        self.model, self.windows, self.store, self.kept = model, windows, store, kept
-        self.seed, self.predict = seed, predict
+        self.model, self.windows, self.store, self.seed, self.predict = model, windows, store, seed, predict
         self.backwards = sensitivity_windows(windows, sensitivity_tokens)
         self.tokens = sum(map(len, windows))
         self.num_layers: int = model.config.num_layers
@@ -102,18 +99,15 @@ class Calibration:
         if not self.store.has("states", 0) and not self.store.has("fisher", 0):
             self.store.put("states", 0, named([self.model.embed(np.array([window])) for window in self.windows]))
         for layer, back in progress(steps):
-            if self.store.has("fisher" if back else "moments", layer):
-                continue
-            if back:
-                self._backwards(layer)
-            else:
-                self._forwards(layer)
+            if not self.store.has("fisher" if back else "moments", layer):
+                step = self._backwards if back else self._forwards
+                step(layer)
 
     def _forwards(self, layer: int) -> None:
         """The states behind a layer, and the moments of its K and V."""
         behind: list[Any] = []
-        sums: dict[str, Any] = {}
-        for index, x_bqm in enumerate(self._states(layer)):
+        sums: Arrays = {}
+        for index, x_bqm in enumerate(self._held("states", layer)):
             y_bqm, K_bkgd, V_bkge = self.model.through_layer(layer, x_bqm)
             behind.append(y_bqm)
             add(sums, self.model.moments(K_bkgd, V_bkge, self.token_vectors[index] if self.predict else None))
@@ -123,15 +117,14 @@ class Calibration:
 
     def _backwards(self, layer: int) -> None:
         """The gradients in front of a layer, and the Fisher matrices of its K and V."""
-        states = self._states(layer)[: self.backwards]
+        states = self._held("states", layer)[: self.backwards]
         if layer + 1 == self.num_layers and not self.store.has("gradients", layer + 1):
             rng = np.random.default_rng(self.seed)
-            last = self._states(layer + 1)[: self.backwards]
+            last = self._held("states", layer + 1)[: self.backwards]
             self.store.put("gradients", layer + 1, named([self.model.logits_backward(x_bqm, rng) for x_bqm in last]))
         in_front: list[Any] = []
-        sums: dict[str, Any] = {}
-        gradients = map(self.model.array, self.store.get("gradients", layer + 1).values())
-        for x_bqm, dy_bqm in zip(states, gradients, strict=True):
+        sums: Arrays = {}
+        for x_bqm, dy_bqm in zip(states, self._held("gradients", layer + 1), strict=True):
             dx_bqm, F_k, F_v = self.model.back_through_layer(layer, x_bqm, dy_bqm)
             in_front.append(dx_bqm)
             add(sums, {"F.k": F_k, "F.v": F_v})
@@ -141,28 +134,25 @@ class Calibration:
         self.store.trim("gradients", layer + 1, 0)
         self.store.trim("states", layer + 1, 0)
 
-    def _states(self, layer: int) -> list[Any]:
-        return [self.model.array(x_bqm) for x_bqm in self.store.get("states", layer).values()]
+    def _held(self, kind: str, layer: int) -> list[Any]:
+        return [self.model.array(x_bqm) for x_bqm in self.store.get(kind, layer).values()]
 
     @cached_property
     def token_vectors(self) -> list[Any]:
         """z of every window, [1,q,2m]."""
-        ids = [np.array([window]) for window in self.windows]
-        numbers = [numbered(ids_bq, np.ones_like(ids_bq, bool)) for ids_bq in ids]
-        return [self.model.token_vectors(text_bt, np.arange(text_bt.shape[1])[None]) for text_bt in numbers]
+        texts = [numbered(np.array([window]), np.ones((1, len(window)), bool)) for window in self.windows]
+        return [self.model.token_vectors(text_bt, np.arange(text_bt.shape[1])[None]) for text_bt in texts]
 
     def of_layer(self, layer: int) -> LayerMoments:
-        """What was found of one layer."""
         fisher = self.store.get("fisher", layer) if self.store.has("fisher", layer) else {}
         return LayerMoments.of(self.store.get("moments", layer) | fisher)
 
     @cached_property
     def of_tokens(self) -> TokenMoments | None:
-        """Moments of the token vectors."""
         if not self.predict:
             return None
         if not self.store.has("tokens", 0):
-            sums: dict[str, np.ndarray] = {}
+            sums: Arrays = {}
             for Z_bqz in self.token_vectors:
                 add(sums, dict(zip(("mean", "S"), self.model.token_moments(Z_bqz), strict=True)))
             self.store.put("tokens", 0, {name: total / self.tokens for name, total in sums.items()})
@@ -171,20 +161,13 @@ class Calibration:
 
 
 def named(arrays: list[Any]) -> Arrays:
-    """One array a window, by names in their order."""
+    """Arrays of windows by names that sort in their order."""
     return {f"{window:06d}": x for window, x in enumerate(arrays)}
 
 
-def add(sums: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
-    """Add arrays to the sums of their names."""
+def add(sums: Arrays, found: Arrays) -> None:
     for name, x in found.items():
         sums[name] = sums[name] + x if name in sums else x
-
-
-def check_dense(model: Any) -> None:
-    """Moments are those of the dense model."""
-    if model.tpa is not None:
-        raise TPAError("calibrate: the model already has a TPA cache; calibrate the dense model")
 
 
 def fingerprint(model: Any, windows: list[list[int]], *arguments: Any) -> str:

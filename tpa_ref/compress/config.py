@@ -1,4 +1,4 @@
-"""How a KV cache is to be compressed. This file lives once and serves both backends.
+"""How a KV cache is to be compressed. Written once for both backends.
 
 A choice is one of two types: `FixedRank` (factors of a mode, rank and storage dtype) or `Spectral` (a rate: as many
 bits as it allows, where the model feels them). `TPAConfig` is the front that command lines, files and most users take:
@@ -7,7 +7,6 @@ keywords in, one choice for every layer out, resolved once (`model.choices`).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,6 @@ MAX_RATE = 8
 DEFAULT_CONTEXT = 32_768  # where bytes are compared, or the model's positions if they are fewer
 DEFAULT_SINKS = 4
 MAX_EXACT = 64
-MANY = 2**31
 FORM = ("mode", "k_mode", "v_mode", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype")  # excluded by a rate
 
 
@@ -65,7 +63,6 @@ class FixedRank:
     v: Side
 
     def resolved(self, config: GemmaConfig, notes: list[str]) -> FixedRank:
-        """The same with ranks that exist."""
         return FixedRank(self.k.resolved("k_rank", config, notes), self.v.resolved("v_rank", config, notes))
 
 
@@ -82,10 +79,9 @@ class Spectral:
     rate: float = DEFAULT_RATE
     k: Side | None = None
     predict: bool | None = None
-    widths: tuple[int, ...] | None = None
+    widths: tuple[int, ...] = ()
 
     def resolved(self, config: GemmaConfig, notes: list[str]) -> Spectral:
-        """The same with a rank of K that exists."""
         if self.k is None:
             return self
         rank = exact_rank(self.k.mode, config) if self.k.rank is None else self.k.rank
@@ -140,11 +136,11 @@ class TPAConfig:
 
     def __post_init__(self) -> None:
         for name in ("mode", "k_mode", "v_mode"):
-            _one_of(name, getattr(self, name), tuple(MODES))
+            self._check_one_of(name, tuple(MODES))
         for name in ("kv_dtype", "k_dtype", "v_dtype"):
-            _one_of(name, getattr(self, name), KV_DTYPES)
+            self._check_one_of(name, KV_DTYPES)
         for name in ("q_rank", "k_rank", "v_rank", "context"):
-            self._check_whole(name, 1, MANY)
+            self._check_whole(name, 1, 2**31)
         for name in ("sinks", "recent"):
             self._check_whole(name, 0, MAX_EXACT)
         if self.predict not in (None, True, False):
@@ -153,13 +149,22 @@ class TPAConfig:
             raise TPAError("tpa config: only a spectral cache is predicted from tokens, so predict wants a rate")
         if self.rate is not None:
             self._check_rate(self.rate)
+        for choice in self.per_layer or ():
+            if not isinstance(choice, FixedRank | Spectral | None):
+                raise TPAError(f"tpa config: per_layer holds FixedRank, Spectral or None, got {choice!r:.60}")
+            TPAConfig(**side_keywords(choice))
+
+    def _check_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in allowed:
+            raise TPAError(f"tpa config: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def _check_whole(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if value is None and name != "recent":
             return
         if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
-            bound = f">= {least}" if most == MANY else f"in {least} ... {most}"
+            bound = f"in {least} ... {most}" if most == MAX_EXACT else f">= {least}"
             raise TPAError(f"tpa config: {name} must be a whole number {bound}, got {value!r}")
 
     def _check_rate(self, rate: float) -> None:
@@ -167,11 +172,10 @@ class TPAConfig:
         if not (isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= MAX_RATE):
             raise TPAError(f"tpa config: rate must lie in (0, {MAX_RATE}] bits per number, got {rate!r}")
         given = [name for name in FORM if getattr(self, name) is not None]
-        if self.k_mode not in (None, "latent") and not set(given) - {"k_mode", "k_rank", "k_dtype"}:
+        if self.k_mode not in (None, "latent") and set(given) <= {"k_mode", "k_rank", "k_dtype"}:
             if self.predict:
                 raise TPAError(f"tpa config: tokens predict K and V together, not V beside k_mode {self.k_mode!r}")
-            return
-        if (given and {self.mode, self.k_mode, self.v_mode} - {None, "latent"}) or set(given) - set(FORM[:3]):
+        elif {self.mode, self.k_mode, self.v_mode} - {None, "latent"} or set(given) - set(FORM[:3]):
             raise TPAError(
                 f"tpa config: a rate chooses latent, its ranks and its bits, so it excludes {given[-1]}, "
                 f"got {getattr(self, given[-1])!r} and rate {rate}"
@@ -184,14 +188,15 @@ class TPAConfig:
         >>> TPAConfig.of(Spectral(rate=1.0)).rate
         1.0
         """
-        if isinstance(choice, FixedRank):
-            names = ("mode", "rank", "dtype")
-            given = {f"{side}_{name}": getattr(getattr(choice, side), name) for side in "kv" for name in names}
-            return cls(**given)
-        if isinstance(choice, Spectral):
-            k = {f"k_{name}": x for name, x in vars(choice.k).items()} if choice.k else {}
-            return cls(rate=choice.rate, predict=choice.predict, **k)
-        return choice or cls()
+        if isinstance(choice, TPAConfig):
+            return choice
+        if not isinstance(choice, FixedRank | Spectral | None):
+            raise TPAError(f"tpa config: must be a TPAConfig, FixedRank, Spectral or None, got {choice!r:.60}")
+        if not isinstance(choice, Spectral):
+            return cls(**side_keywords(choice))
+        if choice.widths:
+            raise TPAError(f"tpa config: widths are those of one layer, so they go into per_layer, got {choice!r:.80}")
+        return cls(rate=choice.rate, predict=choice.predict, **side_keywords(choice))
 
     @property
     def spectral(self) -> bool:
@@ -223,11 +228,8 @@ class TPAConfig:
     def resolve(self, config: GemmaConfig) -> tuple[tuple[Choice | None, ...], list[str]]:
         """(the choice of every layer, None for dense; a line for every choice that had to be clamped)."""
         if self.per_layer is not None:
-            if len(self.per_layer) != config.num_layers:
-                raise TPAError(
-                    f"tpa config: per_layer must have one entry a layer, got {len(self.per_layer)} "
-                    f"for {config.num_layers} layers"
-                )
+            if (got := len(self.per_layer)) != (layers := config.num_layers):
+                raise TPAError(f"tpa config: per_layer must have one entry a layer, got {got} for {layers} layers")
             return self.per_layer, []
         notes: list[str] = []
         chosen, choice = chosen_layers(self.layers, config), self.choice.resolved(config, notes)
@@ -242,7 +244,7 @@ class TPAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; widths become counts."""
-        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        content = dict(vars(self))
         if self.per_layer is not None:
             content["per_layer"] = [choice and choice_to_dict(choice) for choice in self.per_layer]
         return content
@@ -254,12 +256,20 @@ class TPAConfig:
             content = dict(content)
             if content.get("per_layer") is not None:
                 rate, predict = content.get("rate") or DEFAULT_RATE, content.get("predict")
-                content["per_layer"] = tuple(
-                    entry and choice_from_dict(entry, rate, predict) for entry in content["per_layer"]
-                )
+                entries = content["per_layer"]
+                content["per_layer"] = tuple(entry and choice_from_dict(entry, rate, predict) for entry in entries)
             return cls(**content)
-        except (TypeError, AttributeError, KeyError) as problem:
+        except (TypeError, AttributeError, KeyError, ValueError) as problem:
             raise TPAError(f"tpa config: unreadable: {problem}") from None
+
+
+def side_keywords(choice: Choice | None) -> dict[str, Any]:
+    """The sides of a choice as `TPAConfig` takes them: k_mode, k_rank, k_dtype, v_mode ..."""
+    sides = {name: getattr(choice, name) for name in "kv" if getattr(choice, name, None) is not None}
+    for side in sides.values():
+        if not isinstance(side, Side):
+            raise TPAError(f"tpa config: k and v of a choice must be a Side each, got {side!r:.60}")
+    return {f"{name}_{field}": x for name, side in sides.items() for field, x in vars(side).items()}
 
 
 # ---- choices of single layers as JSON: the entries that saved models have always had ----
@@ -271,15 +281,14 @@ def choice_to_dict(choice: Choice) -> dict[str, Any]:
     if isinstance(choice, FixedRank):
         sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
     else:
-        widths = choice.widths or ()
-        coded = ("latent", len(widths), "spectral", width_counts(widths))
-        shared = ("latent", len(widths), "shared", none)
+        coded = ("latent", len(choice.widths), "spectral", width_counts(choice.widths))
+        shared = (*coded[:2], "shared", none)
         sides = [coded, shared] if choice.k is None else [(choice.k.mode, choice.k.rank, choice.k.dtype, none), coded]
     names = ("mode", "rank", "dtype", "widths")
     return {f"{side}_{name}": x for side, entry in zip("kv", sides) for name, x in zip(names, entry, strict=True)}
 
 
-def choice_from_dict(entry: dict[str, Any], rate: float = DEFAULT_RATE, predict: bool | None = None) -> Choice:
+def choice_from_dict(entry: dict[str, Any], rate: float, predict: bool | None) -> Choice:
     """The inverse of `choice_to_dict`; rate and predict are the configuration's. K and V with codes of their own each
     (format 2) count as one choice of K's.
     """
@@ -332,8 +341,3 @@ def chosen_layers(layers: str, config: GemmaConfig) -> set[int]:
     if outside:
         raise TPAError(f"tpa config: layers must lie in 0 ... {config.num_layers - 1}, got {outside[0]}")
     return chosen
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise TPAError(f"tpa config: {name} must be one of {', '.join(allowed)}, got {value!r}")

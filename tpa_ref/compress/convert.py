@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ..core import transform
 from ..core.mode import Mode
 from ..core.transform import Spectrum, loss, moment_from_weights, spectrum, truncate_query_heads
 from ..errors import TPAError
@@ -74,13 +73,17 @@ class Conversion:
 
     def run(self, progress: Callable = iter, first: int = 0) -> None:
         """All layers from `first` on."""
-        for layer in progress(self.spectral):
-            if not self.store.has("spectrum", layer):
-                self.store.put("spectrum", layer, self.spectrum(layer))
+        self.find_spectra(progress)
         self.spend_bits()
         for layer in progress(range(first, self.config.num_layers)):
             self.convert_layer(layer)
             self.finished(layer)
+
+    def find_spectra(self, progress: Callable = iter) -> None:
+        """The transforms of all layers that have a rate."""
+        for layer in progress(self.spectral):
+            if not self.store.has("spectrum", layer):
+                self.store.put("spectrum", layer, self.spectrum(layer))
 
     def finished(self, layer: int) -> None:
         """A layer is converted."""
@@ -88,9 +91,8 @@ class Conversion:
 
     def spectrum(self, layer: int) -> dict[str, np.ndarray]:
         """The transform of one layer, in the precision in which constant factors are kept."""
-        found = layer_spectrum(
-            self.moments_of(layer), self.converted.choices[layer], of_tokens(self.converted.tpa, self.moments)
-        )
+        text = of_tokens(self.converted.tpa, self.moments)
+        found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text)
         arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
         if found.predictor_zgd is not None:
             arrays["predictor"] = found.predictor_zgd
@@ -134,34 +136,26 @@ class Conversion:
 
     def coded(self, arrays: dict[str, np.ndarray], choice: Spectral, heads: slice) -> Mode:
         """Some heads of a transform, with the coefficients that have any bits."""
-        model, widths = self.converted, tuple(choice.widths or ())
-        rank = len(widths)
-        kept = {name: arrays[name][:rank, heads] for name in ("basis", "encoder")}
-        kept |= {"mean": arrays["mean"][heads]}
+        model, rank = self.converted, len(choice.widths)
+        kept = {name: arrays[name][:rank, heads] for name in ("basis", "encoder")} | {"mean": arrays["mean"][heads]}
         if "predictor" in arrays:
             kept["predictor"] = arrays["predictor"][:, heads]
         constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
-        g, d, lost = len(arrays["mean"][heads]), self.config.head_dim, loss([arrays["variance"]], rank)
-        return model.CodedLatent(g, d, rank, "spectral", lost, widths=widths, **constants)
+        (g, d), lost = kept["mean"].shape, loss([arrays["variance"]], rank)
+        return model.CodedLatent(g, d, rank, "spectral", lost, widths=choice.widths, **constants)
 
     def fitted(self, side: Side, moments: SideMoments) -> Mode:
         """How K (or V) of one layer is cached by itself."""
-        g, d = moments.mean_gd.shape
-        dtype = full_precision(self.converted) if side.dtype == "float32" else side.dtype
-        mode = self.converted.MODES[side.mode]
-        made = mode.fit(g, d, side.rank or 0, dtype, moments.M_gdgd, moments.mean_gd, moments.F_gdgd)
-        return placed(made, self.converted)
+        model, (g, d) = self.converted, moments.mean_gd.shape
+        dtype = full_precision(model) if side.dtype == "float32" else side.dtype
+        made: Mode = model.MODES[side.mode].fit(g, d, side.rank or 0, dtype, *moments)
+        return made.with_arrays({name: None if x is None else model.constant(x) for name, x in made.arrays().items()})
 
     def moments_of(self, layer: int, choice: Choice | None = None) -> LayerMoments:
         """Moments of one layer: measured, or from its weights."""
         if self.moments is None:
             return moments_from_weights(self.converted, layer, choice)
         return self.moments.of_layer(layer)
-
-
-def placed(mode: Mode, model: Any) -> Mode:
-    """A mode with its constant arrays as the model keeps them."""
-    return mode.with_arrays({name: None if x is None else model.constant(x) for name, x in mode.arrays().items()})
 
 
 def full_precision(model: Any) -> str:
@@ -172,21 +166,16 @@ def full_precision(model: Any) -> str:
 def moments_from_weights(model: Any, layer: int, choice: Choice | None = None) -> LayerMoments:
     """Second moment of K and V of one layer from its weights alone, which know nothing of K beside V.
 
-    choice: how they are cached; where that makes nothing of the moments, they are zeros.
+    choice: how they are cached; where no constant factors depend on K and V, the moments are zeros.
     """
-    w = model.weights.layers[layer]
+    w, sides = model.weights.layers[layer], (choice.k, choice.v) if isinstance(choice, FixedRank) else ()
     g, d = w.WK_gdm.shape[:2]
     M_gdgd = np.zeros((2 * g, d, 2 * g, d))
-    if not isinstance(choice, FixedRank) or learns(choice, g, d, model):
+    if not sides or any(model.MODES[side.mode](g, d, side.rank or 0).needs_moments() for side in sides):
         norm_m, k_norm_d = model.to_numpy(w.attn_norm_m), model.to_numpy(w.k_norm_d)
         M_gdgd[:g, :, :g] = moment_from_weights(model.to_numpy(w.WK_gdm), norm_m, k_norm_d)
         M_gdgd[g:, :, g:] = moment_from_weights(model.to_numpy(w.WV_gem), norm_m)
     return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
-
-
-def learns(choice: FixedRank, g: int, d: int, model: Any) -> bool:
-    """Do any constant factors depend on K and V?"""
-    return any(model.MODES[side.mode](g, d, side.rank or 0).needs_moments() for side in (choice.k, choice.v))
 
 
 def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments | None = None) -> Spectrum:
@@ -200,7 +189,7 @@ def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments |
     M_gdgd, mean_gd, W_zgd = moments.M_gdgd, moments.mean_gd, None
     if text is not None and moments.N_gdz is not None:
         M_gdgd, mean_gd, W_zgd = token_prediction.without_tokens(M_gdgd, mean_gd, moments.F, moments.N_gdz, text)
-    return replace(transform.spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
+    return replace(spectrum(M_gdgd, mean_gd, moments.F), predictor_zgd=W_zgd)
 
 
 def predicts(tpa: TPAConfig, config: GemmaConfig) -> bool:
@@ -226,17 +215,15 @@ def allocated(
     variances: of the coefficients of every layer that is converted. predicted: the text is kept, and paid for.
     """
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
-    layers = sorted(variances)
-    entries = [config.slots(layer, context) for layer in layers]
-    choices, _ = replace(tpa, per_layer=None).resolve(config)
-    choice = tpa.choice
+    layers, choice = sorted(variances), tpa.choice
     assert isinstance(choice, Spectral)
-    sides = 2 if choice.k is None else 1
-    numbers = sum(entries) * sides * config.num_kv_heads * config.head_dim
+    entries = [config.slots(layer, context) for layer in layers]
+    numbers = sum(entries) * (2 if choice.k is None else 1) * config.num_kv_heads * config.head_dim
     text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
     widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, choice.rate * numbers - text))
     given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
+    choices, _ = tpa.resolve(config)
     return tuple(
-        replace(found, widths=given[layer]) if isinstance(found, Spectral) else None
-        for layer, found in enumerate(choices)
+        replace(choice, widths=given[layer]) if isinstance(choice, Spectral) else None
+        for layer, choice in enumerate(choices)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def evaluate(
     max_tokens: int = 16_384,
     length: int | None = None,
     recall_prompts: int = 10,
-    progress: Any = iter,
+    progress: Callable = iter,
 ) -> dict[str, Any]:
     """Figures of `tpa` against `dense` on a text, in windows that each begin with BOS:
 
@@ -44,7 +44,9 @@ def evaluate(
             part, following_q = slice(start, start + CHUNK), tokens_bq[0, start + 1 : start + 1 + CHUNK]
             compared = dense.compare(hidden_dense[:, part], tpa, hidden_tpa[:, part], following_q)
             found.append(compared | {"position": start + np.arange(len(compared["kl"]))})
-    figures = summary({name: np.concatenate([part[name] for part in found]) for name in found[0]} if found else None)
+    if not found:
+        raise TPAError("evaluate: the text must have at least two tokens")
+    figures = summary({name: np.concatenate([part[name] for part in found]) for name in found[0]})
     filler = dense.tokenizer.encode(read_text(text_or_path), bos=False)
     for name, model in (("recall_dense", dense), ("recall_tpa", tpa)):
         by_distance = recall_accuracy(model, filler, recall_prompts)
@@ -53,10 +55,8 @@ def evaluate(
     return figures
 
 
-def summary(found: dict[str, np.ndarray] | None) -> dict[str, Any]:
+def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
     """The figures of `evaluate` from one number per position (see `Model.compare`)."""
-    if found is None:
-        raise TPAError("evaluate: the text must have at least two tokens")
     kl = found["kl"].astype(np.float64)
     return {
         "tokens": len(kl),
@@ -92,11 +92,8 @@ def recall_accuracy(
         rng = random.Random(f"{seed} {distance}")
         right = 0
         for _ in range(prompts):
-            prompt, answer = recall.prompt_and_answer(
-                rng, lambda text: model.tokenizer.encode(text, bos=False), list(filler), distance
-            )
-            ids = [BOS, *prompt, *answer]
-            hidden = model.hidden(np.array([ids]))[:, -len(answer) - 1 : -1]
+            prompt, answer = recall.prompt_and_answer(rng, model.tokenizer, list(filler), distance)
+            hidden = model.hidden(np.array([[BOS, *prompt, *answer]]))[:, -len(answer) - 1 : -1]
             said = model.to_numpy(model.logits(hidden)[0].argmax(-1))
             right += bool((said == np.array(answer)).all())
         accuracy[distance] = right / prompts

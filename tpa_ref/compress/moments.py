@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,13 +16,12 @@ from ..errors import TPAError
 from .token_prediction import TokenMoments
 
 
-@dataclass(frozen=True)
-class SideMoments:
+class SideMoments(NamedTuple):
     """K or V of one layer, heads flattened: E[x x^T], E[x] and, where it was measured, the Fisher matrix."""
 
     M_gdgd: Any
     mean_gd: Any
-    F_gdgd: Any = None
+    F_gdgd: Any
 
 
 @dataclass(frozen=True)
@@ -58,22 +57,18 @@ class LayerMoments:
 
 @dataclass
 class Moments:
-    """What `calibrate` found: the moments of every layer, and those of the token vectors; `tokens` is how many they
-    average.
-    """
+    """What `calibrate` found: moments of layers and of the token vectors; `tokens` is how many they average."""
 
     layers: dict[int, LayerMoments] = field(default_factory=dict)
     tokens: int = 0
     of_tokens: TokenMoments | None = None
 
     def of_layer(self, layer: int) -> LayerMoments:
-        """Moments of one layer."""
         if layer not in self.layers:
             raise TPAError(f"calibrate: layer {layer} was not calibrated, got layers {sorted(self.layers)}")
         return self.layers[layer]
 
     def save(self, path: str | Path) -> None:
-        """Write them as one safetensors file."""
         named = {f"{layer}.{name}": x for layer, found in self.layers.items() for name, x in found.arrays().items()}
         if self.of_tokens is not None:
             named |= {"words.mean": self.of_tokens.mean_z, "words.S": self.of_tokens.S_zz}
@@ -83,7 +78,6 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """The inverse of `save`."""
         try:
             with safe_open(path, "numpy") as file:
                 tokens = int((file.metadata() or {})["tokens"])

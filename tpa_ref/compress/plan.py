@@ -10,7 +10,7 @@ damage holds only for small errors, and the rate is moved until the measurement 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +57,24 @@ class Plan:
     context: int
     kv_budget: float | None
     max_kl: float | None
-    trials: list[Trial] = field(default_factory=list)
-    bound_damage: float = 0.0  # the least damage that any code of Gaussian coefficients does with as many bits
-    met: bool = True
+    trials: list[Trial]
+    bound_damage: float  # the least damage that any code of Gaussian coefficients does with as many bits
+    met: bool
 
     @property
     def message(self) -> str:
         """One sentence: the choice, or what could not be met and what the nearest is."""
         kl = "" if self.chosen.kl is None else f", KL {self.chosen.kl:.4f} nats on held-out text"
-        found = (
-            f"rate {self.chosen.rate:.3f}, {self.chosen.ratio_vs_windowed:.1f}x smaller than windowed at "
-            f"{self.context:,} tokens{kl}"
-        )
+        ratio = f"{self.chosen.ratio_vs_windowed:.1f}x smaller than windowed at {self.context:,} tokens"
+        found = f"rate {self.chosen.rate:.3f}, {ratio}{kl}"
         if self.met:
             return found
         asked = [f"{self.kv_budget:g}x" if self.kv_budget else "", f"KL <= {self.max_kl:g}" if self.max_kl else ""]
         return f"{' with '.join(filter(None, asked))} cannot be met; the nearest is {found}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """As JSON can hold it; bits_per_token: of every layer, None where it is dense."""
+        per_layer = self.config.per_layer or ()
         return {
             "context": self.context,
             "kv_budget": self.kv_budget,
@@ -85,14 +84,9 @@ class Plan:
             "chosen": vars(self.chosen),
             "bound_damage": self.bound_damage,
             "trials": [vars(trial) for trial in self.trials],
-            "bits_per_token": bits_per_token(self.config),
+            "bits_per_token": [sum(choice.widths) if isinstance(choice, Spectral) else None for choice in per_layer],
             "config": self.config.to_dict(),
         }
-
-
-def bits_per_token(config: TPAConfig) -> list[int | None]:
-    """Bits of a token in every layer, K and V together; None where it is dense."""
-    return [sum(choice.widths or ()) if isinstance(choice, Spectral) else None for choice in config.per_layer or ()]
 
 
 def plan(
@@ -127,7 +121,7 @@ def make_plan(
     """
     check_bounds(kv_budget, max_kl, context, holdout)
     curve = Curve(model, moments, replace(base or TPAConfig(rate=1.0), context=context, per_layer=None), context)
-    budget_rate = None if kv_budget is None else curve.rate_of_ratio(kv_budget)
+    budget_rate = None if kv_budget is None else curve.largest_rate("ratio_vs_windowed", kv_budget)
     if kv_budget is not None and budget_rate is None:
         raise TPAError(
             f"plan: kv_budget {kv_budget:g} cannot be reached at {context} tokens even with no bits at all: the exact "
@@ -135,25 +129,23 @@ def make_plan(
         )
     if max_kl is None:
         assert budget_rate is not None
-        trial = curve.trial(budget_rate)
-        return Plan(curve.config(budget_rate), trial, context, kv_budget, None, [trial], curve.bound(budget_rate))
-    trials = list(search(curve, holdout, max_kl, budget_rate, progress))
-    chosen, met = chosen_trial(trials, max_kl, kv_budget, budget_rate)
-    found = curve.config(chosen.rate), chosen, context, kv_budget, max_kl, trials, curve.bound(chosen.rate), met
-    return Plan(*found)
+        chosen, met = curve.trial(budget_rate), True
+        trials = [chosen]
+    else:
+        trials = search(curve, holdout, max_kl, budget_rate, progress)
+        chosen, met = chosen_trial(trials, max_kl, kv_budget)
+    config, bound = curve.config(chosen.rate), curve.bound(chosen.rate)
+    return Plan(config, chosen, context, kv_budget, max_kl, trials, bound, met)
 
 
-def chosen_trial(
-    trials: list[Trial], max_kl: float, kv_budget: float | None, budget_rate: float | None
-) -> tuple[Trial, bool]:
-    """(the smallest cache within all bounds, True), or (the nearest to them, False)."""
-    within = [trial for trial in trials if trial.kl is not None and trial.kl <= max_kl]
-    held = [trial for trial in within if kv_budget is None or trial.ratio_vs_windowed >= kv_budget]
-    if held:
-        return min(held, key=lambda trial: trial.nbytes), True
-    if kv_budget is not None:
-        return next(trial for trial in trials if trial.rate == budget_rate), False
-    return min(trials, key=lambda trial: trial.kl or 0.0), False
+def chosen_trial(trials: list[Trial], max_kl: float, kv_budget: float | None) -> tuple[Trial, bool]:
+    """(the smallest cache within all bounds, True), or (the nearest to them, False). No trial exceeds the budget, and
+    the first one is the budget's.
+    """
+    within = [trial for trial in trials if (trial.kl or 0) <= max_kl]
+    if within:
+        return min(within, key=lambda trial: trial.nbytes), True
+    return (min(trials, key=lambda trial: trial.kl or 0) if kv_budget is None else trials[0]), False
 
 
 def search(curve: Curve, holdout: Any, max_kl: float, budget_rate: float | None, progress: Callable) -> list[Trial]:
@@ -167,29 +159,25 @@ def search(curve: Curve, holdout: Any, max_kl: float, budget_rate: float | None,
     if trials and (trials[0].kl or 0) > max_kl:
         return trials
     for _ in progress(range(TRIALS)):
-        rate = curve.rate_of_damage(next_damage(trials, goal))
-        rate = min(rate, budget_rate) if budget_rate is not None else rate
+        rate = min(curve.largest_rate("predicted", next_damage(trials, goal)) or LEAST_RATE, budget_rate or MAX_RATE)
         if any(abs(trial.rate - rate) < 1e-3 * rate for trial in trials):
             break
         trials.append(curve.measured(rate, holdout))
-        below = [trial for trial in trials if trial.kl is not None and trial.kl <= max_kl]
-        if any((trial.kl or 0) >= 0.97 * goal for trial in below):
+        if any(0.97 * goal <= (trial.kl or 0) <= max_kl for trial in trials):
             break
     return trials
 
 
 def next_damage(trials: list[Trial], goal: float) -> float:
     """The predicted damage at which KL = goal, by the power law through the two trials nearest to it."""
-    known = sorted(
-        (abs(np.log(max(trial.kl or 0, 1e-12) / goal)), np.log(trial.predicted), np.log(max(trial.kl or 0, 1e-12)))
-        for trial in trials
-    )
-    if not known:
+    if not trials:
         return goal
+    logs = [(float(np.log(trial.predicted)), float(np.log(max(trial.kl or 0, 1e-12)))) for trial in trials]
+    (x, y), *others = sorted(logs, key=lambda point: abs(point[1] - np.log(goal)))
     slope = 1.0
-    if len(known) > 1 and abs(known[0][1] - known[1][1]) > 1e-6:
-        slope = float(np.clip((known[0][2] - known[1][2]) / (known[0][1] - known[1][1]), 0.5, 2.0))
-    return float(np.exp(known[0][1] + (np.log(goal) - known[0][2]) / slope))
+    if others and abs(x - others[0][0]) > 1e-6:
+        slope = float(np.clip((y - others[0][1]) / (x - others[0][0]), 0.5, 2.0))
+    return float(np.exp(x + (np.log(goal) - y) / slope))
 
 
 class Curve:
@@ -202,31 +190,24 @@ class Curve:
         self.model_config: GemmaConfig = model.config
         self.store = Memory()
         transforms = Conversion(begin_conversion(model, base), moments, self.store)
-        for layer in transforms.spectral:
-            self.store.put("spectrum", layer, transforms.spectrum(layer))
-        self.layers = transforms.spectral
-        found = {layer: self.store.get("spectrum", layer) for layer in self.layers}
+        transforms.find_spectra()
+        found = transforms.variances()
         self.variances = {layer: arrays["variance"] for layer, arrays in found.items()}
         self.predicted = {layer for layer, arrays in found.items() if "predictor" in arrays}
 
     def config(self, rate: float) -> TPAConfig:
-        """The configuration of a rate."""
-        config = replace(self.base, rate=rate, per_layer=None)
-        per_layer = allocated(self.model_config, config, self.variances, bool(self.predicted))
-        return replace(config, per_layer=per_layer)
+        config = replace(self.base, rate=rate)
+        return replace(config, per_layer=allocated(self.model_config, config, self.variances, bool(self.predicted)))
 
     def trial(self, rate: float) -> Trial:
         """What is known of a rate without running the model."""
         config, shape, context = self.config(rate), self.model_config, self.context
-        held = cache_bytes(
-            self._pairs(config),
-            shape.windows,
-            context,
-            exact=Exact(*config.exact_tokens),
-            ids=id_dtype(shape.vocab_size),
-        )
-        windowed, full = windowed_bytes(shape, context), full_bytes(shape, context)
-        return Trial(rate, held, windowed / held, full / held, self._damage(config))
+        choices = enumerate(config.per_layer or ())
+        pairs = [planned_pair(choice, shape, layer in self.predicted) for layer, choice in choices]
+        exact, ids = Exact(*config.exact_tokens), id_dtype(shape.vocab_size)
+        held = cache_bytes(pairs, shape.windows, context, exact=exact, ids=ids)
+        predicted = damage(list(self.variances.values()), widths(config))
+        return Trial(rate, held, windowed_bytes(shape, context) / held, full_bytes(shape, context) / held, predicted)
 
     def measured(self, rate: float, holdout: Any) -> Trial:
         """The same with the KL of the whole model on a text."""
@@ -237,44 +218,28 @@ class Curve:
 
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""
-        entries = [self.model_config.slots(layer, self.context) for layer in self.layers]
-        bits = sum(sum(given) * held for given, held in zip(self._widths(self.config(rate)), entries, strict=True))
+        entries = [self.model_config.slots(layer, self.context) for layer in self.variances]
+        bits = sum(sum(given) * held for given, held in zip(widths(self.config(rate)), entries, strict=True))
         return gaussian_bound(list(self.variances.values()), entries, bits)
 
-    def rate_of_ratio(self, ratio: float) -> float | None:
-        """The largest rate whose cache is at least so many times smaller than `windowed`; None if there is none."""
-        return self._bisect(lambda rate: self.trial(rate).ratio_vs_windowed >= ratio)
-
-    def rate_of_damage(self, limit: float) -> float:
-        """The smallest rate (up to rounding) with at most this predicted damage; the largest if none has."""
-        return self._bisect(lambda rate: self.trial(rate).predicted > limit) or LEAST_RATE
-
-    def _bisect(self, holds: Callable[[float], bool], steps: int = 24) -> float | None:
-        """The largest rate of which something holds that holds for all smaller ones."""
-        if not holds(LEAST_RATE):
-            return None
+    def largest_rate(self, figure: str, limit: float, steps: int = 24) -> float | None:
+        """The largest rate at which a figure of its trial (all but bytes fall with the rate) is at least `limit`; None
+        if there is none.
+        """
         low, high = LEAST_RATE, float(MAX_RATE)
-        if holds(high):
+        if getattr(self.trial(low), figure) < limit:
+            return None
+        if getattr(self.trial(high), figure) >= limit:
             return high
         for _ in range(steps):
             middle = (low * high) ** 0.5
-            low, high = (middle, high) if holds(middle) else (low, middle)
+            low, high = (middle, high) if getattr(self.trial(middle), figure) >= limit else (low, middle)
         return low
 
-    def _damage(self, config: TPAConfig) -> float:
-        variances = list(self.variances.values())
-        kept = zip(self._widths(config), variances, strict=True)
-        return damage(variances, [(*w, *[0] * (len(variance) - len(w))) for w, variance in kept])
 
-    def _widths(self, config: TPAConfig) -> list[tuple[int, ...]]:
-        """Bits of the coefficients that have any, for each converted layer."""
-        return [choice.widths or () for choice in config.per_layer or () if isinstance(choice, Spectral)]
-
-    def _pairs(self, config: TPAConfig) -> list[Pair]:
-        per_layer = config.per_layer or ()
-        return [
-            planned_pair(choice, self.model_config, layer in self.predicted) for layer, choice in enumerate(per_layer)
-        ]
+def widths(config: TPAConfig) -> list[tuple[int, ...]]:
+    """Bits of the coefficients that have any, for each converted layer of a plan."""
+    return [choice.widths for choice in config.per_layer or () if isinstance(choice, Spectral)]
 
 
 class Trials(Conversion):
@@ -290,8 +255,7 @@ def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False) -> P
     if choice is None:
         return Pair.dense(g, d)
     W = np.empty(0) if predicted else None
-    widths = tuple(choice.widths or ())
-    coded = CodedLatent(g, d, len(widths), "spectral", widths=widths, predictor=W)
+    coded = CodedLatent(g, d, len(choice.widths), "spectral", widths=choice.widths, predictor=W)
     if choice.k is None:
         return Joint(coded, coded)
     return Pair(MODES[choice.k.mode](g, d, choice.k.rank or 0, choice.k.dtype), coded)
@@ -319,6 +283,6 @@ def table(found: Plan, config: GemmaConfig) -> str:
         if not isinstance(choice, Spectral):
             lines.append(f"{layer:>5} {kind:<7}{'dense':>7}")
             continue
-        widths = choice.widths or ()
-        lines.append(f"{layer:>5} {kind:<7}{sum(widths):>7}{sum(widths) / numbers:>13.2f}{len(widths):>7}")
+        bits, rank = sum(choice.widths), len(choice.widths)
+        lines.append(f"{layer:>5} {kind:<7}{bits:>7}{bits / numbers:>13.2f}{rank:>7}")
     return "\n".join(lines)

@@ -7,7 +7,8 @@ is plain; any tokenizer can read it. No array library is imported here.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 KEYS = (
     "amber birch cedar delta ember falcon garnet harbor indigo jasper kernel lagoon maple nectar onyx "
@@ -38,36 +39,14 @@ def question(key: str) -> str:
     return f"Recall: {key}"
 
 
-def training_document(rng: random.Random, filler: str, characters: int, facts: int = 12) -> Iterator[tuple[str, bool]]:
-    """Pieces (text, is it an answer?) of one document: facts, then rounds of questions with stretches of text between.
-
-    A round asks many questions, because only answers teach; the stretches are long enough that the facts (and the
-    answers of the round before) lie beyond a local layer's window.
-    """
-    chosen = dict(zip(rng.sample(KEYS, facts), rng.sample(VALUES, facts), strict=True))
-    for key, value in chosen.items():
-        yield statement(key, value), False
-    done = 0
-    while done < characters:
-        for _ in range(rng.randint(4, 16)):
-            key = rng.choice(list(chosen))
-            yield question(key), False
-            yield f" {chosen[key]}", True
-            yield ".\n", False
-            done += 24
-        length = rng.choice((60, 300, 600, 1200))
-        start = rng.randrange(len(filler) - length)
-        yield filler[start : start + length] + "\n", False
-        done += length
-
-
 def prompt_and_answer(
-    rng: random.Random, encode: Callable[[str], list[int]], filler: list[int], distance: int, facts: int = 8
+    rng: random.Random, tokenizer: Any, filler: list[int], distance: int, facts: int = 8
 ) -> tuple[list[int], list[int]]:
     """(prompt, answer) as token ids, without BOS: the fact asked for stands `distance` tokens before its answer.
 
     The other facts stand around it, text fills the rest. `filler` are token ids of any text.
     """
+    encode = partial(tokenizer.encode, bos=False)
     keys, values = rng.sample(KEYS, facts), rng.sample(VALUES, facts)
     statements = [encode(statement(key, value)) for key, value in zip(keys, values, strict=True)]
     asked = rng.randrange(facts)

@@ -21,20 +21,16 @@ class Memory:
         self._held: dict[tuple[str, int], Arrays] = {}
 
     def has(self, kind: str, layer: int) -> bool:
-        """Is there something of this kind for a layer?"""
         return (kind, layer) in self._held
 
     def put(self, kind: str, layer: int, arrays: Arrays) -> None:
-        """Keep arrays."""
         self._held[kind, layer] = arrays
 
     def get(self, kind: str, layer: int) -> Arrays:
-        """The arrays that were kept."""
         return self._held[kind, layer]
 
     def trim(self, kind: str, layer: int, count: int) -> None:
         """Only the first `count` arrays will be asked for again; 0: none."""
-        kept = list(self._held.get((kind, layer), {}).items())[:count]
-        self._held.pop((kind, layer), None)
+        kept = list(self._held.pop((kind, layer), {}).items())[:count]
         if kept:
             self._held[kind, layer] = dict(kept)

@@ -1,3 +1,13 @@
-"""The mathematics: arrays in, arrays out. Importing it makes the modes known by their names."""
+"""The mathematics: arrays in, arrays out. Importing it makes the modes known by their names.
 
-from . import contextual, fixed_a, fixed_b, latent, spectral  # noqa: F401
+After `tpa.py` read the same in production, in five files: `rope`, `contextual`, `mode`, `pair`, `cache`.
+"""
+
+from .contextual import Contextual
+from .fixed_a import FixedA
+from .fixed_b import FixedB
+from .latent import Latent
+from .mode import register
+
+for mode_class in (Contextual, FixedA, FixedB, Latent):
+    register(mode_class)

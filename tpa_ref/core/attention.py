@@ -1,11 +1,9 @@
 """Attention on dense K and V, the oracle of every mode, and the paper's Algorithm 1, where all three are factors.
 
 Shapes: Q [b,q,h,d]; logits and probabilities [b,h,q,k]; output [b,q,h,e]. Query head h belongs to KV head
-g = h // n, so h splits into (g, n). `scale` is Gemma's query scale. What each mode does instead stands in its own file
-(`contextual.scores_contextual`, ...); Gemma's queries are dense, so the query factors A_Q, B_Q appear only here.
+g = h // n, so h splits into (g, n). `scale` is Gemma's query scale. What a mode does instead stands in its own file;
+Gemma's queries are dense, so the query factors A_Q, B_Q appear only here.
 """
-
-from __future__ import annotations
 
 from functools import partial
 
@@ -56,12 +54,10 @@ def values_dense(P_bhqk: np.ndarray, V_bkge: np.ndarray) -> np.ndarray:
 
 
 def mean_values(P_bhqk: np.ndarray, mean_ge: np.ndarray) -> np.ndarray:
-    """What the constant mean of V adds: once the probability that falls on these keys (1 if they are all).
-
-    Shapes: P [b,h,q,k], mean [g,e] -> [b,q,h,e].
-    """
-    h, g = P_bhqk.shape[1], mean_ge.shape[0]
-    return einsum("bhq,he->bqhe", P_bhqk.sum(-1), np.repeat(mean_ge, h // g, axis=0))
+    """What the constant mean of V adds: once the probability that falls on these keys (1 if they are all)."""
+    (b, h, q, _), g = P_bhqk.shape, len(mean_ge)
+    total_bqgn1 = P_bhqk.sum(-1).swapaxes(1, 2).reshape(b, q, g, h // g, 1)
+    return (total_bqgn1 * mean_ge[:, None]).reshape(b, q, h, -1)
 
 
 def algorithm_1(

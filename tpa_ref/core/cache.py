@@ -38,8 +38,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Segment:
-    """Stored keys and values that a chunk of queries reads, with what is known of them. kind: see `masks.segment_mask`.
-
+    """Stored keys and values that a chunk of queries reads, with what is known of them. kind: see `masks.segment_mask`;
     positions_bk: -1 for a slot with nothing in it.
     """
 
@@ -52,9 +51,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Keys:
-    """All that a chunk of queries reads in one layer. at: where the queries stand; held: where the keys are from;
-    lengths_b: what was held of each row before the new tokens.
-    """
+    """All that a chunk of queries, which stand `at`, reads of what a layer holds; lengths_b: of each row, before it."""
 
     segments: list[Segment]
     at: Any
@@ -81,9 +78,9 @@ class Keys:
 
     def seen(self, segment: Segment) -> np.ndarray:
         """Which keys of a segment each query reads there, [b,q,k]."""
-        at, positions_bk, exact = self.at, segment.positions_bk, self.held.exact
-        seen_bqk = masks.visible(at.positions_bq, positions_bk, self.held.window, at.last_bq)
-        return masks.segment_mask(segment.kind, seen_bqk, at.positions_bq, positions_bk, exact.sinks, exact.recent)
+        positions_bq, positions_bk, exact = self.at.positions_bq, segment.positions_bk, self.held.exact
+        seen_bqk = masks.visible(positions_bq, positions_bk, self.held.window, self.at.last_bq)
+        return masks.segment_mask(segment.kind, seen_bqk, positions_bq, positions_bk, exact.sinks, exact.recent)
 
 
 class Ring:
@@ -92,45 +89,33 @@ class Ring:
     def __init__(self, pair: Pair, slots: int, windowed: bool, arrays: Stored):
         self.pair, self.slots, self.windowed, self.arrays = pair, slots, windowed, arrays
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays really held."""
-        return sum(array.nbytes for array in self.arrays.values())
-
     def append(self, new: Stored, positions_bq: np.ndarray, lengths_b: np.ndarray) -> tuple[Stored, np.ndarray]:
         """Store new tokens and return what their queries must read, with the position of each key, [b,k].
 
         A chunk longer than one token may overwrite slots that its own first queries still need: they read the old ring
         and the new tokens side by side. `positions_bq` is -1 for padding, `lengths_b` the length before.
         """
-        after_b = np.maximum(lengths_b, positions_bq.max(1) + 1)
         if self.windowed and positions_bq.shape[1] > 1:
-            held = self.joined(self.read(lengths_b), new)
-            positions_bk = np.concatenate([self.positions(lengths_b), positions_bq], 1)
+            before, positions_bk = self.read(lengths_b)
+            held = self.joined(before, new)
             self.write(new, positions_bq)
-            return held, positions_bk
+            return held, np.concatenate([positions_bk, positions_bq], 1)
         self.write(new, positions_bq)
-        return self.read(after_b), self.positions(after_b)
+        return self.read(np.maximum(lengths_b, positions_bq.max(1) + 1))
 
-    def positions(self, lengths_b: np.ndarray) -> np.ndarray:
-        """The position of the token in each filled slot, [b,k]."""
-        return slot_positions(self._filled(lengths_b), lengths_b, self.slots)
-
-    def read(self, lengths_b: np.ndarray) -> Stored:
-        """The filled slots, as views."""
-        filled = self._filled(lengths_b)
-        return {name: array[:, :filled] for name, array in self.arrays.items()}
+    def read(self, lengths_b: np.ndarray) -> tuple[Stored, np.ndarray]:
+        """The filled slots, as views, and the position of the token in each, [b,k]."""
+        filled = min(self.slots, int(lengths_b.max(initial=0)))
+        stored = {name: array[:, :filled] for name, array in self.arrays.items()}
+        return stored, slot_positions(filled, lengths_b, self.slots)
 
     def write(self, new: Stored, positions_bq: np.ndarray) -> None:
-        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
+        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest stay."""
         newest_b = positions_bq.max(1, keepdims=True)
         row, column = np.nonzero((positions_bq >= 0) & (positions_bq > newest_b - self.slots))
         slot = positions_bq[row, column] % self.slots
         for name, array in self.arrays.items():
             array[row, slot] = new[name][row, column]
-
-    def _filled(self, lengths_b: np.ndarray) -> int:
-        return min(self.slots, int(lengths_b.max(initial=0)))
 
     @staticmethod
     def joined(before: Stored, now: Stored) -> Stored:
@@ -155,8 +140,7 @@ def slot_positions(filled: int, lengths_b: np.ndarray, slots: int) -> np.ndarray
     [[4, 5, 2, 3], [0, 1, -1, -1]]
     """
     last_b1 = lengths_b[:, None] - 1
-    position = last_b1 - (last_b1 - np.arange(filled)) % slots
-    return np.maximum(position, -1)
+    return np.maximum(last_b1 - (last_b1 - np.arange(filled)) % slots, -1)
 
 
 class LayerCache:
@@ -171,13 +155,10 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays really held."""
-        return sum(ring.nbytes for ring in self.rings.values())
+        return sum(array.nbytes for ring in self.rings.values() for array in ring.arrays.values())
 
     def append(self, K_bkgd: Any, V_bkge: Any, at: Any, lengths_b: np.ndarray, trace: Tracer = no_trace) -> Any:
-        """Store the K (normed, before RoPE) and V of new tokens, and return all that their queries read.
-
-        at: where the new tokens stand (`gemma.positions`).
-        """
+        """Store K (normed, before RoPE) and V of new tokens, which stand `at` (`gemma.positions`): what they read."""
         segments = []
         for kind, ring in self.rings.items():
             new = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, trace if kind == "coded" else no_trace)
@@ -193,8 +174,8 @@ class LayerCache:
 class Cache:
     """The cache of a whole model: one `LayerCache` a layer and the length of every row of the batch.
 
-    pairs: how each layer caches. windows: how many tokens a query of each layer sees, None for all. ids: the dtype in
-    which token ids are kept, where K or V is predicted from them.
+    windows: how many tokens a query of each layer sees, None for all. ids: the dtype in which token ids are kept, where
+    K or V is predicted from them.
 
     >>> cache = Cache([Pair.dense(4, 32)] * 3, [128, 128, None], batch=1, max_len=2048)
     >>> cache.nbytes == cache.nbytes_at(2048) == 2 * 2 * 4 * 32 * (2048 + 2 * 128)
@@ -218,9 +199,14 @@ class Cache:
         self.pairs, self.windows, self.batch, self.max_len = list(pairs), list(windows), batch, max_len
         self.exact, self.ids = exact or Exact(), ids
         self.layers = [self._new_layer(pair, window) for pair, window in zip(pairs, windows, strict=True)]
-        self.text_bt = self._new_text()  # the token ids by position
-        self.lengths_b = np.zeros(batch, np.int64)
-        self._highest_b = np.zeros(batch, np.int64)  # how far each ring was ever written
+        kept = ids is not None and any(pair.reads_tokens for pair in pairs)
+        self.text_bt = np.zeros((batch, max_len), ids) if kept else None  # the token ids by position
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self.lengths_b = np.zeros(self.batch, np.int64)
+        self._highest_b = np.zeros(self.batch, np.int64)  # how far each ring was ever written
 
     def _new_layer(self, pair: Pair, window: int | None) -> LayerCache:
         kept = self.exact.kept(pair, window, self.max_len)
@@ -236,10 +222,6 @@ class Cache:
     def _new_ring(self, pair: Pair, slots: int, windowed: bool) -> Ring:
         arrays = {name: self._zeros((self.batch, slots, *shape), kind) for name, (shape, kind) in pair.fields().items()}
         return self.ring_class(pair, slots, windowed, arrays)
-
-    def _new_text(self) -> np.ndarray | None:
-        reads = any(pair.reads_tokens for pair in self.pairs)
-        return np.zeros((self.batch, self.max_len), self.ids) if reads else None
 
     def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> Any:
         return np.zeros(shape, kind)
@@ -283,23 +265,17 @@ class Cache:
         self.lengths_b = np.maximum(self.lengths_b, positions_bq.max(1) + 1)
         self._highest_b = np.maximum(self._highest_b, self.lengths_b)
 
-    def reset(self) -> None:
-        """Forget everything; the memory stays allocated."""
-        self.lengths_b = np.zeros(self.batch, np.int64)
-        self._highest_b = np.zeros(self.batch, np.int64)
-
     def truncate(self, n: int) -> None:
         """Keep the first n tokens of every row. Past its window a ring has overwritten older keys, so then only the
         newest token can be taken back.
         """
-        rings = [ring for layer in self.layers for ring in layer.rings.values()]
-        ring = min((r.slots for r in rings if r.windowed and r.slots < self.max_len), default=self.max_len)
-        lost = (n < self._highest_b - 1) & (self._highest_b > ring) & (n < self.lengths_b)
+        rings = [ring for layer in self.layers for ring in layer.rings.values() if ring.windowed]
+        slots = min([self.max_len, *(ring.slots for ring in rings)])
+        lost = (n < self._highest_b - 1) & (self._highest_b > slots) & (n < self.lengths_b)
         if n < 0 or lost.any():
-            longest = int(self._highest_b.max())
             raise TPAError(
-                f"cache: cannot truncate to {n} tokens: window layers hold the newest {ring} of {longest}; "
-                f"reset() and run the text again"
+                f"cache: cannot truncate to {n} tokens: window layers hold the newest {slots} of "
+                f"{self._highest_b.max()}; reset() and run the text again"
             )
         self.lengths_b = np.minimum(self.lengths_b, n)
 
@@ -307,13 +283,8 @@ class Cache:
 class WholeText(Cache):
     """In the place of a cache, for a text that is read at once: the same keys that a cache would have given."""
 
-    ring_class = PassThrough
-
-    def _new_text(self) -> np.ndarray | None:
-        return None
-
-    def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> Any:
-        return None
+    def _new_ring(self, pair: Pair, slots: int, windowed: bool) -> Ring:
+        return PassThrough(pair, slots, windowed, {})
 
 
 def cache_bytes(

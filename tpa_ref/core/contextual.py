@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .attention import join_heads, split_heads
-from .mode import Mode, Parts, Tokens, register
+from .attention import einsum, join_heads, split_heads
+from .mode import Mode, Parts, Tokens
 from .transform import fix_signs
 
-einsum = partial(np.einsum, optimize=True)
 
-
-@register
 class Contextual(Mode):
     """K = (1/R) sum_r a_r (x) b_r for each token: parts A (R g numbers in one row, since they are few) and B [R,d].
 

@@ -1,7 +1,5 @@
 """How far two predictions are apart."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .attention import join_heads, split_heads
-from .mode import Mode, Parts, Tokens, register
-from .transform import relative_error
-
-einsum = partial(np.einsum, optimize=True)
+from .attention import einsum, join_heads, split_heads
+from .mode import Mode, Parts, Tokens
+from .transform import fix_signs, relative_error
 
 
-@register
 @dataclass(frozen=True)
 class FixedA(Mode):
     """Cached are the b's, B = (1/R) A X, [R,d]. At full rank this is the GQA cache written as TPA.
@@ -50,16 +46,16 @@ class FixedA(Mode):
 
     def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
         """B = (1/R) A X; A has rows R u_r, so this is the projection u_r^T X."""
-        return {"B": mix_heads_back(self.basis.astype(X_bkgd.dtype), X_bkgd) / self.rank}
+        return {"B": mix_heads_back(self.cast(self.basis, X_bkgd.dtype), X_bkgd) / self.rank}
 
     def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
-        return mix_heads(self.basis.astype(parts["B"].dtype), parts["B"]) / self.rank
+        return mix_heads(self.cast(self.basis, parts["B"].dtype), parts["B"]) / self.rank
 
     def scores(self, Q_bqhd: np.ndarray, parts: Parts, tokens: Tokens, scale: float) -> np.ndarray:
-        return scores_fixed_a(Q_bqhd, self.basis.astype(Q_bqhd.dtype), parts["B"], scale)
+        return scores_fixed_a(Q_bqhd, self.cast(self.basis, Q_bqhd.dtype), parts["B"], scale)
 
     def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
-        return values_fixed_a(P_bhqk, self.basis.astype(P_bhqk.dtype), parts["B"])
+        return values_fixed_a(P_bhqk, self.cast(self.basis, P_bhqk.dtype), parts["B"])
 
 
 def leading_pairs(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
@@ -69,14 +65,10 @@ def leading_pairs(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
     Shapes: M [g,d,g,d] = E[x x^T] of the flattened token -> A [R,g,d] (see `mix_heads`), relative error.
     """
     g, d = M_gdgd.shape[:2]
-    M_ggxy = M_gdgd.reshape(g, 2, d // 2, g, 2, d // 2)
-    pair = np.arange(d // 2)
-    M_pgjxy = M_ggxy[:, :, pair, :, :, pair].transpose(0, 1, 3, 2, 4)  # x, y: real or imaginary part
+    M_pgjxy = np.einsum("gxpjyp->pgjxy", M_gdgd.reshape(g, 2, d // 2, g, 2, d // 2))  # x, y: real or imaginary part
     Z_pgj = M_pgjxy[..., 0, 0] + M_pgjxy[..., 1, 1] + 1j * (M_pgjxy[..., 1, 0] - M_pgjxy[..., 0, 1])
     values_pg, U_pgs = np.linalg.eigh((Z_pgj + Z_pgj.conj().swapaxes(1, 2)) / 2)
-    U_psg = U_pgs[..., ::-1].swapaxes(1, 2)[:, :rank]
-    largest = np.take_along_axis(U_psg, np.abs(U_psg).argmax(-1, keepdims=True), -1)
-    U_psg = U_psg * (np.abs(largest) / largest)  # a complex eigenvector has a free phase
+    U_psg = fix_signs(U_pgs[..., ::-1].swapaxes(1, 2)[:, :rank])
     return rank * from_pairs(U_psg.transpose(1, 2, 0)), relative_error(values_pg[:, g - rank :].sum(), values_pg.sum())
 
 
@@ -86,11 +78,7 @@ def scores_fixed_a(Q_bqhd: np.ndarray, A_sg: np.ndarray, B_bksd: np.ndarray, sca
     Shapes: Q [b,q,h,d], A [s,g] or [s,g,d], B [b,k,s,d] (rotated) -> [b,h,q,k].
     """
     s, g = A_sg.shape[:2]
-    Q_bqgnd = split_heads(Q_bqhd, g)
-    if A_sg.ndim == 2:
-        Q_bqgnsd = einsum("sg,bqgnd->bqgnsd", A_sg, Q_bqgnd)
-    else:
-        Q_bqgnsd = from_pairs(einsum("sgp,bqgnp->bqgnsp", as_pairs(A_sg).conj(), as_pairs(Q_bqgnd)))
+    Q_bqgnsd = mixed("sg,bqgnd->bqgnsd", A_sg, split_heads(Q_bqhd, g), conjugate=True)
     return join_heads(einsum("bqgnsd,bksd->bgnqk", Q_bqgnsd, B_bksd) * (scale / s))
 
 
@@ -102,10 +90,7 @@ def values_fixed_a(P_bhqk: np.ndarray, A_ug: np.ndarray, B_bkue: np.ndarray) -> 
     b, h, q, _ = P_bhqk.shape
     u, g = A_ug.shape[:2]
     Y_bqgnue = einsum("bhqk,bkue->bqhue", P_bhqk, B_bkue).reshape(b, q, g, h // g, u, -1)
-    if A_ug.ndim == 2:
-        return einsum("ug,bqgnue->bqgne", A_ug, Y_bqgnue).reshape(b, q, h, -1) / u
-    O_bqgne = from_pairs(einsum("ugp,bqgnup->bqgnp", as_pairs(A_ug), as_pairs(Y_bqgnue)))
-    return O_bqgne.reshape(b, q, h, -1) / u
+    return mixed("ug,bqgnue->bqgne", A_ug, Y_bqgnue).reshape(b, q, h, -1) / u
 
 
 def mix_heads(A: np.ndarray, B_bksd: np.ndarray) -> np.ndarray:
@@ -117,16 +102,20 @@ def mix_heads(A: np.ndarray, B_bksd: np.ndarray) -> np.ndarray:
     >>> mix_heads(np.array([[[0.0, 1.0]]]), np.array([[[[1.0, 0.0]]]])).tolist()  # times i: a quarter turn
     [[[[0.0, 1.0]]]]
     """
-    if A.ndim == 2:
-        return einsum("sg,bksd->bkgd", A, B_bksd)
-    return from_pairs(einsum("sgp,bksp->bkgp", as_pairs(A), as_pairs(B_bksd)))
+    return mixed("sg,bksd->bkgd", A, B_bksd)
 
 
 def mix_heads_back(A: np.ndarray, X_bkgd: np.ndarray) -> np.ndarray:
     """The adjoint of `mix_heads`: b_s = sum_g conj(a_sg) x_g. With it <x, A b> = <mix_heads_back(A, x), b>."""
+    return mixed("sg,bkgd->bksd", A, X_bkgd, conjugate=True)
+
+
+def mixed(letters: str, A: np.ndarray, X: np.ndarray, conjugate: bool = False) -> np.ndarray:
+    """einsum with a real A [s,g], or with a complex one, [s,g,d], which has the letter of the features as well."""
     if A.ndim == 2:
-        return einsum("sg,bkgd->bksd", A, X_bkgd)
-    return from_pairs(einsum("sgp,bkgp->bksp", as_pairs(A).conj(), as_pairs(X_bkgd)))
+        return einsum(letters, A, X)
+    A_sgp = as_pairs(A).conj() if conjugate else as_pairs(A)
+    return from_pairs(einsum(letters.replace(",", f"{letters[-1]},"), A_sgp, as_pairs(X)))
 
 
 def as_pairs(x: np.ndarray) -> np.ndarray:

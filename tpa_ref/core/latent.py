@@ -7,19 +7,15 @@ the price of a cache that is smaller than the paper's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .attention import mean_values
-from .mode import Mode, Parts, Tokens, register
+from .attention import einsum, mean_values
+from .mode import Mode, Parts, Tokens
 from .transform import leading, loss, spectrum, truncated
 
-einsum = partial(np.einsum, optimize=True)
 
-
-@register
 @dataclass(frozen=True)
 class Latent(Mode):
     """Cached is c = E (x - mean), shared by all heads: one row of R.
@@ -54,34 +50,45 @@ class Latent(Mode):
     def parts(self) -> dict[str, tuple[int, ...]]:
         return {"C": (self.rank,)}
 
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        return self.rank, self.g, self.d
+
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
-        basis = (self.rank, self.g, self.d)
-        weighted = self.encoder is not None or self.mean is not None
-        return {
-            "basis": (basis,),
-            "encoder": (basis if weighted else None,),
-            "mean": ((self.g, self.d) if weighted else None,),
-        }
+        basis, weighted = self.basis_shape, self.encoder is not None or self.mean is not None
+        others = {"encoder": basis, "mean": (self.g, self.d)}
+        return {"basis": (basis,)} | {name: (shape if weighted else None,) for name, shape in others.items()}
 
     def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
+        (part,) = self.parts()
         encoder = self.basis if self.encoder is None else self.encoder
-        X_bkgd = X_bkgd if self.mean is None else X_bkgd - self.mean.astype(X_bkgd.dtype)
-        return {"C": einsum("sgd,bkgd->bks", encoder.astype(X_bkgd.dtype), X_bkgd)}
+        X_bkgd = X_bkgd if self.mean is None else X_bkgd - self.cast(self.mean, X_bkgd.dtype)
+        return {part: self.coefficients(X_bkgd, self.cast(encoder, X_bkgd.dtype))}
 
     def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
-        C_bks = parts["C"]
-        X_bkgd = einsum("bks,sgd->bkgd", C_bks, self.basis.astype(C_bks.dtype))
-        return X_bkgd if self.mean is None else X_bkgd + self.mean.astype(C_bks.dtype)
+        (C,) = parts.values()
+        X_bkgd = self.combined(C, self.cast(self.basis, C.dtype))
+        return X_bkgd if self.mean is None else X_bkgd + self.cast(self.mean, C.dtype)
 
     def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
-        """V needs no rotation, hence no rebuild: aggregate in R coefficients, apply the basis once per query."""
-        O_bqhe = values_latent(P_bhqk, parts["C"], self.basis.astype(P_bhqk.dtype))
-        return O_bqhe if self.mean is None else O_bqhe + mean_values(P_bhqk, self.mean.astype(P_bhqk.dtype))
+        """V needs no rotation, hence no rebuild: sum in R coefficients, apply the basis once per query."""
+        (C,), dtype = parts.values(), P_bhqk.dtype
+        O_bqhe = self.weighted(P_bhqk, C, self.cast(self.basis, dtype))
+        return O_bqhe if self.mean is None else O_bqhe + mean_values(P_bhqk, self.cast(self.mean, dtype))
 
+    # ---- the three products, of all heads together ----
 
-def values_latent(P_bhqk: np.ndarray, C_bku: np.ndarray, B_uge: np.ndarray) -> np.ndarray:
-    """Shapes: P [b,h,q,k], C [b,k,u], B [u,g,e] -> [b,q,h,e]."""
-    b, h, q, _ = P_bhqk.shape
-    g = B_uge.shape[1]
-    Y_bgnqu = (P_bhqk @ C_bku[:, None]).reshape(b, g, h // g, q, -1)
-    return einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).reshape(b, q, h, -1)
+    def coefficients(self, X_bkgd: np.ndarray, E_sgd: np.ndarray) -> np.ndarray:
+        """C [b,k,s]."""
+        return einsum("sgd,bkgd->bks", E_sgd, X_bkgd)
+
+    def combined(self, C_bks: np.ndarray, B_sgd: np.ndarray) -> np.ndarray:
+        """X [b,k,g,d] of its coefficients."""
+        return einsum("bks,sgd->bkgd", C_bks, B_sgd)
+
+    def weighted(self, P_bhqk: np.ndarray, C_bku: np.ndarray, B_uge: np.ndarray) -> np.ndarray:
+        """The same, summed over the keys with probabilities: [b,q,h,e]."""
+        b, h, q, _ = P_bhqk.shape
+        g = B_uge.shape[1]
+        Y_bgnqu = (P_bhqk @ C_bku[:, None]).reshape(b, g, h // g, q, -1)
+        return einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).reshape(b, q, h, -1)

@@ -1,7 +1,5 @@
 """Which key a query sees. One rule on positions serves whole texts, chunks, rings and padding alike."""
 
-from __future__ import annotations
-
 import numpy as np
 
 MASKED = -2.3819763e38  # finite, so that a row that sees nothing (padding) gives no NaN
@@ -14,14 +12,10 @@ def visible(
 
     last_bq: the last position that each query sees, where that is not its own: the tokens of an image see all of their
     image (`vision.last_seen`). An empty slot or a padding token has position -1 and is never seen. Keys may stand in
-    any order, as in a ring.
-
-    Shapes: [b,q], [b,k] -> bool [b,q,k].
+    any order, as in a ring. Shapes: [b,q], [b,k] -> bool [b,q,k].
 
     >>> visible(np.array([[2]]), np.array([[3, 1, 2, -1]]), window=2)[0, 0].tolist()
     [False, True, True, False]
-    >>> visible(np.array([[2]]), np.array([[3, 1, 2, -1]]), window=2, last_bq=np.array([[3]]))[0, 0].tolist()
-    [True, True, True, False]
     """
     last_bq = positions_bq if last_bq is None else last_bq
     seen_bqk = (positions_bk[:, None, :] <= last_bq[:, :, None]) & (positions_bk >= 0)[:, None, :]
@@ -35,8 +29,6 @@ def segment_mask(
 
     The first `sinks` tokens of the text are read from "sinks", the others from "recent" where j > i - recent, all that
     remain from "coded". The rule is by position, so a whole text, its chunks and its tokens one by one read the same.
-
-    Shapes: seen [b,q,k], positions [b,q] and [b,k] -> bool [b,q,k].
 
     >>> i, j = np.array([[5]]), np.array([[0, 1, 4, 5]])
     >>> segment_mask("coded", visible(i, j, None), i, j, sinks=1, recent=2)[0, 0].tolist()

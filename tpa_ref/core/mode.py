@@ -25,8 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import quantize
-from .attention import scores_dense, values_dense
+from . import attention, quantize
 from .rope import rotate
 
 Parts = dict[str, Any]  # part -> array [b,k,...]
@@ -60,6 +59,9 @@ class Mode:
     name: ClassVar[str] = ""
     rotated: ClassVar[str | None] = None  # the part that is cached after RoPE
     constants: ClassVar[tuple[str, ...]] = ()  # names of the constant arrays
+    # What another backend has of its own: these two modules, `cast` and `turned`
+    attention: ClassVar[Any] = attention
+    quantize: ClassVar[Any] = quantize
 
     # ---- what every mode says ----
 
@@ -89,16 +91,21 @@ class Mode:
 
     def scores(self, Q_bqhd: np.ndarray, parts: Parts, tokens: Tokens, scale: float) -> np.ndarray:
         """Logits [b,h,q,k] of rotated queries against cached K."""
-        return scores_dense(Q_bqhd, self.rotated_keys(parts, tokens), scale)
+        return self.attention.scores_dense(Q_bqhd, self.rotated_keys(parts, tokens), scale)
 
     def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
         """Sums [b,q,h,e] of cached V, weighted with probabilities [b,h,q,k]."""
-        return values_dense(P_bhqk, self.decode(parts, tokens))
+        return self.attention.values_dense(P_bhqk, self.decode(parts, tokens))
 
     def rotated_keys(self, parts: Parts, tokens: Tokens) -> np.ndarray:
         """K after RoPE, [b,k,g,d]."""
         K_bkgd = self.decode(parts, tokens)
-        return K_bkgd if self.rotated else rotate(K_bkgd, *tokens.tables)
+        return K_bkgd if self.rotated else self.turned(K_bkgd, tokens)
+
+    @staticmethod
+    def turned(X_bksd: Any, tokens: Tokens) -> Any:
+        """RoPE."""
+        return rotate(X_bksd, *tokens.tables)
 
     # ---- how the numbers are stored ----
 
@@ -119,15 +126,20 @@ class Mode:
         return {
             f"{part}.{field}": x
             for part, array in parts.items()
-            for field, x in quantize.quantize(array, self.part_dtype(part)).items()
+            for field, x in self.quantize.quantize(array, self.part_dtype(part)).items()
         }
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
         """The parts back as numbers in `dtype`: what attention computes with."""
         return {
-            part: quantize.dequantize(of_part(stored, part), self.part_dtype(part), shape[-1]).astype(dtype, copy=False)
+            part: self.cast(self.quantize.dequantize(of_part(stored, part), self.part_dtype(part), shape[-1]), dtype)
             for part, shape in self.parts().items()
         }
+
+    @staticmethod
+    def cast(x: Any, dtype: Any) -> Any:
+        """An array in another dtype."""
+        return x.astype(dtype, copy=False)
 
     @property
     def token_bytes(self) -> int:
@@ -165,7 +177,6 @@ def of_part(stored: Stored, part: str) -> dict[str, Any]:
 MODES: dict[str, type[Mode]] = {}  # the modes that can be asked for by name
 
 
-def register(mode: type[Mode]) -> type[Mode]:
-    """Make a mode known by its name: a decorator."""
+def register(mode: type[Mode]) -> None:
+    """Make a mode known by its name."""
     MODES[mode.name] = mode
-    return mode

@@ -1,7 +1,5 @@
 """RMSNorm as Gemma has it."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from ..trace import Tracer, no_trace
 from .dense import Dense
 from .mode import Mode, Parts, Stored, Tokens, of_part
-from .rope import rotate
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,9 @@ class Pair:
 
         RoPE acts on b where b is what is cached (Theorem 3.1).
         """
-        parts_k = self.k.encode(K_bkgd, tokens)
-        if self.k.rotated:
-            turned = self.turned(parts_k[self.k.rotated], tokens)
-            parts_k[self.k.rotated] = trace(f"rope.K_{self.k.rotated}", turned)
+        parts_k, rotated = self.k.encode(K_bkgd, tokens), self.k.rotated
+        if rotated:
+            parts_k[rotated] = trace(f"rope.K_{rotated}", self.k.turned(parts_k[rotated], tokens))
         return sides(self.k.store(parts_k), self.v.store(self.v.encode(V_bkge, tokens)))
 
     def load(self, stored: Stored, dtype: Any) -> tuple[Parts, Parts]:
@@ -46,7 +44,6 @@ class Pair:
 
     @property
     def modes(self) -> tuple[Mode, Mode]:
-        """(mode of K, mode of V)."""
         return self.k, self.v
 
     @property
@@ -63,11 +60,6 @@ class Pair:
     def dense(g: int, d: int, dtype: str = "bfloat16") -> Pair:
         """How a layer that is not converted caches K and V."""
         return Pair(Dense(g, d, dtype=dtype), Dense(g, d, dtype=dtype))
-
-    @staticmethod
-    def turned(X_bksd: Any, tokens: Tokens) -> Any:
-        """RoPE."""
-        return rotate(X_bksd, *tokens.tables)
 
 
 class Joint(Pair):

@@ -4,8 +4,6 @@ Gemma 3 has two kinds of layers and two tables: local layers use base 10,000, gl
 4B up the global frequencies are divided by 8 (linear scaling). Tables are built per kind and passed in.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -10,16 +10,13 @@ token itself tells of them, W z, need not be coded (`compress.token_prediction`)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from . import codes
-from .latent import Latent, values_latent
+from .latent import Latent
 from .mode import Parts, Stored, Tokens
-
-einsum = partial(np.einsum, optimize=True)
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class CodedLatent(Latent):
 
     name = "spectral"
     constants = ("basis", "encoder", "mean", "predictor")
+    codes: ClassVar[Any] = codes  # another backend has its own
 
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
         z = 0 if self.predictor is None else len(self.predictor)
@@ -47,29 +45,28 @@ class CodedLatent(Latent):
         return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
 
     def store(self, parts: Parts) -> Stored:
-        return {"C.codes": codes.quantize(parts["C"], self.widths)}
+        return {"C.codes": self.codes.quantize(parts["C"], self.widths)}
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
-        return {"C": codes.dequantize(stored["C.codes"], self.widths).astype(dtype, copy=False)}
+        return {"C": self.cast(self.codes.dequantize(stored["C.codes"], self.widths), dtype)}
 
     def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
         predicted = self.predicted(tokens)
-        return super().encode(X_bkgd if predicted is None else X_bkgd - predicted.astype(X_bkgd.dtype), tokens)
+        return super().encode(X_bkgd if predicted is None else X_bkgd - self.cast(predicted, X_bkgd.dtype), tokens)
 
     def decode(self, parts: Parts, tokens: Tokens) -> np.ndarray:
         predicted, X_bkgd = self.predicted(tokens), super().decode(parts, tokens)
-        return X_bkgd if predicted is None else X_bkgd + predicted.astype(X_bkgd.dtype)
+        return X_bkgd if predicted is None else X_bkgd + self.cast(predicted, X_bkgd.dtype)
 
     def values(self, P_bhqk: np.ndarray, parts: Parts, tokens: Tokens) -> np.ndarray:
         """Token vectors are coefficients like others: summed first, mapped once per query."""
-        O_bqhe = super().values(P_bhqk, parts, tokens)
+        O_bqhe, dtype = super().values(P_bhqk, parts, tokens), P_bhqk.dtype
         if self.predictor is None:
             return O_bqhe
-        return O_bqhe + values_latent(P_bhqk, tokens.Z_bkz, self.predictor.astype(P_bhqk.dtype))
+        return O_bqhe + self.weighted(P_bhqk, self.cast(tokens.Z_bkz, dtype), self.cast(self.predictor, dtype))
 
     def predicted(self, tokens: Tokens) -> Any:
         """What the tokens tell of K or V, W z: [b,k,g,d]; None where nothing is predicted."""
         if self.predictor is None:
             return None
-        assert tokens.Z_bkz is not None
-        return einsum("bkz,zgd->bkgd", tokens.Z_bkz, self.predictor.astype(tokens.Z_bkz.dtype))
+        return self.combined(tokens.Z_bkz, self.cast(self.predictor, tokens.Z_bkz.dtype))

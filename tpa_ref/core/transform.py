@@ -9,21 +9,16 @@
 3. How many bits does each deserve? Those that remove most damage for each stored byte (`compress.bits`).
 
 x is K and V of a token side by side, all heads of both. F has no block between K and V, which measurably adds nothing.
-Coefficients are divided by their standard deviation, so one table of levels per width serves all of them.
-
-Below are the plain tools as well: leading eigenvectors, second moments of data and of weights.
+Coefficients are divided by their standard deviation, so one table of levels per width serves all of them. Below are the
+plain tools as well: leading eigenvectors, second moments of data and of weights.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-einsum = partial(np.einsum, optimize=True)
 FLOOR = 1e-4  # share of the mean sensitivity of every direction, at least: few tokens cannot prove that one has none
 
 
@@ -106,9 +101,11 @@ def leading(M: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
 
 
 def fix_signs(U_sx: np.ndarray) -> np.ndarray:
-    """Rows with their largest entry made positive: eigenvectors have no sign, but both backends choose one."""
+    """Rows with their largest entry made positive: eigenvectors have no sign (complex ones no phase), but both backends
+    choose one.
+    """
     largest = np.take_along_axis(U_sx, np.abs(U_sx).argmax(-1, keepdims=True), -1)
-    return U_sx * np.where(largest < 0, -1, 1)
+    return U_sx * (np.abs(largest) / largest if np.iscomplexobj(U_sx) else np.where(largest < 0, -1, 1))
 
 
 def relative_error(kept: float, total: float) -> float:
@@ -134,7 +131,7 @@ def moment_from_weights(W_gdm: np.ndarray, input_norm_m: np.ndarray, k_norm_d: n
     if k_norm_d is not None:
         rms_g = np.sqrt(np.square(W_gdm).sum(-1).mean(-1))
         W_gdm = W_gdm / np.maximum(rms_g, 1e-30)[:, None, None] * (1 + k_norm_d.astype(np.float64))[:, None]
-    return einsum("gdm,jcm->gdjc", W_gdm, W_gdm)
+    return np.einsum("gdm,jcm->gdjc", W_gdm, W_gdm, optimize=True)
 
 
 def truncate_query_heads(WQ_hdm: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -142,8 +139,6 @@ def truncate_query_heads(WQ_hdm: np.ndarray, rank: int) -> tuple[np.ndarray, np.
 
     Shapes: W_Q [h,d,m], R -> A [R,h], W [R,d,m] (W_Q = einsum("rh,rdm->hdm", A, W)), relative error.
     """
-    h = WQ_hdm.shape[0]
-    flat = WQ_hdm.reshape(h, -1).astype(np.float64)
-    A_rh, error = leading(flat @ flat.T, rank)
-    W_rdm = (A_rh @ flat).reshape(rank, *WQ_hdm.shape[1:])
-    return A_rh, W_rdm, error
+    W_hx = WQ_hdm.reshape(len(WQ_hdm), -1).astype(np.float64)
+    A_rh, error = leading(W_hx @ W_hx.T, rank)
+    return A_rh, (A_rh @ W_hx).reshape(rank, *WQ_hdm.shape[1:]), error

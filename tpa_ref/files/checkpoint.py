@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -26,22 +26,11 @@ from ..compress.config import TPAConfig
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 from ..gemma.model import Model
-from ..gemma.weights import (
-    VISION_BLOCKS,
-    LayersOnDisk,
-    Weights,
-    from_named,
-    hf_names,
-    stored_name,
-    to_named_layer,
-    to_named_vision,
-    vision_weights,
-)
+from ..gemma.weights import VISION_BLOCKS, from_named, hf_names, joined, joined_vision, stored_name
 from .formats import FORMAT, VERSION
 from .found import Found, inspect
-from .pairs import describe, is_basis, named_arrays, saved_pairs
+from .pairs import describe, is_basis, named_arrays, saved_pair
 
-DTYPES = ("float32", "float64")
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
 
@@ -62,28 +51,24 @@ def load(
     the tensors being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that
     no more than one is in memory. A multimodal checkpoint comes with its image tower where config and tensors have one.
     """
-    if dtype not in DTYPES:
-        raise TPAError(f"load: dtype of the NumPy backend must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in ("float32", "float64"):
+        raise TPAError(f"load: dtype of the NumPy backend must be one of float32, float64, got {dtype!r}")
     return Loader(inspect(path, variant, config, tokenizer), dtype).model(progress, on_disk)
 
 
-class Loader(Mapping[str, Any]):
-    """The tensors of a checkpoint by name, read when they are asked for, in the dtype that is computed in."""
+class Loader(dict[str, Any]):
+    """The tensors of a checkpoint by name, in the dtype that is computed in: those that are kept, and any other is read
+    whenever it is asked for.
+    """
 
     model_class: type = Model
 
     def __init__(self, found: Found, dtype: str):
+        super().__init__()
         self.found, self.dtype = found, dtype
-        self._held: dict[str, Any] = {}  # read once, and kept
 
-    def __getitem__(self, name: str) -> Any:
-        return self._held[name] if name in self._held else self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found.entries)
-
-    def __len__(self) -> int:
-        return len(self.found.entries)
+    def __missing__(self, name: str) -> Any:
+        return self.read(name)
 
     def read(self, name: str) -> Any:
         """One tensor; infinities and NaN are named and refused."""
@@ -91,39 +76,31 @@ class Loader(Mapping[str, Any]):
         value = value if is_basis(name) else value.astype(self.dtype, copy=False)
         # Both ends show what is not finite, without the temporary arrays of a test of every number.
         if value.size and not np.isfinite([value.min(), value.max()]).all():
-            raise TPAError(
-                f"load: {name} must be finite, got {int((~np.isfinite(value)).sum())} NaN or infinite numbers"
-            )
+            count = int((~np.isfinite(value)).sum())
+            raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
         return value
 
     def model(self, progress: Callable = iter, on_disk: bool = False) -> Any:
         """The model, with its TPA factors if it was saved with some."""
         config, saved = self.found.config, self.found.tpa
         blocks = ("model.layers.", VISION_BLOCKS) if on_disk else "none"
-        for name in progress([name for name in self if not name.startswith(blocks)]):
-            self._held[name] = self.read(name)
+        for name in progress([name for name in self.found.entries if not name.startswith(blocks)]):
+            self[name] = self.read(name)
         tpa, pairs, queries = None, None, None
         if saved is not None:
             try:
                 tpa = TPAConfig.from_dict(saved["config"])
-                pairs = saved_pairs(self.model_class, saved["factors"], self._held, config)
-                queries = [query_factors(self._held, layer, config) for layer in range(config.num_layers)]
+                if len(entries := saved["factors"]) != config.num_layers:
+                    raise TPAError(f"load: saved factors must cover {config.num_layers} layers, got {len(entries)}")
+                pairs = [saved_pair(self.model_class, entry, self, config, at) for at, entry in enumerate(entries)]
+                queries = [query_factors(self, layer, config) for layer in range(config.num_layers)]
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
-        made = self.model_class(
-            config, self.weights(on_disk), self.found.tokenizer, tpa, pairs, queries, self.found.stored_dtype
-        )
-        made.choices = list(tpa.resolve(config)[0]) if tpa else made.choices
+        weights = from_named(self, config, on_disk)
+        made = self.model_class(config, weights, self.found.tokenizer, tpa, pairs, queries, self.found.stored_dtype)
+        if tpa is not None:
+            made.choices = list(tpa.resolve(config)[0])
         return made
-
-    def weights(self, on_disk: bool) -> Weights:
-        """All weights; on_disk: the blocks are read whenever they are needed."""
-        config = self.found.config
-        if not on_disk:
-            return from_named(self, config)
-        vision = vision_weights(self, config, on_disk) if config.vision else None
-        outer = self["model.embed_tokens.weight"], self["model.norm.weight"]
-        return Weights(outer[0], LayersOnDisk(self, config), outer[1], vision)
 
 
 def query_factors(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> tuple[Any, Any] | None:
@@ -149,63 +126,8 @@ def save(model: Any, path: str | Path) -> Path:
     """
     path = check_output(path)
     with replacing(path) as temporary:
-        if path.suffix == ".pt":
-            save_pt(model, temporary)
-        elif path.suffix:
-            save_safetensors(model, temporary)
-        else:
-            save_folder(model, temporary)
+        {".pt": save_pt, ".safetensors": save_safetensors, "": save_folder}[path.suffix](model, temporary)
     return path
-
-
-def parts(model: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Everything of a model that is an array, by name: what stands outside the layers, then layer by layer, then the
-    image tower.
-    """
-    yield outer_part(model)
-    for layer in range(model.config.num_layers):
-        yield layer_part(model, layer)
-    if model.config.vision:
-        yield vision_part(model)
-
-
-def stored(model: Any, x: Any) -> np.ndarray:
-    """A weight in the dtype it was stored in."""
-    return in_dtype(model.to_numpy(x), model.stored_dtype)
-
-
-def in_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
-    """An array in a dtype, bfloat16 included, in one piece."""
-    return np.ascontiguousarray(x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False))
-
-
-def outer_part(model: Any) -> dict[str, np.ndarray]:
-    """What stands outside the layers."""
-    tensors = {"model.embed_tokens.weight": model.weights.embed_vm, "model.norm.weight": model.weights.final_norm_m}
-    return {stored_name(name, model.config): stored(model, x) for name, x in tensors.items()}
-
-
-def vision_part(model: Any) -> dict[str, np.ndarray]:
-    """The image tower and its projector."""
-    return {name: stored(model, x) for name, x in to_named_vision(model.weights.vision)}
-
-
-def layer_part(model: Any, layer: int) -> dict[str, np.ndarray]:
-    """One layer's weights in the dtype they were stored in, and its constant factors as they are."""
-    block = to_named_layer(model.weights.layers[layer], layer)
-    tensors = {stored_name(name, model.config): stored(model, x) for name, x in block.items()}
-    factors = dict(named_arrays(model.pairs[layer], layer))
-    factors |= {f"tpa.layers.{layer}.q.{name}": x for name, x in zip("AW", model.query_factors[layer] or ())}
-    return tensors | {name: np.ascontiguousarray(model.to_numpy(x)) for name, x in factors.items()}
-
-
-def config_json(model: Any) -> str:
-    """The config.json of a saved model."""
-    content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
-    if model.tpa is not None:
-        described = [describe(pair) for pair in model.pairs]
-        content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": described}
-    return json.dumps(content, indent=2)
 
 
 def save_safetensors(model: Any, target: Path) -> None:
@@ -213,18 +135,18 @@ def save_safetensors(model: Any, target: Path) -> None:
     proto = model.tokenizer.proto if model.tokenizer else b""
     metadata = {"format": FORMAT, "version": str(VERSION)}
     metadata |= {"config": config_json(model), "tokenizer": base64.b64encode(proto).decode()}
-    save_file({name: x for part in parts(model) for name, x in part.items()}, target, metadata)
+    save_file(arrays(model), target, metadata)
 
 
 def save_folder(model: Any, target: Path) -> None:
     """A folder like Hugging Face's."""
     target.mkdir()
-    if stored_bytes(model) <= SHARD_BYTES:
-        tensors = {name: x for part in parts(model) for name, x in part.items()}
-        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    numbers = sum(math.prod(shape) for shape in hf_names(model.config).values())
+    if numbers * np.dtype(model.stored_dtype).itemsize <= SHARD_BYTES:
+        save_file(arrays(model), target / "model.safetensors", {"format": "pt"})
     else:
-        for number, part in enumerate(parts(model)):
-            save_file(part, target / shard_name(number, model.config), {"format": "pt"})
+        for number in range(shard_count(model.config)):
+            save_file(shard(model, number), target / shard_name(number, model.config), {"format": "pt"})
         write_index(target)
     write_beside(model, target)
 
@@ -235,28 +157,26 @@ def save_pt(model: Any, target: Path) -> None:
         import torch
     except ImportError:
         raise TPAError("save: writing .pt needs torch, which is not installed; use .safetensors or a folder") from None
-    tensors = {name: _to_torch(x) for part in parts(model) for name, x in part.items()}
+    tensors = {}
+    for name, x in arrays(model).items():
+        is_bfloat16 = x.dtype == "bfloat16"  # which torch does not take from NumPy
+        tensors[name] = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(x)
     proto = torch.frombuffer(bytearray(model.tokenizer.proto), dtype=torch.uint8) if model.tokenizer else None
     content = {"format": FORMAT, "version": VERSION, "config": config_json(model), "tokenizer": proto}
     torch.save(content | {"tensors": tensors}, target)
 
 
-def _to_torch(x: np.ndarray) -> Any:
-    import torch
-
-    if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
+def arrays(model: Any) -> dict[str, np.ndarray]:
+    """Everything of a model that is an array, by name."""
+    return {name: x for number in range(shard_count(model.config)) for name, x in shard(model, number).items()}
 
 
-def stored_bytes(model: Any) -> int:
-    """Bytes of the weights as they are saved."""
-    itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[model.stored_dtype]
-    return itemsize * sum(int(np.prod(shape)) for shape in hf_names(model.config).values())
+def shard_count(config: GemmaConfig) -> int:
+    return config.num_layers + 1 + (config.vision is not None)
 
 
 def shard_name(number: int, config: GemmaConfig) -> str:
-    """Shard 0 is what stands outside the layers, shard i + 1 is layer i, and one more is the image tower.
+    """The file of a shard.
 
     >>> shard_name(0, GemmaConfig.gemma3_1b())
     'model-00001-of-00027.safetensors'
@@ -264,8 +184,34 @@ def shard_name(number: int, config: GemmaConfig) -> str:
     return f"model-{number + 1:05d}-of-{shard_count(config):05d}.safetensors"
 
 
-def shard_count(config: GemmaConfig) -> int:
-    return config.num_layers + 1 + (config.vision is not None)
+def shard(model: Any, number: int) -> dict[str, np.ndarray]:
+    """Shard 0 is what stands outside the layers, shard i + 1 is layer i, and one more is the image tower. Weights come
+    in the dtype they were stored in, constant factors as they are.
+    """
+    config, weights, layer = model.config, model.weights, number - 1
+    factors: dict[str, Any] = {}
+    named: Iterable[tuple[str, Any]]
+    if number == 0:
+        named = [("model.embed_tokens.weight", weights.embed_vm), ("model.norm.weight", weights.final_norm_m)]
+    elif layer == config.num_layers:
+        named = joined_vision(weights.vision)
+    else:
+        named = joined(weights.layers[layer], f"model.layers.{layer}.")
+        factors = dict(named_arrays(model.pairs[layer], layer))
+        factors |= {f"tpa.layers.{layer}.q.{name}": x for name, x in zip("AW", model.query_factors[layer] or ())}
+    tensors = {
+        stored_name(name, config): np.ascontiguousarray(model.to_numpy(x), model.stored_dtype) for name, x in named
+    }
+    return tensors | {name: np.ascontiguousarray(model.to_numpy(x)) for name, x in factors.items()}
+
+
+def config_json(model: Any) -> str:
+    """The config.json of a saved model."""
+    content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
+    if model.tpa is not None:
+        factors = [describe(pair) for pair in model.pairs]
+        content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": factors}
+    return json.dumps(content, indent=2)
 
 
 def write_index(folder: Path) -> None:
@@ -306,7 +252,7 @@ def check_output(path: str | Path) -> Path:
     if path.suffix and path.is_dir():
         raise TPAError(f"save: {path} is a folder, a file was expected")
     if not path.suffix and path.exists():
-        ours = path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())
-        if not ours:
+        is_ours = path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())
+        if not is_ours:
             raise TPAError(f"save: {path} exists and is not a saved model; choose another place or remove it")
     return path

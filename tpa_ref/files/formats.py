@@ -5,63 +5,69 @@
       its int8 variant      the same, int8 `weight` with a `weight_scaler` per row
     saved by this program   folder, *.safetensors or *.pt (see `checkpoint`)
 
-Tensors keep the names they have there (`names` brings them to those of `weights.hf_names`). A pickle is only opened where it holds nothing but tensors: one that would run code is refused. torch is imported for pickles alone.
+Tensors keep the names they have there (`names` brings them to those of `weights.hf_names`). A pickle is only opened
+where it holds nothing but tensors: one that would run code is refused. torch is imported for pickles alone.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
-from collections.abc import Callable
+import warnings
+import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TPAError
 
 FORMAT, VERSION = "tpa-gemma3", 3  # of models saved by this program
 READABLE = ("2", "3")  # in 2 nothing was predicted, and K and V had codes of their own
+Container = tuple[dict[str, "Entry"], dict[str, Any] | None, bytes | None]  # tensors, config.json, tokenizer.model
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor that has not been read: `read("numpy")` or `read("pt")` gives it, in the dtype it is stored in."""
+    """One tensor that has not been read: where it lies, and what is done with it, in this order."""
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[str], Any]
+    file: Any = None  # a `SafetensorsFile` or `PickledFile`
+    key: str = ""
+    scale: Entry | None = None  # multiplies every row
+    transposed: bool = False
+    rows: slice | None = None  # only these
 
-
-@dataclass
-class Container:
-    """What lies at a path: tensors by the names they have there, and what was found beside them."""
-
-    entries: dict[str, Entry]
-    content: dict[str, Any] | None = None  # config.json
-    proto: bytes | None = None  # tokenizer.model
+    def read(self, framework: str) -> Any:
+        """An array ("numpy") or a torch tensor ("pt")."""
+        is_numpy, x = framework == "numpy", self.file.read(self.key, framework)
+        if self.scale is not None:
+            s = self.scale.read(framework)[:, None]
+            x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
+        if self.transposed:
+            x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
+        return x if self.rows is None else x[self.rows]
 
 
 def open_checkpoint(path: Path) -> Container:
-    """Recognise a format by its files and look inside, without reading a tensor."""
-    if not exists(path):
+    """What lies at a path: tensors by the names they have there, and what was found beside them."""
+    if not os.path.exists(path):  # False also for a name too long, or with a null byte in it
         raise TPAError(f"load: no such file or folder: {path}")
     files = checkpoint_files(path)
-    if files[0].suffix == ".safetensors":
-        return _open_safetensors(path, files)
-    return _open_pickles(path, files)
+    return _open_safetensors(files) if files[0].suffix == ".safetensors" else _open_pickles(files)
 
 
 def checkpoint_files(path: Path) -> list[Path]:
     """The files that hold the tensors: the one named, or those of a folder."""
     if not path.is_dir():
-        if path.suffix not in (".safetensors", *PICKLES):
+        if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
             raise TPAError(
                 f"load: {path} must be a folder, a .safetensors file, a gemma_pytorch .ckpt or a saved .pt model, got "
                 f"{path.suffix or 'a file without suffix'}"
@@ -84,14 +90,14 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def _shards_of_index(index: Path) -> list[Path]:
-    shards = parse_json(read_text(index), index).get("weight_map")
+    shards = _parse_json(_read_bytes(index), index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise TPAError(f"load: {index} must hold a weight_map of names, got {type(shards).__name__}")
     if not shards:
         raise TPAError(f"load: {index} must name at least one shard, got an empty weight_map")
     files = [index.parent / name for name in sorted(set(shards.values()))]
     for file in files:
-        if file.parent != index.parent or not (exists(file) and file.is_file()):
+        if file.parent != index.parent or not os.path.isfile(file):
             raise TPAError(f"load: {index.name} names {file.name}, which is not in {index.parent}")
         if file.suffix != Path(index.name.removesuffix(".index.json")).suffix:
             raise TPAError(f"load: {index.name} names {file.name}, which is of another format")
@@ -101,76 +107,73 @@ def _shards_of_index(index: Path) -> list[Path]:
 # ---- safetensors ----
 
 
-def _open_safetensors(path: Path, files: list[Path]) -> Container:
+class SafetensorsFile:
+    """A file's tensors, mapped and not read: opened once for each framework, and closed with the last reader."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened: dict[str, Any] = {}
+
+    def open(self, framework: str) -> Any:
+        try:
+            if framework not in self._opened:
+                self._opened[framework] = safe_open(self.path, framework)
+            return self._opened[framework]
+        except SafetensorError as problem:
+            raise TPAError(f"load: {self.path} is truncated or not a safetensors file: {problem}") from None
+        except OSError as problem:
+            raise TPAError(f"load: cannot read {self.path}: {problem.strerror or problem}") from None
+
+    def read(self, key: str, framework: str) -> Any:
+        try:
+            return self.open(framework).get_tensor(key)
+        except SafetensorError as problem:
+            raise TPAError(f"load: {key} of {self.path} cannot be read: {problem}") from None
+
+
+def _open_safetensors(files: list[Path]) -> Container:
     entries: dict[str, Entry] = {}
-    holder: dict[str, Path] = {}
     metadata: dict[str, str] = {}
-    for file in files:
-        handles = Handles(file)
-        handle = handles("numpy")
+    for file in map(SafetensorsFile, files):
+        handle = file.open("numpy")
         metadata = handle.metadata() or metadata
         for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-            if key in holder:
-                raise TPAError(f"load: {key} is held twice, in {holder[key].name} and in {file.name}")
-            holder[key] = file
+            if key in entries:
+                raise TPAError(f"load: {key} is held twice, in {entries[key].file.path.name} and in {file.path.name}")
             view = handle.get_slice(key)
             dtype = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
-            entries[key] = Entry(tuple(view.get_shape()), dtype, _reader(handles, key))
+            entries[key] = Entry(tuple(view.get_shape()), dtype, file, key)
     if metadata.get("format") != FORMAT:
-        return Container(entries, *_beside(path if path.is_dir() else path.parent))
-    check_version(path, metadata.get("version"))
+        return entries, *_beside(files[0].parent)
+    check_version(files[0], metadata.get("version"))
     try:
         proto = base64.b64decode(metadata.get("tokenizer", ""), validate=True) or None
     except ValueError:
-        raise TPAError(f"load: the tokenizer inside {path} is damaged (not base64)") from None
-    return Container(entries, parse_json(metadata.get("config", ""), path), proto)
-
-
-def _reader(handles: Handles, key: str) -> Callable[[str], Any]:
-    def read(framework: str) -> Any:
-        try:
-            return handles(framework).get_tensor(key)
-        except SafetensorError as problem:
-            raise TPAError(f"load: {key} of {handles.file} cannot be read: {problem}") from None
-
-    return read
-
-
-class Handles:
-    """A file's tensors, mapped and not read: opened once for each framework, and closed with the last reader."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self._opened: dict[str, Any] = {}
-
-    def __call__(self, framework: str) -> Any:
-        try:
-            if framework not in self._opened:
-                self._opened[framework] = safe_open(self.file, framework)
-            return self._opened[framework]
-        except SafetensorError as problem:
-            raise TPAError(f"load: {self.file} is truncated or not a safetensors file: {problem}") from None
-        except OSError as problem:
-            raise TPAError(f"load: cannot read {self.file}: {problem.strerror or problem}") from None
-
-
-def _beside(folder: Path) -> tuple[dict[str, Any] | None, bytes | None]:
-    """(config.json, tokenizer.model) of a folder, None for what is not there."""
-    config, words = folder / "config.json", folder / "tokenizer.model"
-    content = parse_json(read_text(config), config) if config.is_file() else None
-    try:
-        return content, words.read_bytes() if words.is_file() else None
-    except OSError as problem:
-        raise TPAError(f"load: cannot read {words}: {problem.strerror or problem}") from None
+        raise TPAError(f"load: the tokenizer inside {files[0]} is damaged (not base64)") from None
+    return entries, _parse_json(metadata.get("config", ""), files[0]), proto
 
 
 # ---- pickles: gemma_pytorch's files, pytorch_model.bin, and .pt saved by this program ----
 
 
-def _open_pickles(path: Path, files: list[Path]) -> Container:
+class PickledFile(dict[Any, Any]):
+    """The tensors of a pickle, mapped and not read."""
+
+    def read(self, key: str, framework: str) -> Any:
+        x = self[key]
+        if framework == "pt":
+            return x
+        if str(x.dtype) != "torch.bfloat16":  # which NumPy has not
+            return x.numpy()
+        import torch
+
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _open_pickles(files: list[Path]) -> Container:
     entries: dict[str, Entry] = {}
     for file in files:
-        held = load_pickle(file)
+        held = _load_pickle(file)
         if held.get("format") == FORMAT:
             return _saved_pt(file, held)
         held = held.get("model_state_dict", held)
@@ -180,21 +183,18 @@ def _open_pickles(path: Path, files: list[Path]) -> Container:
             if key in entries:
                 raise TPAError(f"load: {key} is held twice, in {file.name} and in a shard before it")
             entries[key] = entry
-    content, proto = _beside(path if path.is_dir() else path.parent)
+    content, proto = _beside(files[0].parent)
     # What lies beside a .ckpt may describe something else; a Hugging Face config says what it is.
     is_hf = content is not None and ("model_type" in content or "text_config" in content)
-    return Container(entries, content if is_hf else None, proto)
+    return entries, content if is_hf else None, proto
 
 
-def load_pickle(file: Path) -> dict[Any, Any]:
+def _load_pickle(file: Path) -> dict[Any, Any]:
     """The dict in a file of torch.save, memory-mapped; refused where it holds more than tensors and plain values."""
     try:
         import torch
     except ImportError:
         raise TPAError(f"load: reading {file} needs torch, which is not installed: pip install torch") from None
-    import warnings
-    import zipfile
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles, in front of the line that refuses them
@@ -214,70 +214,59 @@ def load_pickle(file: Path) -> dict[Any, Any]:
 def _tensor_entries(file: Path, held: dict[Any, Any]) -> dict[str, Entry]:
     import torch
 
-    entries = {}
+    opened = PickledFile(held)
+    entries: dict[str, Entry] = {}
     for key, value in held.items():
         if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided):
             raise TPAError(f"load: {file} must hold named dense tensors, got {str(key)[:60]}: {type(value).__name__}")
         if value.device.type != "cpu":
             raise TPAError(f"load: {key} of {file} must be a tensor with data, got one on {value.device}")
-        dtype = str(value.dtype).removeprefix("torch.")
-        entries[key] = Entry(tuple(value.shape), dtype, partial(_of_torch, value))
+        entries[key] = Entry(tuple(value.shape), str(value.dtype).removeprefix("torch."), opened, key)
     return entries
-
-
-def _of_torch(value: Any, framework: str) -> Any:
-    """A torch tensor for either backend; NumPy has no bfloat16 of its own."""
-    if framework != "numpy":
-        return value
-    if str(value.dtype) != "torch.bfloat16":
-        return value.numpy()
-    import torch
-
-    return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
     check_version(file, content.get("version"))
     held, words, config = (content.get(name) for name in ("tensors", "tokenizer", "config"))
-    is_tensor = hasattr(words, "numpy")
-    if not isinstance(held, dict) or not isinstance(config, str) or not (words is None or is_tensor):
+    if not isinstance(held, dict) or not isinstance(config, str) or not (words is None or hasattr(words, "numpy")):
         raise TPAError(f"load: {file} must hold a config text, a tokenizer tensor or None, and named dense tensors")
     proto = words.numpy().tobytes() if words is not None else None
-    return Container(_tensor_entries(file, held), parse_json(config, file), proto)
+    return _tensor_entries(file, held), _parse_json(config, file), proto
 
 
-# ---- files ----
+# ---- what lies beside ----
 
 
-def exists(path: Path) -> bool:
+def _beside(folder: Path) -> tuple[dict[str, Any] | None, bytes | None]:
+    """(config.json, tokenizer.model) of a folder, None for what is not there."""
+    config, words = folder / "config.json", folder / "tokenizer.model"
+    content = _parse_json(_read_bytes(config), config) if config.is_file() else None
+    return content, _read_bytes(words) if words.is_file() else None
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long, or with a null byte in it
-        return False
+        return path.read_bytes()
+    except OSError as problem:
+        raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
+
+
+def _parse_json(text: str | bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except UnicodeDecodeError:
+        raise TPAError(f"load: {path} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as problem:
+        raise TPAError(f"load: {path} is not valid JSON: {problem}") from None
+    if not isinstance(content, dict):
+        raise TPAError(f"load: {path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def check_version(path: Path, version: Any) -> None:
     if str(version) not in READABLE:
         age = "a newer" if str(version).isdecimal() and int(version) > VERSION else "another"
         raise TPAError(
-            f"load: {path} was saved in format version {version} by {age} release, this one reads {' and '.join(READABLE)}"
+            f"load: {path} was saved in format version {version} by {age} release, "
+            f"this one reads {' and '.join(READABLE)}"
         )
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise TPAError(f"load: {path} is not UTF-8 text") from None
-    except OSError as problem:
-        raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
-
-
-def parse_json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise TPAError(f"load: {path} is not valid JSON: {problem}") from None
-    if not isinstance(content, dict):
-        raise TPAError(f"load: {path} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from ..errors import TPAError
 from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
 from ..gemma.tokenizer import Tokenizer
 from ..gemma.weights import hf_names, is_vision
-from . import formats, names
-from .formats import Entry
+from .formats import Entry, check_version, open_checkpoint
+from .names import named_entries, split_qkv
 from .pairs import is_factor
 
 SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
@@ -22,7 +22,6 @@ SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's p
 class Found:
     """A checkpoint that has been looked at and checked, but not read."""
 
-    path: Path
     config: GemmaConfig
     tpa: dict[str, Any] | None  # the "tpa" entry of a saved model's config
     tokenizer: Tokenizer | None
@@ -40,27 +39,31 @@ def inspect(
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    container = formats.open_checkpoint(path)
-    entries = names.named_entries(container.entries)
-    found_config = names.with_rows(_choose_config(path, container.content, variant, config, entries), entries)
-    found_config, entries = names.with_vision(found_config, entries)
+    held, content, proto = open_checkpoint(path)
+    entries = named_entries(held)
+    config = _choose_config(path, variant, content if config is None else config, entries)
+    # An image tower that only the config or only the file knows of is left out.
+    if config.vision is None:
+        entries = {name: entry for name, entry in entries.items() if not is_vision(name)}
+    elif not any(map(is_vision, entries)):
+        config = replace(config, vision=None)
     stored_dtype = _stored_dtype(path, {e.dtype for name, e in entries.items() if not name.startswith("tpa.")})
-    saved_tpa = container.content.get("tpa") if container.content else None
-    if saved_tpa is not None and not isinstance(saved_tpa, dict):
-        raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
+    saved_tpa = (content or {}).get("tpa")
     if saved_tpa is not None:
-        formats.check_version(path, saved_tpa.get("version"))
-    entries, problems = names.split_qkv(entries, found_config)
-    check_tensors(path, {name: entry.shape for name, entry in entries.items()}, found_config, saved_tpa, problems)
+        if not isinstance(saved_tpa, dict):
+            raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
+        check_version(path, saved_tpa.get("version"))
+    entries, problems = split_qkv(entries, config)
+    _check_tensors(path, entries, config, bool(saved_tpa), problems)
     words = Tokenizer.from_file(tokenizer) if tokenizer else None
-    if words is None and container.proto:
-        words = Tokenizer(container.proto, str(path))
-    if words and not words.vocab_size <= found_config.vocab_size <= words.vocab_size + SPARE_ROWS:
+    if words is None and proto:
+        words = Tokenizer(proto, str(path))
+    if words and not words.vocab_size <= config.vocab_size <= words.vocab_size + SPARE_ROWS:
         raise TPAError(
             f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
-            f"got {words.vocab_size} pieces and {found_config.vocab_size} rows"
+            f"got {words.vocab_size} pieces and {config.vocab_size} rows"
         )
-    return Found(path, found_config, saved_tpa, words, stored_dtype, entries)
+    return Found(config, saved_tpa, words, stored_dtype, entries)
 
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:
@@ -75,61 +78,46 @@ def _stored_dtype(path: Path, kinds: set[str]) -> str:
     return next((dtype for dtype in allowed if dtype in kinds), "float32")
 
 
-def _choose_config(
-    path: Path,
-    content: dict[str, Any] | None,
-    variant: str | None,
-    config: GemmaConfig | str | Path | None,
-    entries: dict[str, Entry],
-) -> GemmaConfig:
-    """The config given, else the one beside the weights, else the published one of this size; no contradictions."""
-    layers, width = names.shown_size(entries)
-    if isinstance(config, GemmaConfig):
-        chosen = config
-    elif config is not None:
-        chosen = GemmaConfig.from_hf(Path(config))
-    elif content is not None:
-        chosen = GemmaConfig.from_hf(content)
-    else:
-        sizes = {(made.num_layers, made.hidden_size): made for made in (make() for make in VARIANTS.values())}
-        if (layers, width) in sizes:  # published sizes have the published image tower, or none
-            chosen = replace(sizes[layers, width], vision=VisionConfig() if any(map(is_vision, entries)) else None)
-        elif variant is not None:  # its size is contradicted below
-            chosen = GemmaConfig.of_variant(variant)
-        else:
-            raise TPAError(
-                f"load: {path} comes without config.json and its {layers} layers of width {width} are no published "
-                f"size; give config= (--config)"
-            )
-    if variant is not None:
-        wanted = GemmaConfig.of_variant(variant)
-        shown = (layers, width) if content is None and config is None else (chosen.num_layers, chosen.hidden_size)
-        if shown != (wanted.num_layers, wanted.hidden_size):
-            raise TPAError(
-                f"load: variant {variant} has {wanted.num_layers} layers of width {wanted.hidden_size}, "
-                f"but {path} has {shown[0]} of {shown[1]}"
-            )
-    return chosen
+def _choose_config(path: Path, variant: str | None, config: Any, entries: dict[str, Entry]) -> GemmaConfig:
+    """The config given or found, else the published one of the size that is shown; `variant` contradicts neither."""
+    numbers = [int(found[1]) for name in entries if (found := re.match(r"model\.layers\.(\d{1,4})\.", name))]
+    embedding = entries.get("model.embed_tokens.weight")
+    rows, width = embedding.shape if embedding and len(embedding.shape) == 2 else (0, 0)
+    size = max(numbers, default=-1) + 1, width
+    published = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}
+    if config is not None:
+        chosen = config if isinstance(config, GemmaConfig) else GemmaConfig.from_hf(config)
+        size = chosen.num_layers, chosen.hidden_size
+    elif size in published:  # with the published image tower, or none
+        chosen = replace(published[size], vision=VisionConfig() if any(map(is_vision, entries)) else None)
+    elif variant is None:
+        raise TPAError(
+            f"load: {path} comes without config.json and its {size[0]} layers of width {width} are no published "
+            f"size; give config= (--config)"
+        )
+    wanted = GemmaConfig.of_variant(variant) if variant is not None else chosen
+    if size != (wanted.num_layers, wanted.hidden_size):
+        raise TPAError(
+            f"load: variant {variant} has {wanted.num_layers} layers of width {wanted.hidden_size}, "
+            f"but {path} has {size[0]} of {size[1]}"
+        )
+    # Both numbers of embedding rows occur for one and the same model.
+    return replace(chosen, vocab_size=rows) if {rows, chosen.vocab_size} <= {262_144, 262_208} else chosen
 
 
-def check_tensors(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    config: GemmaConfig,
-    saved_tpa: dict[str, Any] | None,
-    problems: Iterable[str] = (),
+def _check_tensors(
+    path: Path, entries: dict[str, Entry], config: GemmaConfig, is_tpa: bool, problems: list[str]
 ) -> None:
     """Every expected tensor is there with its shape, and nothing else: one error names all that is not so."""
     expected = hf_names(config)
-    problems = list(problems)
-    problems += [f"missing {name}" for name in expected if name not in shapes]
+    problems = problems + [f"missing {name}" for name in expected if name not in entries]
     problems += [
-        f"{name} must be {list(expected[name])}, got {list(shape)}"
-        for name, shape in shapes.items()
-        if name in expected and shape != expected[name]
+        f"{name} must be {list(expected[name])}, got {list(entry.shape)}"
+        for name, entry in entries.items()
+        if name in expected and entry.shape != expected[name]
     ]
     problems += [
-        f"unexpected {name}" for name in shapes if name not in expected and not (saved_tpa and is_factor(name, config))
+        f"unexpected {name}" for name in entries if name not in expected and not (is_tpa and is_factor(name, config))
     ]
     if problems:
         more = f" ... and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -7,11 +7,13 @@ those of K.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..compress.config import KV_DTYPES, width_counts, widths_of
 from ..core.mode import MODES, Mode
+from ..core.pair import Joint
 from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
@@ -19,52 +21,33 @@ from ..gemma.config import GemmaConfig
 ENTRY = {"mode", "rank", "dtype", "error", "widths"}
 
 
-def constants() -> set[str]:
-    """The names that constant arrays have in any mode.
+def is_basis(name: str) -> bool:
+    """Is this a constant array of K or V? Those keep the precision they were made in.
 
-    >>> sorted(constants())
-    ['basis', 'encoder', 'mean', 'predictor']
+    >>> is_basis("tpa.layers.0.k.basis"), is_basis("tpa.layers.0.q.A"), is_basis("model.norm.weight")
+    (True, False, False)
     """
     modes: list[type[Mode]] = [*MODES.values(), CodedLatent]
-    return {name for mode in modes for name in mode.constants}
-
-
-def is_basis(name: str) -> bool:
-    """Constant factors keep the precision they were made in; everything else takes the one that is computed in."""
-    return name.startswith("tpa.") and name.rpartition(".")[2] in constants()
+    return name.startswith("tpa.") and any(name.rpartition(".")[2] in mode.constants for mode in modes)
 
 
 def is_factor(name: str, config: GemmaConfig) -> bool:
     """Is this the name of a constant factor that a saved TPA model may hold?"""
-    parts = name.split(".")
-    return (
-        len(parts) == 5
-        and parts[:2] == ["tpa", "layers"]
-        and parts[2].isdecimal()
-        and int(parts[2]) < config.num_layers
-        and (parts[4] in constants() if parts[3] in "kv" else parts[3:] in (["q", "A"], ["q", "W"]))
-    )
+    found = re.fullmatch(r"tpa\.layers\.(\d{1,9})\.(?:[kv]\.\w+|(q\.[AW]))", name)
+    return found is not None and int(found[1]) < config.num_layers and (found[2] is not None or is_basis(name))
 
 
 def describe(pair: Any) -> list[dict[str, Any]]:
     """The entries of K and of V, without the constant arrays."""
-    k, v = (describe_mode(mode) for mode in pair.modes)
-    if is_joint(pair):
-        v = {name: x for name, x in v.items() if name != "widths"} | {"dtype": "shared"}
-    return [k, v]
-
-
-def describe_mode(mode: Mode) -> dict[str, Any]:
-    """One entry."""
-    content = {"mode": mode.name, "rank": mode.rank, "dtype": mode.dtype, "error": mode.error}
-    if hasattr(mode, "widths"):
-        content |= {"mode": "latent", "widths": width_counts(mode.widths)}
-    return content
-
-
-def is_joint(pair: Any) -> bool:
-    """Do K and V share their coefficients?"""
-    return not any(name.startswith("v.") for name in pair.fields())
+    entries = []
+    for mode in pair.modes:
+        entries.append({"mode": mode.name, "rank": mode.rank, "dtype": mode.dtype, "error": mode.error})
+        if mode.dtype == "spectral":
+            entries[-1] |= {"mode": "latent", "widths": width_counts(mode.widths)}
+    if isinstance(pair, Joint):
+        entries[1] |= {"dtype": "shared"}
+        del entries[1]["widths"]
+    return entries
 
 
 def named_arrays(pair: Any, layer: int) -> Iterator[tuple[str, Any]]:
@@ -75,17 +58,11 @@ def named_arrays(pair: Any, layer: int) -> Iterator[tuple[str, Any]]:
                 yield f"tpa.layers.{layer}.{side}.{name}", x
 
 
-def saved_pairs(model_class: Any, entries: list[Any], tensors: Mapping[str, Any], config: GemmaConfig) -> list[Any]:
-    """The pairs of all layers of a saved model, checked: ones this program could have made."""
-    if len(entries) != config.num_layers:
-        raise TPAError(f"load: saved factors must cover {config.num_layers} layers, got {len(entries)}")
-    return [saved_pair(model_class, entry, tensors, config, layer) for layer, entry in enumerate(entries)]
+def saved_pair(model_class: Any, entry: Any, tensors: Mapping[str, Any], config: GemmaConfig, layer: int) -> Any:
+    """The pair of one layer, checked: one this program could have made.
 
-
-def saved_pair(
-    model_class: Any, entry: Any, tensors: Mapping[str, Any], config: GemmaConfig, layer: int, whole: bool = True
-) -> Any:
-    """The pair of one layer; whole: with its constant arrays, which are checked."""
+    tensors: its constant arrays by name; nothing: it is to have none.
+    """
     k_entry, v_entry = entry
     if unknown := sorted((set(k_entry) | set(v_entry)) - ENTRY):
         raise TPAError(f"load: saved factors of layer {layer}: keys are {', '.join(sorted(ENTRY))}, got {unknown[0]!r}")
@@ -101,8 +78,6 @@ def saved_pair(
         saved_mode(model_class, described, tensors, config, f"tpa.layers.{layer}.{side}", 2 if joint else 1)
         for side, described in zip("kv", (k_entry, v_entry), strict=True)
     ]
-    for side, mode in zip("kv", sides if whole else (), strict=False):
-        check_arrays(mode, f"tpa.layers.{layer}.{side}", 2 * config.hidden_size)
     return (model_class.Joint if joint else model_class.Pair)(*sides)
 
 
@@ -129,7 +104,10 @@ def saved_mode(
     made = model_class.CodedLatent if spectral else modes[kind]
     arrays = {constant: tensors.get(f"{name}.{constant}") for constant in made.constants}
     options = {"widths": widths} if spectral else {}
-    return made(g, d, rank, dtype, float(entry["error"]), **arrays, **options)
+    mode = made(g, d, rank, dtype, float(entry["error"]), **arrays, **options)
+    if tensors:
+        check_arrays(mode, name, 2 * config.hidden_size)
+    return mode
 
 
 def check_arrays(mode: Mode, name: str, z: int) -> None:

@@ -5,9 +5,10 @@
     transforms moments and sensitivity of layer l -> its spectral transform
     factors    read layer l -> its factors -> write its file
 
-The recipe is that of `compress.calibrate` and `compress.convert`; what they find lies in files here. Never more than the
-embedding, one layer and the text's hidden states are held. What is finished lies in a folder `.NAME.partial` beside the
-target, which takes the target's name at the end; the same call resumes where one was interrupted.
+The recipe is that of `compress.calibrate` and `compress.convert`; what they find lies in files here. Never more than
+the embedding, one layer and the text's hidden states are held. What is finished lies in a folder `.NAME.partial` beside
+the target, which takes the target's name at the end; the same call resumes where one was interrupted. Every file takes
+its name when it is complete, and none goes before what follows from it is there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +38,7 @@ from ..gemma.config import GemmaConfig
 from ..gemma.texts import read_text, text_windows
 from ..gemma.weights import is_vision, stored_name
 from . import formats
-from .checkpoint import (
-    check_output,
-    in_dtype,
-    layer_part,
-    load,
-    outer_part,
-    shard_count,
-    shard_name,
-    vision_part,
-    write_beside,
-    write_index,
-)
+from .checkpoint import check_output, load, shard, shard_count, shard_name, write_beside, write_index
 from .found import inspect
 from .pairs import describe, saved_pair
 
@@ -77,13 +69,7 @@ def convert_checkpoint(
 
 
 def convert_on_disk(
-    dense: Any,
-    path: str | Path,
-    target: Path,
-    tpa: TPAConfig | None,
-    calibration: Moments | str | Path | None,
-    max_tokens: int,
-    progress: Callable,
+    dense: Any, path: str | Path, target: Path, tpa: Any, calibration: Any, max_tokens: int, progress: Callable
 ) -> Path:
     """`convert_checkpoint` of a dense model of either backend that reads its blocks from disk."""
     converted = begin_conversion(dense, tpa)
@@ -99,22 +85,32 @@ def write_files(
     folder: Path, dense: Any, converted: Any, calibration: Any, max_tokens: int, progress: Callable
 ) -> None:
     """All files of a converted model, config.json last."""
-    store, config = Folder(folder, dense), dense.config
-    if not (folder / shard_name(0, config)).is_file():
-        write_shard(folder, 0, config, outer_part(converted))
-    moments = calibration
+    store, config, moments = Folder(folder, dense), dense.config, calibration
+    write_shard(folder, converted, 0)
     if calibration is not None and not isinstance(calibration, Moments):
         windows = list(text_windows(dense, calibration, max_tokens, WINDOW))
-        everything, predict = set(range(config.num_layers)), predicts(converted.tpa, config)
-        moments = Calibration(dense, windows, store, everything, predict=predict)
+        moments = Calibration(dense, windows, store, predict=predicts(converted.tpa, config))
         moments.run(progress)
     conversion = DiskConversion(converted, moments, store)
     conversion.run(progress, conversion.finished_layers())
-    tower = config.num_layers + 1
-    if config.vision and not (folder / shard_name(tower, config)).is_file():
-        write_shard(folder, tower, config, vision_part(dense))
+    if config.vision:
+        write_shard(folder, converted, config.num_layers + 1)
     write_index(folder)
     write_beside(converted, folder)
+
+
+def write_shard(folder: Path, model: Any, number: int) -> None:
+    """A shard that is not there yet."""
+    file = folder / shard_name(number, model.config)
+    if not file.is_file():
+        save_whole(shard(model, number), file, {"format": "pt"})
+
+
+def save_whole(arrays: Arrays, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A file that takes its name when it is complete."""
+    temporary = file.with_suffix(".tmp")
+    save_file(arrays, temporary, metadata)
+    os.replace(temporary, file)
 
 
 class Folder:
@@ -124,18 +120,14 @@ class Folder:
         self.folder, self.model = folder, model
 
     def file(self, kind: str, layer: int) -> Path:
-        """The file of one kind and layer."""
         return self.folder / f"{kind}-{layer:05d}.safetensors"
 
     def has(self, kind: str, layer: int) -> bool:
-        """Is there something of this kind for a layer?"""
         return self.file(kind, layer).is_file()
 
     def put(self, kind: str, layer: int, arrays: Arrays) -> None:
-        """Keep arrays."""
-        temporary = self.file(kind, layer).with_suffix(".tmp")
-        save_file({name: np.ascontiguousarray(self.model.to_numpy(x)) for name, x in arrays.items()}, temporary)
-        os.replace(temporary, self.file(kind, layer))
+        arrays = {name: np.ascontiguousarray(self.model.to_numpy(x)) for name, x in arrays.items()}
+        save_whole(arrays, self.file(kind, layer))
 
     def get(self, kind: str, layer: int) -> Arrays:
         """The arrays that were kept, in the order of their names."""
@@ -157,12 +149,12 @@ class DiskConversion(Conversion):
     """A conversion whose layers are written as soon as they are made, and forgotten."""
 
     def finished(self, layer: int) -> None:
-        converted, folder = self.converted, self.store.folder
-        part, described = layer_part(converted, layer), describe(converted.pairs[layer])
-        converted.pairs[layer] = without_arrays(converted.pairs[layer])
+        converted, pair = self.converted, self.converted.pairs[layer]
+        self.factors_file(layer).write_text(json.dumps(describe(pair)), encoding="utf-8")
+        write_shard(self.store.folder, converted, layer + 1)
+        # What lies in a file by now is let go of.
+        converted.pairs[layer] = type(pair)(*(mode.with_arrays(dict.fromkeys(mode.arrays())) for mode in pair.modes))
         converted.query_factors[layer] = None
-        factors_file(folder, layer).write_text(json.dumps(described), encoding="utf-8")
-        write_shard(folder, layer + 1, self.config, part)
 
     def variances(self) -> dict[int, Arrays]:
         return {layer: self.store.variance(layer) for layer in self.spectral}
@@ -172,69 +164,55 @@ class DiskConversion(Conversion):
         for layer in range(self.config.num_layers):
             if not (self.store.folder / shard_name(layer + 1, self.config)).is_file():
                 return layer
-            entry = json.loads(factors_file(self.store.folder, layer).read_text("utf-8"))
-            self.converted.pairs[layer] = saved_pair(type(self.converted), entry, {}, self.config, layer, False)
+            entry = json.loads(self.factors_file(layer).read_text("utf-8"))
+            self.converted.pairs[layer] = saved_pair(type(self.converted), entry, {}, self.config, layer)
         return self.config.num_layers
 
-
-def without_arrays(pair: Any) -> Any:
-    """The same pair without its constant arrays, which lie in a file by now."""
-    return type(pair)(*(mode.with_arrays(dict.fromkeys(mode.arrays())) for mode in pair.modes))
+    def factors_file(self, layer: int) -> Path:
+        """How a finished layer caches."""
+        return self.store.file("factors", layer).with_suffix(".json")
 
 
 def check_folder(target: str | Path) -> Path:
-    """A place for a saved model that is a folder."""
+    """`check_output` of a place for a folder."""
     target = check_output(target)
     if target.suffix:
         raise TPAError(f"save: a conversion layer by layer writes a folder, without suffix, got {target}")
     return target
 
 
-def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) -> dict[str, Any]:
+def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) -> str:
     """Everything that decides what a conversion writes; a partial folder with another recipe is begun anew."""
     if isinstance(calibration, Moments):
         said = [x.tobytes() for _, found in sorted(calibration.layers.items()) for x in found.arrays().values()]
     else:
         said = [read_text(calibration).encode(), str(max_tokens).encode()] if calibration is not None else []
     files = formats.checkpoint_files(Path(path))
-    return {
+    content = {
         "format": formats.FORMAT,
         "version": formats.VERSION,
         "files": [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": converted.config.to_hf(),
-        "tpa": json.loads(json.dumps(converted.tpa.to_dict())),
+        "tpa": converted.tpa.to_dict(),
         "dtype": converted.dtype,
         "calibration": hashlib.sha256(b"\0".join(said)).hexdigest() if said else None,
     }
+    return json.dumps(content)
 
 
-def resume_folder(target: Path, recipe: dict[str, Any]) -> Path:
+def resume_folder(target: Path, recipe: str) -> Path:
     """The partial folder of a target: the one an interrupted conversion left, if it was the same, else a new one."""
     folder = target.absolute().parent / f".{target.name}.partial"
-    try:
-        if json.loads((folder / RECIPE).read_text("utf-8")) == recipe:
+    with suppress(OSError, ValueError):
+        if (folder / RECIPE).read_text("utf-8") == recipe:
             return folder
-    except (OSError, ValueError):
-        pass
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
     except OSError as problem:
         raise TPAError(f"save: cannot write in {folder.parent}: {problem.strerror or problem}") from None
     return folder
-
-
-def write_shard(folder: Path, number: int, config: GemmaConfig, part: Arrays) -> None:
-    """One file, under its name only when it is complete."""
-    file = folder / shard_name(number, config)
-    save_file(part, file.with_suffix(".tmp"), {"format": "pt"})
-    os.replace(file.with_suffix(".tmp"), file)
-
-
-def factors_file(folder: Path, layer: int) -> Path:
-    """How a finished layer caches."""
-    return folder / f"factors-{layer:05d}.json"
 
 
 def finish_folder(folder: Path, target: Path, config: GemmaConfig) -> None:
@@ -273,19 +251,16 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
     A conversion leaves the weights as they are, so what comes out is the model that went in.
     """
     found, target = inspect(path), check_folder(target)
-    names = [name for name in found.entries if not name.startswith("tpa.")]
+    config = found.config
     with replacing(target) as temporary:
         temporary.mkdir()
-        for number in progress(range(shard_count(found.config))):
-            chosen = [name for name in names if shard_of(name, found.config) == number]
-            part = {
-                stored_name(name, found.config): in_dtype(found.entries[name].read("numpy"), found.stored_dtype)
-                for name in chosen
+        for number in progress(range(shard_count(config))):
+            arrays = {
+                stored_name(name, config): np.ascontiguousarray(entry.read("numpy"), found.stored_dtype)
+                for name, entry in found.entries.items()
+                if not name.startswith("tpa.") and shard_of(name, config) == number
             }
-            save_file(part, temporary / shard_name(number, found.config), {"format": "pt"})
+            save_file(arrays, temporary / shard_name(number, config), {"format": "pt"})
         write_index(temporary)
-        content = found.config.to_hf() | {"torch_dtype": found.stored_dtype}
-        (temporary / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        if found.tokenizer:
-            (temporary / "tokenizer.model").write_bytes(found.tokenizer.proto)
+        write_beside(replace(found, tpa=None), temporary)
     return target

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core import attention, masks, rope
 from ..core.norm import rms_norm, rms_scale
+from ..core.transform import second_moment
 from .mlp import gelu_tanh, mlp
 from .weights import LayerWeights
 
@@ -139,3 +140,10 @@ def draw(P_bqv: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sums_bqv = np.cumsum(P_bqv, -1, dtype=np.float64)
     level_bq1 = rng.random(P_bqv.shape[:2])[..., None] * sums_bqv[..., -1:]
     return np.minimum((sums_bqv < level_bq1).sum(-1), P_bqv.shape[-1] - 1)
+
+
+def moments(K_bkgd: np.ndarray, V_bkge: np.ndarray, Z_bkz: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Sums over tokens in float64, of x = (K, V): x x^T, x and, with token vectors, x z^T."""
+    X_bkgd = np.concatenate([K_bkgd, V_bkge], 2).astype(np.float64)
+    sums = {"M": second_moment(X_bkgd), "mean": X_bkgd.sum((0, 1))}
+    return sums if Z_bkz is None else sums | {"N": einsum("bkgd,bkz->gdz", X_bkgd, Z_bkz.astype(np.float64))}

@@ -1,7 +1,4 @@
-"""What a Gemma 3 model is: `GemmaConfig`, and `VisionConfig` for its image tower. Files are read in `hf_config`.
-
-This file lives once and serves both backends; it imports no array library.
-"""
+"""What a Gemma 3 model is: `GemmaConfig`, and `VisionConfig` for its image tower. Files are read in `hf_config`."""
 
 from __future__ import annotations
 
@@ -15,6 +12,17 @@ from ..errors import TPAError
 
 # Gemma 3 alternates five sliding-window ("local") layers with one that sees everything ("global").
 LAYERS_PER_GLOBAL = 6
+
+# The first ten fields of `GemmaConfig` and rope_scale_global. Hugging Face's multimodal files have 64 rows more in the
+# vocabulary (262,208), which the loader accepts.
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "tiny": (4096, 256, 12, 8, 4, 32, 448, 128, 32, 2048, 1.0),
+    "270m": (262_144, 640, 18, 4, 1, 256, 2048, 512, 256, 32_768, 1.0),
+    "1b": (262_144, 1152, 26, 4, 1, 256, 6912, 512, 256, 32_768, 1.0),
+    "4b": (262_144, 2560, 34, 8, 4, 256, 10_240, 1024, 256, 131_072, 8.0),
+    "12b": (262_144, 3840, 48, 16, 8, 256, 15_360, 1024, 256, 131_072, 8.0),
+    "27b": (262_144, 5376, 62, 32, 16, 128, 21_504, 1024, 168, 131_072, 8.0),
+}
 
 
 def layer_pattern(num_layers: int, period: int = LAYERS_PER_GLOBAL) -> tuple[bool, ...]:
@@ -102,17 +110,14 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "config")
-        if self.num_heads % self.num_kv_heads:
-            raise TPAError(
-                f"config: query heads must be a multiple of KV heads, got {self.num_heads} and {self.num_kv_heads}"
-            )
+        h, g = self.num_heads, self.num_kv_heads
+        if h % g:
+            raise TPAError(f"config: query heads must be a multiple of KV heads, got {h} and {g}")
         if self.head_dim % 2:
             raise TPAError(f"config: head_dim must be even (RoPE rotates pairs), got {self.head_dim}")
         if len(self.is_global) != self.num_layers:
-            raise TPAError(
-                f"config: one layer type per layer expected, got {len(self.is_global)} types "
-                f"for {self.num_layers} layers"
-            )
+            found = f"{len(self.is_global)} types for {self.num_layers} layers"
+            raise TPAError(f"config: one layer type per layer expected, got {found}")
 
     @property
     def queries_per_kv(self) -> int:
@@ -149,44 +154,6 @@ class GemmaConfig:
     # ---- the published sizes ----
 
     @classmethod
-    def tiny(cls) -> GemmaConfig:
-        """The small model in assets/tiny-gemma3: all of Gemma 3's structure, 7.5 M parameters."""
-        return cls(
-            vocab_size=4096,
-            hidden_size=256,
-            num_layers=12,
-            num_heads=8,
-            num_kv_heads=4,
-            head_dim=32,
-            intermediate_size=448,
-            sliding_window=128,
-            query_pre_attn_scalar=32,
-            max_positions=2048,
-            is_global=layer_pattern(12),
-            variant="tiny",
-        )
-
-    @classmethod
-    def gemma3_270m(cls) -> GemmaConfig:
-        return _published("270m", 640, 18, 4, 1, 256, 2048, 512, 256, 32_768, 1.0)
-
-    @classmethod
-    def gemma3_1b(cls) -> GemmaConfig:
-        return _published("1b", 1152, 26, 4, 1, 256, 6912, 512, 256, 32_768, 1.0)
-
-    @classmethod
-    def gemma3_4b(cls) -> GemmaConfig:
-        return _published("4b", 2560, 34, 8, 4, 256, 10_240, 1024, 256, 131_072, 8.0)
-
-    @classmethod
-    def gemma3_12b(cls) -> GemmaConfig:
-        return _published("12b", 3840, 48, 16, 8, 256, 15_360, 1024, 256, 131_072, 8.0)
-
-    @classmethod
-    def gemma3_27b(cls) -> GemmaConfig:
-        return _published("27b", 5376, 62, 32, 16, 128, 21_504, 1024, 168, 131_072, 8.0)
-
-    @classmethod
     def of_variant(cls, variant: str) -> GemmaConfig:
         """The published config of a variant name.
 
@@ -195,7 +162,34 @@ class GemmaConfig:
         """
         if variant not in VARIANTS:
             raise TPAError(f"config: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        return VARIANTS[variant]()
+        *sizes, scale = VARIANTS[variant]
+        named: dict[str, Any] = dict(zip((field.name for field in dataclasses.fields(cls)), sizes))
+        return cls(**named, is_global=layer_pattern(named["num_layers"]), rope_scale_global=scale, variant=variant)
+
+    @classmethod
+    def tiny(cls) -> GemmaConfig:
+        """The small model in assets/tiny-gemma3: all of Gemma 3's structure, 7.5 M parameters."""
+        return cls.of_variant("tiny")
+
+    @classmethod
+    def gemma3_270m(cls) -> GemmaConfig:
+        return cls.of_variant("270m")
+
+    @classmethod
+    def gemma3_1b(cls) -> GemmaConfig:
+        return cls.of_variant("1b")
+
+    @classmethod
+    def gemma3_4b(cls) -> GemmaConfig:
+        return cls.of_variant("4b")
+
+    @classmethod
+    def gemma3_12b(cls) -> GemmaConfig:
+        return cls.of_variant("12b")
+
+    @classmethod
+    def gemma3_27b(cls) -> GemmaConfig:
+        return cls.of_variant("27b")
 
     # ---- Hugging Face config.json ----
 
@@ -229,34 +223,3 @@ def _check_numbers(config: Any, where: str) -> None:
         if field.type == "int" and int(value) != value:
             raise TPAError(f"{where}: {field.name} must be a whole number, got {value!r}")
         object.__setattr__(config, field.name, (int if field.type == "int" else float)(value))
-
-
-def _published(
-    name: str, m: int, layers: int, h: int, g: int, d: int, f: int, w: int, scalar: int, positions: int, scale: float
-) -> GemmaConfig:
-    # 262,144 rows; Hugging Face's multimodal files carry 64 extra ones (262,208), which the loader accepts.
-    return GemmaConfig(
-        vocab_size=262_144,
-        hidden_size=m,
-        num_layers=layers,
-        num_heads=h,
-        num_kv_heads=g,
-        head_dim=d,
-        intermediate_size=f,
-        sliding_window=w,
-        query_pre_attn_scalar=scalar,
-        max_positions=positions,
-        is_global=layer_pattern(layers),
-        rope_scale_global=scale,
-        variant=name,
-    )
-
-
-VARIANTS = {
-    "tiny": GemmaConfig.tiny,
-    "270m": GemmaConfig.gemma3_270m,
-    "1b": GemmaConfig.gemma3_1b,
-    "4b": GemmaConfig.gemma3_4b,
-    "12b": GemmaConfig.gemma3_12b,
-    "27b": GemmaConfig.gemma3_27b,
-}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from .generate import TextStream, generate_tokens, require_tokenizer
-from .tokenizer import END_OF_TURN, STOP, place_images
+from .generate import GREEDY, Sampling, TextStream, generate_tokens, prompt_tokens
+from .tokenizer import END_OF_TURN, STOP, chat_text, place_images, require_tokenizer
 from .vision import as_pixels, check_pixels, require_vision
 
 
@@ -17,18 +17,13 @@ class Conversation:
     """A model that is talked to. The cache keeps every turn; `undo` takes the last one back.
 
     max_len: tokens the cache has room for. chat: wrap every text in Gemma's chat template; without it texts simply
-    follow each other. sampling: arguments of `generate_tokens`.
+    follow each other.
     """
 
     def __init__(
-        self,
-        model: Any,
-        max_len: int,
-        chat: bool = True,
-        max_new_tokens: int = 256,
-        **sampling: Any,
+        self, model: Any, max_len: int, chat: bool = True, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ):
-        self.tokenizer = require_tokenizer(model)
+        self.tokenizer = require_tokenizer(model, "generate")
         self.model, self.chat, self.max_new_tokens, self.sampling = model, chat, max_new_tokens, sampling
         self.max_len = min(max_len, model.config.max_positions)
         self.cache = model.new_cache(1, self.max_len)
@@ -38,10 +33,8 @@ class Conversation:
 
     def say(self, text: str, images: Any = None) -> Iterator[str]:
         """Stream the model's answer to one more text, and to images [i,c,x,y] in it or before it."""
-        shown = as_pixels(images)
-        if shown is not None:
-            check_pixels(shown, require_vision(self.model.config))
-        asked = self._turn(text, 0 if shown is None else len(shown))
+        shown = [] if images is None else list(check_pixels(as_pixels(images), require_vision(self.model.config)))
+        asked = self._turn(text, len(shown))
         if len(self.ids) + len(asked) + self.max_new_tokens > self.max_len:
             raise TPAError(
                 f"chat: {len(self.ids)} tokens said, {len(asked)} new and {self.max_new_tokens} of the answer exceed "
@@ -49,16 +42,16 @@ class Conversation:
             )
         self._turns.append(len(self.ids))
         self.ids += asked
-        self._images += [] if shown is None else list(shown)
+        self._images += shown
         pending = self.ids[int(self.cache.lengths_b[0]) :]
         count = self._images_in(pending)
-        options = self.sampling | {"images": np.stack(self._images[-count:]) if count else None}
+        seen = np.stack(self._images[-count:]) if count else None
         stream = TextStream(self.tokenizer)
-        for token in generate_tokens(self.model, pending, self.max_new_tokens, cache=self.cache, **options):
+        for token in generate_tokens(self.model, pending, self.max_new_tokens, self.sampling, self.cache, seen):
             self.ids.append(token)
             if token not in STOP:
                 yield stream.push(token)
-        yield stream.rest()
+        yield stream.push()
 
     def undo(self) -> bool:
         """Take the last turn back; False where there is none. Past the window its text must be read anew."""
@@ -85,11 +78,11 @@ class Conversation:
         if not text.strip():
             raise TPAError("chat: the text must not be empty")
         vision = self.model.config.vision
-        text = place_images(text.strip() if self.chat else text, images) if vision else text
-        if not self.chat:
-            return self.tokenizer.encode(text, bos=not self.ids, vision=vision)
+        text = text.strip() if self.chat else text
         if not self.ids:
-            return self.tokenizer.encode_chat([("user", text)], vision=vision)
-        closed = "" if self.ids[-1] == END_OF_TURN else "<end_of_turn>"
-        said = f"{closed}\n<start_of_turn>user\n{text.strip()}<end_of_turn>\n<start_of_turn>model\n"
-        return self.tokenizer.encode(said, bos=False, vision=vision)
+            return prompt_tokens(self.tokenizer, text, self.chat, vision, images)
+        text = place_images(text, images) if vision else text
+        if self.chat:
+            closed = "" if self.ids[-1] == END_OF_TURN else "<end_of_turn>"
+            text = f"{closed}\n" + chat_text([("user", text)])
+        return self.tokenizer.encode(text, bos=False, vision=vision)

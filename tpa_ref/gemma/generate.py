@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,60 @@ import numpy as np
 from ..errors import TPAError
 from . import vision
 from .config import VisionConfig
-from .sampling import Sampling
-from .tokenizer import STOP, place_images
+from .tokenizer import STOP, chat_text, place_images, require_tokenizer
 
 PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the most likely token. Otherwise one drawn from softmax(logits / temperature) after both cuts:
+    top_k keeps the k most likely; top_p the fewest most likely ones whose probabilities reach p.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def check(self, config: Any, prompt: int, new: int) -> None:
+        """Every rule on the arguments of `generate`, for a prompt of so many tokens and so many new ones."""
+        if prompt < 1:
+            raise TPAError("generate: the prompt must have at least one token, got 0")
+        if new < 1:
+            raise TPAError(f"generate: max_new_tokens must be >= 1, got {new}")
+        most = config.max_positions
+        if prompt + new > most:
+            raise TPAError(f"generate: prompt of {prompt} and {new} new tokens exceed the model's {most} positions")
+        if not 0 <= self.temperature < float("inf"):
+            raise TPAError(f"generate: temperature must be a number >= 0, got {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise TPAError(f"generate: seed must lie in 0 ... 2^63 - 1, got {self.seed}")
+        if self.top_k is not None and self.top_k < 1:
+            raise TPAError(f"generate: top_k must be >= 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise TPAError(f"generate: top_p must lie in (0, 1], got {self.top_p}")
+
+    def choose(self, logits_v: np.ndarray, rng: np.random.Generator) -> int:
+        """One token.
+
+        >>> Sampling().choose(np.array([0.0, 2.0, 1.0]), np.random.default_rng(0))
+        1
+        """
+        if self.temperature == 0:
+            return int(logits_v.argmax())
+        order = np.argsort(-logits_v, kind="stable")[: self.top_k or len(logits_v)]
+        logits = logits_v[order].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature makes -inf of the others, which is what it means
+            p = np.exp((logits - logits.max()) / self.temperature)
+        p /= p.sum()
+        if self.top_p is not None:
+            p = p[: int(np.searchsorted(np.cumsum(p), self.top_p - 1e-12)) + 1]
+            p /= p.sum()
+        return int(order[rng.choice(len(p), p=p)])
+
+
+GREEDY = Sampling()
 
 
 def generate(
@@ -55,12 +106,13 @@ def generate_batch(
 
     progress: wraps the chunks of the prefill, for instance `tqdm.tqdm`. images: every prompt gets all of them.
     """
-    tokenizer = require_tokenizer(model)
+    tokenizer = require_tokenizer(model, "generate")
     images = vision.as_pixels(images)
     seen = model.config.vision if images is None else vision.require_vision(model.config)
     rows = [prompt_tokens(tokenizer, prompt, chat, seen, 0 if images is None else len(images)) for prompt in prompts]
     images = None if images is None else np.concatenate([images] * len(rows))
-    chosen = generate_rows(model, rows, max_new_tokens, temperature, top_k, top_p, seed, cache, progress, images)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    chosen = generate_rows(model, rows, max_new_tokens, sampling, cache, images, progress)
     yield from text_of_rows(tokenizer, len(rows), chosen)
 
 
@@ -68,16 +120,12 @@ def generate_tokens(
     model: Any,
     ids: Sequence[int],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     cache: Any = None,
     images: Any = None,
 ) -> Iterator[int]:
     """The same on token ids, one row: prefill, then one step a token; the cache ends up without the last token."""
-    rows = generate_rows(model, [ids], max_new_tokens, temperature, top_k, top_p, seed, cache, images=images)
-    for (token,) in rows:
+    for (token,) in generate_rows(model, [ids], max_new_tokens, sampling, cache, images):
         assert token is not None
         yield token
 
@@ -86,18 +134,14 @@ def generate_rows(
     model: Any,
     rows: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     cache: Any = None,
-    progress: Callable = iter,
     images: Any = None,
+    progress: Callable = iter,
 ) -> Iterator[list[int | None]]:
     """Step by step the next token of every row of ids, None for a row that has stopped. Rows are padded on the right;
     every row has its own random numbers, the same as if it were alone. images: of all rows, one row after another.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
     for ids in rows:
         sampling.check(model.config, len(ids), max_new_tokens)
     if cache is None:
@@ -107,21 +151,17 @@ def generate_rows(
     yield from steps(model, cache, L_bv, max_new_tokens, sampling) if streamed is None else streamed
 
 
-def steps(
-    model: Any, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Sampling
-) -> Iterator[list[int | None]]:
+def steps(model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampling) -> Iterator[list[int | None]]:
     """From the logits behind the prompts: choose a token a row, feed it, and so on."""
     rngs = [np.random.default_rng(sampling.seed) for _ in L_bv]
-    running = [True] * len(L_bv)
-    for step in range(max_new_tokens):
-        tokens = [
-            sampling.choose(L_v, rng) if runs else None for L_v, rng, runs in zip(L_bv, rngs, running, strict=True)
-        ]
+    runs_b = np.ones(len(L_bv), bool)
+    for step in range(count):
+        tokens = [sampling.choose(L_v, rng) if runs else None for L_v, rng, runs in zip(L_bv, rngs, runs_b)]
         yield tokens
-        running = [token is not None and token not in STOP for token in tokens]
-        if not any(running) or step + 1 == max_new_tokens:
+        runs_b = np.array([token is not None and token not in STOP for token in tokens])
+        if not runs_b.any() or step + 1 == count:
             return
-        lengths_b = None if all(running) else np.array(running, np.int64)
+        lengths_b = None if runs_b.all() else runs_b.astype(np.int64)
         L_bv = next_logits(model, model.hidden(np.array([[token or 0] for token in tokens]), cache, lengths_b))
 
 
@@ -137,12 +177,9 @@ def prefill(
     last: list[Any] = [None] * len(rows)
     for start, end in progress(chunks(is_image_bq, PREFILL_CHUNK)):
         here_b = np.clip(lengths_b - start, 0, end - start)
-        x_bqm = model.hidden(
-            tokens_bq[:, start:end],
-            cache,
-            None if (here_b == end - start).all() else here_b,
-            vision.images_between(images, is_image_bq, start, end),
-        )
+        counts_b = None if (here_b == end - start).all() else here_b
+        shown = vision.images_between(images, is_image_bq, start, end)
+        x_bqm = model.hidden(tokens_bq[:, start:end], cache, counts_b, shown)
         for row in np.flatnonzero(here_b * (start + here_b == lengths_b)):
             last[row] = next_logits(model, x_bqm[row : row + 1, here_b[row] - 1 : here_b[row]])[0]
     return np.stack(last)
@@ -194,17 +231,12 @@ class TextStream:
         self._ids: list[int] = []
         self._shown = ""
 
-    def push(self, token: int) -> str:
-        """The text that one more token completes; empty in the middle of a character."""
-        self._ids.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that one more token completes, empty in the middle of a character; without a token what is left."""
+        self._ids += tokens
         text = self.tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._show(text)
-
-    def rest(self) -> str:
-        """What is left at the end."""
-        return self._show(self.tokenizer.decode(self._ids))
-
-    def _show(self, text: str) -> str:
+        if tokens and text.endswith("\ufffd"):
+            return ""
         piece, self._shown = text[len(self._shown) :], text
         return piece
 
@@ -214,21 +246,11 @@ def text_of_rows(tokenizer: Any, count: int, steps: Iterator[list[int | None]]) 
     streams = [TextStream(tokenizer) for _ in range(count)]
     for tokens in steps:
         for row, token in enumerate(tokens):
-            piece = "" if token is None or token in STOP else streams[row].push(token)
-            if piece:
+            if token is not None and token not in STOP and (piece := streams[row].push(token)):
                 yield row, piece
     for row, stream in enumerate(streams):
-        if rest := stream.rest():
-            yield row, rest
-
-
-def require_tokenizer(model: Any) -> Any:
-    """The model's tokenizer, or one line that says how to give one."""
-    if model.tokenizer is None:
-        raise TPAError(
-            "generate: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
-        )
-    return model.tokenizer
+        if piece := stream.push():
+            yield row, piece
 
 
 def prompt_tokens(
@@ -237,6 +259,5 @@ def prompt_tokens(
     """BOS and the prompt, or BOS and the chat template around it; with vision, the tokens of so many images in it."""
     if not prompt.strip():
         raise TPAError("generate: the prompt must not be empty")
-    options = {"vision": vision} if vision else {}
     prompt = place_images(prompt, images) if vision else prompt
-    return tokenizer.encode_chat([("user", prompt)], **options) if chat else tokenizer.encode(prompt, **options)
+    return tokenizer.encode(chat_text([("user", prompt)]) if chat else prompt, vision=vision)

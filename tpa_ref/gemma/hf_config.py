@@ -116,7 +116,7 @@ def _check_rules(content: dict[str, Any], rules: dict[str, Rule], where: str) ->
             raise TPAError(f"{where}: {key} must be {said}, got {content[key]!r}")
 
 
-def _read_rope(text: dict[str, Any], where: str) -> dict[str, float]:
+def _read_rope(text: dict[str, Any], where: str) -> dict[str, Any]:
     """Both bases and the linear scale of global layers, from either generation of keys."""
     newer = text.get("rope_parameters") or {}
     local = newer.get("sliding_attention") or {}
@@ -155,7 +155,7 @@ def _read_vision(content: dict[str, Any], where: str) -> VisionConfig | None:
         raise TPAError(f"{where}: vision_config must be an object, got {type(tower).__name__}")
     if tower.get("hidden_act", GELU) != GELU:
         raise TPAError(f"{where}: hidden_act must be {GELU!r}, got {tower['hidden_act']!r}")
-    fields = {field: tower.get(key, default) for field, key, default in TOWER}
+    fields: dict[str, Any] = {field: tower.get(key, default) for field, key, default in TOWER}
     fields["tokens_per_image"] = content.get("mm_tokens_per_image", 256)
     for field, key, default in IMAGE_TOKENS:
         value = content.get(key, content.get(key.replace("_index", "_id")))
@@ -165,11 +165,8 @@ def _read_vision(content: dict[str, Any], where: str) -> VisionConfig | None:
 
 def _name_variant(config: GemmaConfig) -> str:
     """The published name whose layer count and width this config has, else 'custom'."""
-    for name, make in VARIANTS.items():
-        published = make()
-        if (published.num_layers, published.hidden_size) == (config.num_layers, config.hidden_size):
-            return name
-    return "custom"
+    sizes = {(made.num_layers, made.hidden_size): made.variant for made in map(GemmaConfig.of_variant, VARIANTS)}
+    return sizes.get((config.num_layers, config.hidden_size), "custom")
 
 
 # ---- writing ----
@@ -182,19 +179,12 @@ def to_hf(config: GemmaConfig) -> dict[str, Any]:
         "model_type": "gemma3_text",
         "layer_types": ["full_attention" if flag else "sliding_attention" for flag in config.is_global],
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # `transformers` wants an int
-        "rope_theta": config.rope_base_global,
-        "rope_local_base_freq": config.rope_base_local,
+        "rope_theta": config.rope_base_global, "rope_local_base_freq": config.rope_base_local,
         "rope_scaling": {"rope_type": "linear", "factor": config.rope_scale_global} if scaled else None,
-        "hidden_activation": GELU,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
+        "hidden_activation": GELU, "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
     if config.vision is None:
         return {"architectures": ["Gemma3ForCausalLM"]} | text | {"torch_dtype": "bfloat16"}
     tower = {"model_type": "siglip_vision_model", "hidden_act": GELU, "vision_use_head": False}

@@ -56,9 +56,8 @@ def open_image(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # of odd metadata; sizes are judged here
             with Image.open(path) as image:
                 if not 0 < image.width * image.height <= MAX_PIXELS:
-                    raise TPAError(
-                        f"images: {path} must have 1 ... {MAX_PIXELS:,} pixels, got {image.width} x {image.height}"
-                    )
+                    size = f"{image.width} x {image.height}"
+                    raise TPAError(f"images: {path} must have 1 ... {MAX_PIXELS:,} pixels, got {size}")
                 if image.mode == "F":
                     raise TPAError(f"images: {path} must have whole numbers as pixels, got floating point (mode F)")
                 image.load()
@@ -114,9 +113,7 @@ def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     if min(step, short) < CROP_SIZE:
         return []
     stretches = [(start, min(start + step, long)) for start in range(0, long, step)]
-    if width >= height:
-        return [(start, 0, end, height) for start, end in stretches]
-    return [(0, start, width, end) for start, end in stretches]
+    return [(start, 0, end, height) if width >= height else (0, start, width, end) for start, end in stretches]
 
 
 def mark_images(prompt: str, crops: Sequence[int]) -> str:
@@ -125,9 +122,8 @@ def mark_images(prompt: str, crops: Sequence[int]) -> str:
     >>> mark_images("What is this?", [0])
     '<start_of_image>What is this?'
     """
-    first, *rest = place_images(prompt, len(crops)).split(START_OF_IMAGE)
-    return first + "".join(_marks(count) + part for count, part in zip(crops, rest, strict=True))
-
-
-def _marks(crops: int) -> str:
-    return CROPS_TEXT.format(START_OF_IMAGE, " ".join([START_OF_IMAGE] * crops)) if crops else START_OF_IMAGE
+    marked, *rest = place_images(prompt, len(crops)).split(START_OF_IMAGE)
+    for count, part in zip(crops, rest, strict=True):
+        whole = CROPS_TEXT.format(START_OF_IMAGE, " ".join([START_OF_IMAGE] * count)) if count else START_OF_IMAGE
+        marked += whole + part
+    return marked

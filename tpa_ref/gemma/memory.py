@@ -7,9 +7,8 @@ Every ratio of this project is given against both baselines, always bf16 and bat
 
 from __future__ import annotations
 
+import math
 from typing import Any
-
-import numpy as np
 
 from .config import GemmaConfig
 from .weights import hf_names
@@ -50,14 +49,13 @@ def parameter_count(config: GemmaConfig) -> int:
     >>> parameter_count(GemmaConfig.tiny())
     7549952
     """
-    return sum(int(np.prod(shape)) for shape in hf_names(config).values())
+    return sum(map(math.prod, hf_names(config).values()))
 
 
 def weights_bytes(dense: Any, tpa: Any) -> dict[str, int]:
     """Bytes of the weights in memory; TPA adds its model constants and, with a q rank, exchanges W_Q."""
     size = parameter_count(dense.config) * dense.weights.embed_vm.dtype.itemsize
-    arrays = [x for pair in tpa.pairs for mode in pair.modes for x in mode.arrays().values() if x is not None]
-    extra = sum(x.nbytes for x in arrays)
+    extra = sum(x.nbytes for pair in tpa.pairs for mode in pair.modes for x in mode.arrays().values() if x is not None)
     for query, block in zip(tpa.query_factors, dense.weights.layers, strict=True):
         if query is not None:
             extra += query[0].nbytes + query[1].nbytes - block.WQ_hdm.nbytes
@@ -71,9 +69,7 @@ def table(config: GemmaConfig, rows: list[tuple[str, int, int]]) -> str:
     KV cache       tokens          full      windowed           TPA   full/TPA  windowed/TPA
     now             1,000     25.39 MiB     14.91 MiB      4.77 MiB       5.3x          3.1x
     """
-    lines = [
-        f"{'KV cache':<12}{'tokens':>9}{'full':>14}{'windowed':>14}{'TPA':>14}{'full/TPA':>11}{'windowed/TPA':>14}"
-    ]
+    lines = ["KV cache       tokens          full      windowed           TPA   full/TPA  windowed/TPA"]
     for label, n, tpa in rows:
         full, windowed = full_bytes(config, n), windowed_bytes(config, n)
         lines.append(
@@ -89,11 +85,10 @@ def human(size: float) -> str:
     >>> human(1536), human(3 * 2**30)
     ('1.50 KiB', '3.00 GiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.2f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    raise AssertionError
+    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= least:
+            return f"{size / least:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def kv_report(config: GemmaConfig, measured: Any, context: int, tpa_bytes: int) -> dict[str, Any]:

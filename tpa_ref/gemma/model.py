@@ -22,7 +22,6 @@ from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
 from ..core.rope import rotate
 from ..core.spectral import CodedLatent
-from ..core.transform import second_moment
 from ..errors import TPAError
 from ..trace import Tracer, Watch, no_trace, scoped
 from . import backward, vision
@@ -34,7 +33,7 @@ from .tokenizer import Tokenizer
 from .weights import LayerWeights, Weights
 
 einsum = partial(np.einsum, optimize=True)
-QueryFactors = tuple[np.ndarray, np.ndarray]  # A [r,h] and W [r,d,m]
+QueryFactors = tuple[Any, Any]  # A [r,h] and W [r,d,m]
 
 
 class Model:
@@ -43,7 +42,11 @@ class Model:
     `pairs[layer]` says how that layer caches K and V, `choices[layer]` how it was asked to (None: dense).
     """
 
-    MODES, Pair, Joint, CodedLatent = MODES, Pair, Joint, CodedLatent  # this backend's
+    # this backend's
+    Pair, Joint, CodedLatent, Positions, WholeText = Pair, Joint, CodedLatent, Positions, WholeText
+    MODES: Any = MODES
+    backward: Any = backward
+    vision: Any = vision
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Model:
         weights: Weights,
         tokenizer: Tokenizer | None = None,
         tpa: Any = None,
-        pairs: Sequence[Pair] | None = None,
+        pairs: Sequence[Any] | None = None,
         query_factors: Sequence[QueryFactors | None] | None = None,
         stored_dtype: str = "float32",
     ):
@@ -65,12 +68,7 @@ class Model:
         self.notes: list[str] = []  # what the conversion had to clamp, one line each
 
     def __call__(
-        self,
-        tokens_bq: Any,
-        cache: Any = None,
-        lengths_b: Any = None,
-        images: Any = None,
-        trace: Tracer = no_trace,
+        self, tokens_bq: Any, cache: Any = None, lengths_b: Any = None, images: Any = None, trace: Tracer = no_trace
     ) -> Any:
         """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q].
 
@@ -82,12 +80,7 @@ class Model:
         return self.logits(self.hidden(tokens_bq, cache, lengths_b, images, trace), trace)
 
     def hidden(
-        self,
-        tokens_bq: Any,
-        cache: Any = None,
-        lengths_b: Any = None,
-        images: Any = None,
-        trace: Tracer = no_trace,
+        self, tokens_bq: Any, cache: Any = None, lengths_b: Any = None, images: Any = None, trace: Tracer = no_trace
     ) -> Any:
         """The final hidden states [b,q,m], after the last norm: everything but the output projection."""
         tokens_bq, lengths_b = check_tokens(tokens_bq, lengths_b, self.config)
@@ -162,8 +155,7 @@ class Model:
     def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> Any:
         """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
         assert self.weights.vision is not None and self.config.vision is not None
-        pixels_icxy = self.array(images)
-        return vision.embed_images(pixels_icxy, self.weights.vision, self.config.vision, trace)
+        return self.vision.embed_images(self.array(images), self.weights.vision, self.config.vision, trace)
 
     def new_positions(self, tokens_bq: np.ndarray, lengths_b: np.ndarray | None, cache: Any) -> np.ndarray:
         """Position [b,q] of every token, after what the cache holds; -1 for padding; refused past the model's last."""
@@ -174,16 +166,14 @@ class Model:
         else:
             self.check_cache(cache, tokens_bq.shape[0])
             positions_bq = cache.positions(tokens_bq.shape[1], lengths_b)
-        if positions_bq.max(initial=0) >= self.config.max_positions:
-            raise TPAError(
-                f"model: text of {positions_bq.max() + 1} tokens is longer than the model's "
-                f"{self.config.max_positions} positions"
-            )
+        length, most = positions_bq.max(initial=0) + 1, self.config.max_positions
+        if length > most:
+            raise TPAError(f"model: text of {length} tokens is longer than the model's {most} positions")
         return positions_bq
 
     def positions(self, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None) -> tuple[Any, Any]:
         """Where new tokens stand, as window layers and as global layers see it."""
-        local, everywhere = (Positions(self, flag, positions_bq, last_bq, text_bt) for flag in (False, True))
+        local, everywhere = (self.Positions(self, flag, positions_bq, last_bq, text_bt) for flag in (False, True))
         return local, everywhere
 
     def text_so_far(self, tokens_bq: np.ndarray, is_image_bq: np.ndarray, positions_bq: np.ndarray, cache: Any) -> Any:
@@ -219,7 +209,7 @@ class Model:
 
     def whole_text(self, batch: int, length: int) -> Any:
         """In the place of a cache, for a text that is read at once."""
-        return WholeText(self.pairs, self.config.windows, batch, length, self.exact)
+        return self.WholeText(self.pairs, self.config.windows, batch, length, self.exact)
 
     def check_cache(self, cache: Any, batch: int) -> None:
         """A cache belongs to one model (its numbers mean nothing to other constant factors) and one batch size."""
@@ -254,6 +244,10 @@ class Model:
         """Any array of this backend as NumPy's, bfloat16 included."""
         return np.asarray(x)
 
+    def double(self, x: Any) -> np.ndarray:
+        """The same in float64."""
+        return self.to_numpy(x).astype(np.float64, copy=False)
+
     def through_layer(self, layer: int, x_bqm: Any) -> tuple[Any, Any, Any]:
         """A text's states through one layer: (states behind it, its normed K before RoPE, its V)."""
         held: dict[str, Any] = {}
@@ -264,9 +258,7 @@ class Model:
 
     def moments(self, K_bkgd: Any, V_bkge: Any, Z_bkz: Any = None) -> dict[str, np.ndarray]:
         """Sums over tokens in float64, of x = (K, V): x x^T [2g,d,2g,d], x [2g,d] and, with token vectors, x z^T."""
-        X_bkgd = np.concatenate([K_bkgd, V_bkge], 2).astype(np.float64)
-        sums = {"M": second_moment(X_bkgd), "mean": X_bkgd.sum((0, 1))}
-        return sums if Z_bkz is None else sums | {"N": einsum("bkgd,bkz->gdz", X_bkgd, Z_bkz.astype(np.float64))}
+        return {name: self.double(x) for name, x in self.backward.moments(K_bkgd, V_bkge, Z_bkz).items()}
 
     def token_moments(self, Z_bkz: Any) -> tuple[np.ndarray, np.ndarray]:
         """Sums over tokens in float64, of z [z] and of z z^T [z,z]."""
@@ -274,13 +266,13 @@ class Model:
 
     def logits_backward(self, x_bqm: Any, rng: np.random.Generator) -> Any:
         """Gradient by the states behind the last layer of -log p(y), y drawn from the model's own p."""
-        return backward.logits_backward(self, x_bqm, rng)
+        return self.backward.logits_backward(self, x_bqm, rng)
 
     def back_through_layer(self, layer: int, x_bqm: Any, dy_bqm: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         """Gradients back through one layer: (by the states in front of it, sums of grad grad^T by K and by V)."""
         at = np.arange(x_bqm.shape[1])[None]
-        dx_bqm, *gradients = backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer], at)
-        F_k, F_v = (second_moment(x_bkgd) for x_bkgd in gradients)
+        dx_bqm, *gradients = self.backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer], at)
+        F_k, F_v = (self.double(self.backward.second_moment(x_bkgd)) for x_bkgd in gradients)
         return dx_bqm, F_k, F_v
 
     def compare(self, x_bqm: Any, other: Model, y_bqm: Any, following_q: np.ndarray) -> dict[str, np.ndarray]:
@@ -311,14 +303,13 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
             f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}"
         )
     words_bq = vision.without_placeholders(tokens_bq, config)
-    if words_bq.min(initial=0) < 0 or words_bq.max(initial=0) >= config.vocab_size:
-        wrong = words_bq[(words_bq < 0) | (words_bq >= config.vocab_size)][0]
-        raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong}")
+    wrong = words_bq[(words_bq < 0) | (words_bq >= config.vocab_size)]
+    if wrong.size:
+        raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong[0]}")
     if lengths_b is None:
         return tokens_bq, None
     lengths_b = np.asarray(lengths_b)
-    if lengths_b.shape != tokens_bq.shape[:1] or lengths_b.min() < 0 or lengths_b.max() > tokens_bq.shape[1]:
-        raise TPAError(
-            f"model: lengths must be one number a row in 0 ... {tokens_bq.shape[1]}, got {lengths_b.tolist()}"
-        )
+    b, q = tokens_bq.shape
+    if lengths_b.shape != (b,) or lengths_b.min() < 0 or lengths_b.max() > q:
+        raise TPAError(f"model: lengths must be one number a row in 0 ... {q}, got {lengths_b.tolist()}")
     return tokens_bq, lengths_b

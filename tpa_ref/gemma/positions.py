@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..core import rope
 from ..core.mode import Tokens
 
 
+@dataclass(eq=False)
 class Positions:
     """Positions of new tokens as one kind of layer (global or window) sees them; the other kind rotates differently.
 
@@ -18,16 +20,11 @@ class Positions:
     image). text_bt: the ids so far, numbered from 1, where K or V is predicted from them.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        is_global: bool,
-        positions_bq: np.ndarray,
-        last_bq: np.ndarray | None = None,
-        text_bt: np.ndarray | None = None,
-    ):
-        self.model, self.is_global = model, is_global
-        self.positions_bq, self.last_bq, self.text_bt = positions_bq, last_bq, text_bt
+    model: Any
+    is_global: bool
+    positions_bq: np.ndarray
+    last_bq: np.ndarray | None = None
+    text_bt: np.ndarray | None = None
 
     @cached_property
     def new_tokens(self) -> Tokens:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TPAError
-from .tokenizer import BOS
+from .tokenizer import BOS, require_tokenizer
 
 
 def read_text(text_or_path: str | Path) -> str:
@@ -18,9 +18,8 @@ def read_text(text_or_path: str | Path) -> str:
             if isinstance(text_or_path, Path) or path.is_file():
                 return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as problem:
-            raise TPAError(
-                f"text: {path} is not UTF-8: byte {problem.start} is {problem.object[problem.start]:#x}"
-            ) from None
+            byte = problem.object[problem.start]
+            raise TPAError(f"text: {path} is not UTF-8: byte {problem.start} is {byte:#x}") from None
         except OSError as problem:
             if isinstance(text_or_path, Path):
                 raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
@@ -31,12 +30,9 @@ def text_windows(
     model: Any, text_or_path: str | Path, max_tokens: int, length: int | None = None
 ) -> Iterator[list[int]]:
     """The text as token windows of at most `length` (default: 1024 or the model's positions), BOS on every one."""
-    if model.tokenizer is None:
-        raise TPAError(
-            "text: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
-        )
+    tokenizer = require_tokenizer(model, "text")
     length = min(length or 1024, model.config.max_positions)
-    ids = model.tokenizer.encode(read_text(text_or_path), bos=False)[:max_tokens]
+    ids = tokenizer.encode(read_text(text_or_path), bos=False)[:max_tokens]
     if not ids:
         raise TPAError("text: at least one token is needed, got an empty text")
     for start in range(0, len(ids), length - 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import TPAError
 from .config import VisionConfig
@@ -51,9 +52,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._pieces.decode([int(token) for token in ids])
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]], vision: VisionConfig | None = None) -> list[int]:
-        """Ids of a conversation that the model continues: [("user", text), ("model", text), ...], BOS exactly once."""
-        return self.encode(chat_text(turns), vision=vision)
+
+def require_tokenizer(model: Any, stage: str) -> Tokenizer:
+    """The model's tokenizer, or one line that says how to give one."""
+    if model.tokenizer is None:
+        raise TPAError(
+            f"{stage}: the model has no tokenizer, and text needs one; give its file with tokenizer= (--tokenizer)"
+        )
+    return model.tokenizer
 
 
 def image_tokens(vision: VisionConfig) -> list[int]:

@@ -119,16 +119,12 @@ def check_images(images: Any, tokens_bq: np.ndarray, positions_bq: np.ndarray, c
     is_image_bq = (tokens_bq == vision.image_token) & (positions_bq >= 0)
     found, t, count = int(is_image_bq.sum()), vision.tokens_per_image, 0 if images is None else len(images)
     if found != count * t:
-        raise TPAError(
-            f"model: {count} images take {count} x {t} placeholder tokens ({vision.image_token}), "
-            f"got {found} in the text"
-        )
-    for row in is_image_bq:
-        for start, end in image_blocks(row):
-            if (end - start) % t:
-                raise TPAError(
-                    f"model: the {t} placeholder tokens of an image must stand together, got {end - start} at {start}"
-                )
+        wanted = f"{count} images take {count} x {t} placeholder tokens ({vision.image_token})"
+        raise TPAError(f"model: {wanted}, got {found} in the text")
+    for start, end in (block for row in is_image_bq for block in image_blocks(row)):
+        if (end - start) % t:
+            wrong = f"got {end - start} at {start}"
+            raise TPAError(f"model: the {t} placeholder tokens of an image must stand together, {wrong}")
     return is_image_bq
 
 
@@ -146,16 +142,15 @@ def as_pixels(images: Any) -> np.ndarray | None:
     return None if images is None else np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
 
 
-def check_pixels(images: Any, vision: VisionConfig) -> None:
-    """Pixels are floats [i,c,x,y] of the size that the model reads, and finite."""
+def check_pixels(images: Any, vision: VisionConfig) -> np.ndarray:
+    """The same pixels, if they are floats [i,c,x,y] of the size that the model reads, and finite."""
     expected = (vision.channels, vision.image_size, vision.image_size)
     if images.ndim != 4 or images.shape[1:] != expected or images.dtype.kind != "f":
-        raise TPAError(
-            f"model: images must be floats of shape [i, {', '.join(map(str, expected))}], "
-            f"got {images.dtype} {list(images.shape)}"
-        )
-    if not np.isfinite(images).all():
-        raise TPAError(f"model: images must be finite, got {int((~np.isfinite(images)).sum())} NaN or infinite numbers")
+        shape = ", ".join(map(str, expected))
+        raise TPAError(f"model: images must be floats of shape [i, {shape}], got {images.dtype} {list(images.shape)}")
+    if wrong := int((~np.isfinite(images)).sum()):
+        raise TPAError(f"model: images must be finite, got {wrong} NaN or infinite numbers")
+    return images
 
 
 def image_blocks(is_image_q: np.ndarray) -> list[tuple[int, int]]:

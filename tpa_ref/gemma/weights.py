@@ -103,32 +103,20 @@ def names_of(kind: type) -> dict[str, str]:
 def text_sizes(config: GemmaConfig) -> dict[str, int]:
     """The size of each letter in the text model."""
     return {
-        "v": config.vocab_size,
-        "m": config.hidden_size,
-        "h": config.num_heads,
-        "g": config.num_kv_heads,
-        "d": config.head_dim,
-        "e": config.head_dim,
-        "f": config.intermediate_size,
-    }
+        "v": config.vocab_size, "m": config.hidden_size, "h": config.num_heads, "g": config.num_kv_heads,
+        "d": config.head_dim, "e": config.head_dim, "f": config.intermediate_size,
+    }  # fmt: skip
 
 
 def vision_sizes(config: GemmaConfig) -> dict[str, int]:
     """The size of each letter in the image tower; c, x, y are those of one patch."""
     assert config.vision is not None
-    vision, d = config.vision, config.vision.head_dim
+    vision = config.vision
     return {
-        "c": vision.channels,
-        "x": vision.patch_size,
-        "y": vision.patch_size,
-        "p": vision.patches_per_side**2,
-        "z": vision.hidden_size,
-        "h": vision.num_heads,
-        "d": d,
-        "e": d,
-        "f": vision.intermediate_size,
-        "m": config.hidden_size,
-    }
+        "c": vision.channels, "x": vision.patch_size, "y": vision.patch_size, "p": vision.patches_per_side**2,
+        "z": vision.hidden_size, "h": vision.num_heads, "d": vision.head_dim, "e": vision.head_dim,
+        "f": vision.intermediate_size, "m": config.hidden_size,
+    }  # fmt: skip
 
 
 def shape_of(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -146,7 +134,8 @@ def hf_shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     >>> hf_shape("WK_gdm", text_sizes(GemmaConfig.gemma3_1b()))
     (256, 1152)
     """
-    letters, shape = name.rpartition("_")[2], []
+    letters = name.rpartition("_")[2]
+    shape: list[int] = []
     for before, letter in zip(" " + letters, letters):
         if before in "hg" and letter in "de":
             shape[-1] *= sizes[letter]
@@ -165,14 +154,13 @@ def hf_names(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     sizes = text_sizes(config)
     names = {"model.embed_tokens.weight": shape_of("_vm", sizes), "model.norm.weight": shape_of("_m", sizes)}
     for layer in range(config.num_layers):
-        for own, name in names_of(LayerWeights).items():
-            names[f"model.layers.{layer}.{name}"] = hf_shape(own, sizes)
+        names |= {f"model.layers.{layer}.{name}": hf_shape(own, sizes) for own, name in names_of(LayerWeights).items()}
     if config.vision is not None:
         sizes = vision_sizes(config)
         names |= {name: hf_shape(own, sizes) for own, name in names_of(VisionWeights).items()}
+        blocks = names_of(VisionLayerWeights)
         for layer in range(config.vision.num_layers):
-            for own, name in names_of(VisionLayerWeights).items():
-                names[f"{VISION_BLOCKS}{layer}.{name}"] = hf_shape(own, sizes)
+            names |= {f"{VISION_BLOCKS}{layer}.{name}": hf_shape(own, sizes) for own, name in blocks.items()}
     return names
 
 
@@ -193,10 +181,22 @@ def is_vision(name: str) -> bool:
 # ---- from names and back ----
 
 
-def from_named(tensors: Mapping[str, Any], config: GemmaConfig) -> Weights:
-    """Named Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied)."""
-    layers = [layer_weights(tensors, layer, config) for layer in range(config.num_layers)]
-    vision = vision_weights(tensors, config) if config.vision else None
+def from_named(tensors: Mapping[str, Any], config: GemmaConfig, on_disk: bool = False) -> Weights:
+    """Named Hugging Face tensors -> `Weights`, split into heads (a view, nothing is copied).
+
+    on_disk: each block is taken from `tensors` whenever it is needed.
+    """
+
+    def blocks(kind: type, prefix: str, count: int, sizes: Mapping[str, int]) -> Sequence[Any]:
+        layers = LayersOnDisk(tensors, kind, prefix, count, sizes)
+        return layers if on_disk else list(layers)
+
+    vision = None
+    if config.vision:
+        sizes = vision_sizes(config)
+        tower = blocks(VisionLayerWeights, VISION_BLOCKS, config.vision.num_layers, sizes)
+        vision = VisionWeights(tower, **split(tensors, VisionWeights, "", sizes))
+    layers = blocks(LayerWeights, "model.layers.", config.num_layers, text_sizes(config))
     return Weights(tensors["model.embed_tokens.weight"], layers, tensors["model.norm.weight"], vision)
 
 
@@ -205,33 +205,15 @@ def split(tensors: Mapping[str, Any], kind: type, prefix: str, sizes: Mapping[st
     return {own: tensors[prefix + name].reshape(shape_of(own, sizes)) for own, name in names_of(kind).items()}
 
 
-def layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> LayerWeights:
-    """One block."""
-    return LayerWeights(**split(tensors, LayerWeights, f"model.layers.{layer}.", text_sizes(config)))
-
-
-def vision_layer_weights(tensors: Mapping[str, Any], layer: int, config: GemmaConfig) -> VisionLayerWeights:
-    """One block of the image tower."""
-    return VisionLayerWeights(**split(tensors, VisionLayerWeights, f"{VISION_BLOCKS}{layer}.", vision_sizes(config)))
-
-
-def vision_weights(tensors: Mapping[str, Any], config: GemmaConfig, on_disk: bool = False) -> VisionWeights:
-    """The image tower and the projector; on_disk: each block is read when it is needed."""
-    assert config.vision is not None
-    layers: Sequence[VisionLayerWeights] = VisionLayersOnDisk(tensors, config)
-    layers = layers if on_disk else list(layers)
-    return VisionWeights(layers, **split(tensors, VisionWeights, "", vision_sizes(config)))
-
-
 class LayersOnDisk(Sequence):
     """The blocks of a model larger than memory: each is read when it is asked for, and only the last one is kept."""
 
-    def __init__(self, tensors: Mapping[str, Any], config: GemmaConfig):
-        self._tensors, self._config = tensors, config
+    def __init__(self, tensors: Mapping[str, Any], kind: type, prefix: str, length: int, sizes: Mapping[str, int]):
+        self.tensors, self.kind, self.prefix, self.length, self.sizes = tensors, kind, prefix, length, sizes
         self._held: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
-        return self._config.num_layers
+        return self.length
 
     def __getitem__(self, layer: int) -> Any:  # type: ignore[override]
         if not 0 <= layer < len(self):
@@ -242,42 +224,19 @@ class LayersOnDisk(Sequence):
         return self._held[1]
 
     def _read(self, layer: int) -> Any:
-        return layer_weights(self._tensors, layer, self._config)
-
-
-class VisionLayersOnDisk(LayersOnDisk):
-    """The same of the image tower."""
-
-    def __len__(self) -> int:
-        return self._config.vision.num_layers if self._config.vision else 0
-
-    def _read(self, layer: int) -> Any:
-        return vision_layer_weights(self._tensors, layer, self._config)
-
-
-def to_named(weights: Weights, config: GemmaConfig) -> dict[str, Any]:
-    """`Weights` -> named Hugging Face tensors; the inverse of `from_named`."""
-    names = {"model.embed_tokens.weight": weights.embed_vm, "model.norm.weight": weights.final_norm_m}
-    for layer, block in enumerate(weights.layers):
-        names |= to_named_layer(block, layer)
-    return names | dict(to_named_vision(weights.vision) if weights.vision else ())
+        return self.kind(**split(self.tensors, self.kind, f"{self.prefix}{layer}.", self.sizes))
 
 
 def joined(block: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The tensors of one of the classes above by their names, head axes joined."""
+    """The inverse of `split`: (name, tensor) of everything in one of the classes above, head axes joined."""
     for own, name in names_of(type(block)).items():
         array = getattr(block, own)
         sizes = dict(zip(own.rpartition("_")[2], array.shape, strict=True))
         yield prefix + name, array.reshape(hf_shape(own, sizes))
 
 
-def to_named_layer(block: LayerWeights, layer: int) -> dict[str, Any]:
-    """One block -> named Hugging Face tensors."""
-    return dict(joined(block, f"model.layers.{layer}."))
-
-
-def to_named_vision(vision: VisionWeights) -> Iterator[tuple[str, Any]]:
-    """The image tower as named Hugging Face tensors, one after another."""
+def joined_vision(vision: VisionWeights) -> Iterator[tuple[str, Any]]:
+    """The same of the whole image tower, one tensor after another."""
     yield from joined(vision, "")
     for layer, block in enumerate(vision.layers):
         yield from joined(block, f"{VISION_BLOCKS}{layer}.")

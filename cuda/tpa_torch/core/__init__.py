@@ -1,3 +1,10 @@
-"""The mathematics on tensors: the same files, names and results as `tpa_ref.core`. Importing it makes the modes known."""
+"""The mathematics on tensors: files, names and results as in `tpa_ref.core`. Importing it makes the modes known."""
 
-from . import contextual, fixed_a, fixed_b, latent, spectral  # noqa: F401
+from .contextual import Contextual
+from .fixed_a import FixedA
+from .fixed_b import FixedB
+from .latent import Latent
+from .mode import register
+
+for mode_class in (Contextual, FixedA, FixedB, Latent):
+    register(mode_class)

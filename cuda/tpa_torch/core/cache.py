@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from tpa_ref.core import cache as reference
-from tpa_ref.core.cache import Exact, PassThrough, Segment, cache_bytes, slot_positions
+from tpa_ref.core.cache import Exact, Segment
 from tpa_ref.core.mode import Stored
 
 from . import masks
 from .pair import Pair
 from .quantize import torch_dtype
-
-__all__ = ["Exact", "PassThrough", "Segment", "cache_bytes", "slot_positions"]
 
 
 class Keys(reference.Keys):
@@ -44,23 +42,16 @@ class Ring(reference.Ring):
 
     def write(self, new: Stored, positions_bq: np.ndarray) -> None:
         """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
-        aligned = bool((positions_bq >= 0).all() and (positions_bq == positions_bq[:1]).all())
-        if aligned:  # every row the same, nothing padded: whole slices instead of single entries
-            first = max(0, positions_bq.shape[1] - self.slots)
-            kept = positions_bq[0, first:]
-            start = int(kept[0] % self.slots)
-            split = min(len(kept), self.slots - start)  # how many fit before the ring begins anew
-            for name, array in self.arrays.items():
-                array[:, start : start + split] = new[name][:, first : first + split]
-                if split < len(kept):
-                    array[:, : len(kept) - split] = new[name][:, first + split :]
-            return
-        newest_b = positions_bq.max(1, keepdims=True)
-        row, column = np.nonzero((positions_bq >= 0) & (positions_bq > newest_b - self.slots))
-        slot = positions_bq[row, column] % self.slots
+        if (positions_bq < 0).any() or (positions_bq != positions_bq[:1]).any():
+            return super().write(new, positions_bq)
+        # Every row the same, nothing padded: whole slices instead of single entries
+        first = max(0, positions_bq.shape[1] - self.slots)
+        start, count = int(positions_bq[0, first] % self.slots), positions_bq.shape[1] - first
+        split = min(count, self.slots - start)  # how many fit before the ring begins anew
         for name, array in self.arrays.items():
-            row_t, column_t, slot_t = (torch.from_numpy(index).to(array.device) for index in (row, column, slot))
-            array[row_t, slot_t] = new[name][row_t, column_t].to(array.dtype)
+            array[:, start : start + split] = new[name][:, first : first + split]
+            if split < count:
+                array[:, : count - split] = new[name][:, first + split :]
 
     @staticmethod
     def joined(before: Stored, now: Stored) -> Stored:

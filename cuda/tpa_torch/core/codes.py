@@ -1,7 +1,5 @@
 """Spectral codes: coefficients with a width of their own each. Twin of `tpa_ref.core.codes`: the same codes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpa_ref.core.codes import MAX_WIDTH, digits, levels, odd_compander, packed_bytes, thresholds
+from tpa_ref.core.codes import MAX_WIDTH, digits, odd_compander, packed_bytes, thresholds
 
-__all__ = ["MAX_WIDTH", "digits", "levels", "odd_compander", "packed_bytes", "thresholds"]
+__all__ = ["MAX_WIDTH", "odd_compander", "packed_bytes"]
 
 FEW_TOKENS = 8
 
@@ -33,7 +31,8 @@ class Piece:
 class Packing:
     """parts: (mask, shift, bytes, columns, shifts in the code) of `digits`; runs: (columns, thresholds); pieces: of
     `unpacking`; level = s (t + kappa t^3) of the odd number t = 2 code + 1 - 2^w, with s and kappa rescaled to it,
-    [R] each.
+    [R] each. For a few tokens all widths and digits in one: thresholds [R,255], infinite where there are no more, and
+    (byte, column, left, mask, shift) of every digit.
     """
 
     parts: list
@@ -42,6 +41,8 @@ class Packing:
     scale_s: Tensor
     kappa_s: Tensor
     offset_s: Tensor
+    thresholds_st: Tensor
+    every_digit: Tensor
 
 
 @lru_cache(maxsize=512)
@@ -63,7 +64,13 @@ def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
     ]
     rows = [(*odd_compander(width), 1.0 - (1 << width)) for width in widths]
     scale_s, kappa_s, offset_s = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 3).unbind(-1)
-    return Packing(parts, runs, unpacking(widths), scale_s, kappa_s, offset_s)
+    thresholds_st = np.full((len(widths), (1 << max(widths, default=0)) - 1), np.inf, np.float32)
+    for coefficient, width in enumerate(widths):
+        thresholds_st[coefficient, : (1 << width) - 1] = thresholds(width)
+    every = [np.broadcast_arrays(x.byte, x.column, x.left, (1 << x.bits) - 1, x.shift) for x in digits(widths)]
+    every_digit = np.concatenate([np.zeros((5, 0), np.int64), *every], 1)
+    once = (torch.from_numpy(x).to(device) for x in (thresholds_st, every_digit))
+    return Packing(parts, runs, unpacking(widths), scale_s, kappa_s, offset_s, *once)
 
 
 def _index(numbers: np.ndarray, device: torch.device) -> slice | Tensor:
@@ -91,44 +98,6 @@ def unpacking(widths: tuple[int, ...]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: not piece.first)
 
 
-@dataclass(frozen=True)
-class _AtOnce:
-    """What packing of a few tokens needs, all widths and digits in one: thresholds [R,255], infinite where there are
-    no more; and for every piece of a code its column, shifts, mask and byte.
-    """
-
-    thresholds_st: Tensor
-    column: Tensor
-    left: Tensor
-    mask: Tensor
-    shift: Tensor
-    byte: Tensor
-
-
-@lru_cache(maxsize=512)
-def _at_once(widths: tuple[int, ...], device: torch.device) -> _AtOnce:
-    """Made once for each layer and device."""
-    most = (1 << max(widths, default=0)) - 1
-    thresholds_st = np.full((len(widths), most), np.inf, np.float32)
-    for coefficient, width in enumerate(widths):
-        thresholds_st[coefficient, : (1 << width) - 1] = thresholds(width)
-    parts = digits(widths)
-    joined = [
-        np.concatenate([np.zeros(0, np.int64), *(np.broadcast_to(make(part), part.byte.shape) for part in parts)])
-        for make in (
-            lambda part: part.column,
-            lambda part: part.left,
-            lambda part: (1 << part.bits) - 1,
-            lambda part: part.shift,
-            lambda part: part.byte,
-        )
-    ]
-    return _AtOnce(
-        torch.from_numpy(thresholds_st).to(device),
-        *(torch.from_numpy(array.astype(np.int64)).to(device) for array in joined),
-    )
-
-
 def quantize(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
     if C_bks.shape[:-1].numel() <= FEW_TOKENS:
@@ -145,23 +114,19 @@ def quantize(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
 
 def _quantize_few(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The same in a handful of steps, which is what a single token waits for."""
-    spec = _at_once(widths, C_bks.device)
+    spec = packing(widths, C_bks.device)
+    byte, column, left, mask, shift = spec.every_digit
     codes = (C_bks.float()[..., None] > spec.thresholds_st).sum(-1)
-    pieces = ((codes[..., spec.column] >> spec.left) & spec.mask) << spec.shift
+    pieces = ((codes[..., column] >> left) & mask) << shift
     packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
-    return packed.index_add_(-1, spec.byte, pieces).to(torch.uint8)
-
-
-def unpack(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The inverse of the packing: uint8 [..., bytes] -> the code of each coefficient, uint8 [..., R]."""
-    codes = packed.new_zeros((*packed.shape[:-1], len(widths)))
-    for mask, shift, byte, columns, left in packing(widths, packed.device).parts:
-        codes[..., columns] |= ((packed[..., byte] >> shift) & mask) << left
-    return codes
+    return packed.index_add_(-1, byte, pieces).to(torch.uint8)
 
 
 def dequantize(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Codes -> coefficients of unit variance, float32 [..., R]."""
+    """Codes -> coefficients of unit variance: uint8 [..., bytes] -> float32 [..., R]."""
     spec = packing(widths, packed.device)
-    t = unpack(packed, widths).float().mul_(2).add_(spec.offset_s)
+    codes = packed.new_zeros((*packed.shape[:-1], len(widths)))
+    for mask, shift, byte, columns, left in spec.parts:
+        codes[..., columns] |= ((packed[..., byte] >> shift) & mask) << left
+    t = codes.float().mul_(2).add_(spec.offset_s)
     return t.square().mul_(spec.kappa_s).add_(1).mul_(t).mul_(spec.scale_s)

@@ -14,10 +14,9 @@ from tpa_ref.core import contextual as reference
 from tpa_ref.core.mode import Parts
 
 from .attention import join_heads, split_heads
-from .mode import Mode, register
+from .mode import Mode
 
 
-@register
 class Contextual(Mode, reference.Contextual):
     """K = (1/R) sum_r a_r (x) b_r for each token."""
 
@@ -63,11 +62,10 @@ def scores_contextual(Q_bqhd: Tensor, A_bksg: Tensor, B_bksd: Tensor, scale: flo
     """Eq. (A.2) with dense queries: L = scale/R sum_s a_s[g] (q . b_s)."""
     s, g = A_bksg.shape[2:]
     Q_bqgnd = split_heads(Q_bqhd, g)
-    L_bgnqk: Tensor | float = 0.0
+    L_bgnqk: Any = 0
     for rank in range(s):
         P_bgnqk = torch.einsum("bqgnd,bkd->bgnqk", Q_bqgnd, B_bksd[:, :, rank])
         L_bgnqk = L_bgnqk + A_bksg[:, :, rank].mT[:, :, None, None] * P_bgnqk
-    assert isinstance(L_bgnqk, Tensor)
     return join_heads(L_bgnqk) * (scale / s)
 
 
@@ -75,9 +73,8 @@ def values_contextual(P_bhqk: Tensor, A_bkug: Tensor, B_bkue: Tensor) -> Tensor:
     """Eq. (A.3): O = 1/R sum_u sum_k (p a_u[g]) b_u."""
     u, g = A_bkug.shape[2:]
     P_bgnqk = P_bhqk.unflatten(1, (g, -1))
-    O_bqgne: Tensor | float = 0.0
+    O_bqgne: Any = 0
     for rank in range(u):
         W_bgnqk = P_bgnqk * A_bkug[:, :, rank].mT[:, :, None, None]
         O_bqgne = O_bqgne + torch.einsum("bgnqk,bke->bqgne", W_bgnqk, B_bkue[:, :, rank])
-    assert isinstance(O_bqgne, Tensor)
     return O_bqgne.flatten(2, 3) / u

@@ -11,10 +11,9 @@ from tpa_ref.core import fixed_a as reference
 from tpa_ref.core.mode import Parts
 
 from .attention import join_heads, split_heads
-from .mode import Mode, register
+from .mode import Mode
 
 
-@register
 class FixedA(Mode, reference.FixedA):
     """Cached are the b's, B = (1/R) A X, [R,d]."""
 

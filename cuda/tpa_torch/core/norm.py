@@ -1,7 +1,5 @@
 """RMSNorm as Gemma has it. Twin of `tpa_ref.core.norm`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tpa_ref.core import pair as reference
 
 from .dense import Dense
-from .rope import rotate
 
 
 class Pair(reference.Pair):
@@ -17,11 +14,6 @@ class Pair(reference.Pair):
     def dense(g: int, d: int, dtype: str = "bfloat16") -> Pair:
         """How a layer that is not converted caches K and V."""
         return Pair(Dense(g, d, dtype=dtype), Dense(g, d, dtype=dtype))
-
-    @staticmethod
-    def turned(X_bksd: Any, tokens: Any) -> Any:
-        """RoPE."""
-        return rotate(X_bksd, *tokens.tables)
 
 
 class Joint(Pair, reference.Joint):

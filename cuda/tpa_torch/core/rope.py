@@ -1,7 +1,5 @@
 """Rotary position embedding, half-split: feature i is paired with feature i + d/2. Twin of `tpa_ref.rope`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

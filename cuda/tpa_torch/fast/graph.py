@@ -8,7 +8,6 @@ token. Elsewhere the same step runs as it is written, which is how it is tested.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +18,16 @@ from torch import Tensor
 
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Parts
-from tpa_ref.gemma.sampling import Sampling
+from tpa_ref.gemma.generate import Sampling
 from tpa_ref.gemma.tokenizer import STOP
 from tpa_ref.trace import Tracer, no_trace
 
 from ..core import contextual, masks
-from ..core.attention import softmax
-from ..core.cache import Cache
+from ..core.cache import Cache, Keys, Segment
 from ..core.contextual import Contextual, fix_signs
 from ..core.mode import Mode
 from . import kernels
+from .attend import plainly
 
 SQUARINGS = 12  # the Gram matrix to the power 2^12: neighbours a hundredth apart are e^-40 of each other
 
@@ -114,6 +113,7 @@ class NewTokens:
         self.position_b, self.runs_b = position_b, runs_b
         query_b, length_b = torch.where(runs_b, position_b, -1), position_b + runs_b
         self.step = kernels.Step(query_b.int(), length_b.int())
+        self.positions_bq, self.last_seen_bq = query_b[:, None], None
 
     @cached_property
     def new_tokens(self) -> At:
@@ -136,6 +136,10 @@ class At:
     def __init__(self, new: NewTokens, position_bk: Tensor):
         self.new, self.position_bk = new, position_bk
 
+    def of(self, keys: slice) -> At:
+        """A slice of them."""
+        return At(self.new, self.position_bk[:, keys])
+
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin, [b,k,d/2] each."""
@@ -144,7 +148,7 @@ class At:
         return cos[at_bk], sin[at_bk]
 
     @cached_property
-    def Z_bkz(self) -> Tensor:  # noqa: N802
+    def Z_bkz(self) -> Tensor:
         """The token vectors [b,k,2m]."""
         text_bt = self.new.text_bt
         assert text_bt is not None
@@ -155,12 +159,15 @@ class At:
         return self.new.model.token_table(own_bk, previous_bk)
 
 
-@dataclass(frozen=True)
-class StaticKeys:
-    """What one layer holds, with the new tokens in it."""
+class StaticKeys(Keys):
+    """What one layer holds with the new tokens in it: whole buffers, and masks of positions on the device."""
 
-    held: LayerCache
-    at: NewTokens
+    def seen(  # type: ignore[override]
+        self, segment: Segment, queries: slice = slice(None), keys: slice = slice(None)
+    ) -> Tensor:
+        query_bq, position_bk, exact = self.at.positions_bq, segment.positions_bk, self.held.exact
+        seen_bqk = masks.visible(query_bq, position_bk, self.held.window)
+        return masks.segment_mask(segment.kind, seen_bqk, query_bq, position_bk, exact.sinks, exact.recent)
 
 
 class StaticCache:
@@ -168,7 +175,7 @@ class StaticCache:
 
     def __init__(self, cache: Cache, dtype: torch.dtype):
         self.cache = cache
-        self.encoders = [
+        self.encoders: list[dict[str, Any]] = [
             {
                 kind: type(ring.pair)(*(static(mode, dtype) for mode in ring.pair.modes))
                 for kind, ring in held.rings.items()
@@ -181,7 +188,7 @@ class StaticCache:
         held = self.cache.layers[layer]
         for kind, ring in held.rings.items():
             at.write(ring, self.encoders[layer][kind].encode(K_bkgd, V_bkge, at.new_tokens))
-        return StaticKeys(held, at)
+        return StaticKeys([], at, held, self.cache.lengths_b)
 
 
 def attend(Q_bqhd: Tensor, keys: StaticKeys, model: Any) -> Tensor:
@@ -193,25 +200,14 @@ def attend(Q_bqhd: Tensor, keys: StaticKeys, model: Any) -> Tensor:
 
 
 def attend_in_torch(Q_bqhd: Tensor, held: LayerCache, at: NewTokens, scale: float) -> Tensor:
-    """What the kernels compute, from whole buffers and masks of positions: [b,1,h,d] -> [b,1,h,e]."""
-    query_bq, exact = at.step.query_b[:, None].long(), held.exact
-    logits, values = [], []
+    """What the kernels compute, by the functions of `core`: [b,1,h,d] -> [b,1,h,e]."""
+    segments = []
     for kind, ring in held.rings.items():
         length_b = at.step.length_b.long()
-        length_b = length_b if ring.windowed or kind == "coded" else length_b.clamp(max=ring.slots)
-        position_bk = slot_positions(length_b, ring.slots)
-        seen_bqk = masks.visible(query_bq, position_bk, held.window)
-        seen_bqk = masks.segment_mask(kind, seen_bqk, query_bq, position_bk, exact.sinks, exact.recent)
-        tokens = At(at, position_bk)
-        parts_k, parts_v = ring.pair.load(ring.arrays, Q_bqhd.dtype)
-        L_bhqk: Any = ring.pair.k.scores(Q_bqhd, parts_k, tokens, scale)  # type: ignore[arg-type]
-        L_bhqk = L_bhqk if Q_bqhd.dtype == torch.float64 else L_bhqk.float()
-        logits.append(masks.apply_mask(L_bhqk, seen_bqk))
-        values.append((ring.pair.v, parts_v, tokens))
-    P_bhqk: Any = softmax(torch.cat(logits, -1)).to(Q_bqhd.dtype)
-    each = P_bhqk.split([L.shape[-1] for L in logits], -1)
-    found: Any = [mode.values(P, parts, tokens) for P, (mode, parts, tokens) in zip(each, values, strict=True)]
-    return torch.stack(found).sum(0)
+        position_bk: Any = slot_positions(length_b.clamp(max=ring.slots) if kind == "sinks" else length_b, ring.slots)
+        known: Any = At(at, position_bk)
+        segments.append(Segment(kind, ring.pair, ring.arrays, position_bk, known))
+    return plainly(Q_bqhd, StaticKeys(segments, at, held, np.zeros(0)), scale, no_trace)
 
 
 def slot_positions(length_b: Tensor, slots: int) -> Tensor:

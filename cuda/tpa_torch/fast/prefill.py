@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpa_ref.core.mode import Tokens
+
 from ..core.attention import split_heads
 from ..core.cache import Segment
 from .blocks import blocks_of
@@ -34,10 +36,8 @@ def attend(Q_bqhd: Tensor, keys: Any, scale: float) -> Tensor:
 def formed(segment: Segment, dtype: torch.dtype) -> tuple[Any, Any]:
     """K after RoPE and V of a segment, [b,k,g,d] each."""
     parts_k, parts_v = segment.pair.load(segment.stored, dtype)
-    return (
-        segment.pair.k.rotated_keys(parts_k, segment.tokens),
-        segment.pair.v.decode(parts_v, segment.tokens),
-    )
+    tokens: Any = Tokens(segment.tokens.tables, segment.tokens.Z_bkz)  # looked up once, for K and for V
+    return segment.pair.k.rotated_keys(parts_k, tokens), segment.pair.v.decode(parts_v, tokens)
 
 
 def joined(parts: list[Tensor], axis: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Products of a few rows, and codes made numbers, as fast as a CPU reads them: compiled where there is a compiler.
 
-How PyTorch is asked for a product of few rows decides its speed (measured on AVX-512): keys times queries is up to three
-times as fast as queries times keys, and the weighted sum of values wants at least four rows.
+How PyTorch is asked for a product of few rows decides its speed (measured on AVX-512): keys times queries is up to
+three times as fast as queries times keys, and the weighted sum of values wants at least four rows.
 """
 
 from __future__ import annotations

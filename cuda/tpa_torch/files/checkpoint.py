@@ -20,8 +20,6 @@ from tpa_ref.gemma.config import GemmaConfig
 
 from ..gemma.model import Model
 
-DTYPES = ("float32", "bfloat16", "float64")
-
 
 def load(
     path: str | Path,
@@ -33,12 +31,9 @@ def load(
     on_disk: bool = False,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """A model from any of the formats of `tpa_ref.files`, on a device ("auto": the best one).
-
-    dtype: what is computed in: float32, bfloat16 or float64. The other arguments are those of `tpa_ref.load`.
-    """
-    if dtype not in DTYPES:
-        raise TPAError(f"load: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    """`tpa_ref.load` onto a device ("auto": the best one). dtype: what is computed in, also bfloat16."""
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise TPAError(f"load: dtype must be one of float32, bfloat16, float64, got {dtype!r}")
     place = choose_device(device)
     if place.type == "mps" and dtype == "float64":
         raise TPAError("load: float64 does not exist on Apple GPUs; use device cpu or dtype float32")
@@ -58,7 +53,6 @@ class Loader(reference.Loader):
         """One tensor; infinities and NaN are named and refused."""
         x = self.found.entries[name].read("pt")
         x = x if is_basis(name) else x.to(getattr(torch, self.dtype))
-        # Both ends show what is not finite, without the temporary arrays of a test of every number.
         if x.is_floating_point() and x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
             count = int((~torch.isfinite(x)).sum())
             raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
@@ -68,15 +62,13 @@ class Loader(reference.Loader):
 def choose_device(device: str | torch.device) -> torch.device:
     """A torch device; "auto" is cuda, else mps, else cpu."""
     if device == "auto":
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=device)
+        return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         first_line = str(problem).split("\n", 1)[0]
         raise TPAError(f"load: device {str(device)!r} is not usable here: {first_line}") from None
-    return chosen
 
 
 def convert_checkpoint(

@@ -20,13 +20,10 @@ from ..core.norm import rms_norm
 
 @torch.enable_grad()
 def block_backward(
-    model: Any, dy_bqm: Tensor, x_bqm: Tensor, layer: int, w: LayerWeights, positions_bq: Any = None
+    model: Any, dy_bqm: Tensor, x_bqm: Tensor, layer: int, w: LayerWeights, positions_bq: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one layer of the dense model, given that by its output: by its input, normed K and V.
-
-    Shapes: dy and x [b,q,m] -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
-    """
-    at = model.positions(np.arange(x_bqm.shape[1])[None] if positions_bq is None else positions_bq)
+    """Gradients of one layer by its input, normed K and V: dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e]."""
+    at = model.positions(positions_bq)
     x_bqm = x_bqm.detach().requires_grad_()
     leaves: dict[str, Tensor] = {}
     watch = Watch({"attn.K_bkgd": leaves.__setitem__, "attn.V_bkge": leaves.__setitem__})

@@ -1,5 +1,5 @@
-"""The whole Gemma 3 forward pass in PyTorch. Twin of `tpa_ref.gemma.model`, which explains it; what touches no array is
-inherited.
+"""The whole Gemma 3 forward pass in PyTorch. Twin of `tpa_ref.gemma.model`, which explains it: what touches no array is
+inherited, and methods without a docstring do what theirs say.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ inference = torch.inference_mode()
 class Model(reference.Model):
     """A Gemma 3 model on one device. `tpa` is None for the dense model; `convert` makes one with a TPA cache."""
 
-    MODES, Pair, Joint, CodedLatent = MODES, Pair, Joint, CodedLatent
+    Pair, Joint, CodedLatent, Positions, WholeText = Pair, Joint, CodedLatent, Positions, WholeText
+    MODES, backward, vision = MODES, backward, vision
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
@@ -70,7 +71,6 @@ class Model(reference.Model):
         return attend.attend(Q_bqhd, keys, self, trace)
 
     def project_queries(self, a_bqm: Tensor, layer: int, w: LayerWeights) -> Tensor:
-        """Q = W_Q x, or through a head-mixing rank: B_r = W_r x, Q = sum_r a_r (x) B_r."""
         factors = self.query_factors[layer]
         if factors is None:
             return self.project(a_bqm, w.WQ_hdm)
@@ -96,16 +96,6 @@ class Model(reference.Model):
         embed_vm = self.weights.embed_vm
         return torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
 
-    def embed_images(self, images: np.ndarray, trace: Tracer = no_trace) -> Tensor:
-        """The soft tokens of images: pixels [i,c,x,y] -> [i,t,m]."""
-        assert self.weights.vision is not None and self.config.vision is not None
-        return vision.embed_images(self.array(images), self.weights.vision, self.config.vision, trace)
-
-    def positions(self, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None) -> tuple[Any, Any]:
-        """Where new tokens stand, as window layers and as global layers see it."""
-        local, everywhere = (Positions(self, flag, positions_bq, last_bq, text_bt) for flag in (False, True))
-        return local, everywhere
-
     @property
     def token_table(self) -> TokenTable:
         """The embedding table as token vectors, prepared once."""
@@ -114,7 +104,6 @@ class Model(reference.Model):
         return self._token_table
 
     def token_vectors(self, text_bt: np.ndarray, positions_bk: np.ndarray) -> Tensor:
-        """z of the tokens at some positions of a text of numbered ids: [b,t] by position, [b,k] -> [b,k,2m]."""
         found = with_previous(text_bt.astype(np.int64), positions_bk)
         return self.token_table(*(torch.from_numpy(numbers_bk).to(self.device) for numbers_bk in found))
 
@@ -142,68 +131,51 @@ class Model(reference.Model):
     # ---- caches ----
 
     def new_cache(self, batch: int = 1, max_len: int = 4096) -> Cache:
-        """An empty cache for `batch` texts of at most `max_len` tokens; window layers hold only their window."""
         ids, whole = id_dtype(self.config.vocab_size), kernels.runs_on(self.device)
         return Cache(self.pairs, self.config.windows, batch, max_len, self.exact, ids, self.device, whole)
-
-    def whole_text(self, batch: int, length: int) -> WholeText:
-        """In the place of a cache, for a text that is read at once."""
-        return WholeText(self.pairs, self.config.windows, batch, length, self.exact)
 
     # ---- what differs between backends ----
 
     def norm(self, x: Tensor, w: Tensor) -> Tensor:
-        """RMSNorm with Gemma's epsilon."""
         return rms_norm(x, w, self.config.rms_eps)
 
     def mlp(self, a_bqm: Tensor, w: LayerWeights) -> Tensor:
-        """The gated MLP."""
         return mlp(a_bqm, w)
 
     def project(self, a_bqm: Tensor, W_hdm: Tensor) -> Tensor:
-        """[b,q,m] through [h,d,m] -> [b,q,h,d]."""
         return linear(a_bqm, W_hdm.flatten(0, 1)).unflatten(-1, W_hdm.shape[:2])
 
     def array(self, x: Any) -> Tensor:
-        """Numbers as this backend computes with them, in the model's dtype, on its device."""
-        return as_tensor(x).to(self.device, getattr(torch, self.dtype))
+        if not isinstance(x, Tensor):
+            x = np.ascontiguousarray(x)
+            is_bfloat16 = x.dtype.name == "bfloat16"  # which has no direct way
+            x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(x)
+        return x.to(self.device, getattr(torch, self.dtype))
 
     def constant(self, x: np.ndarray) -> Tensor:
-        """A constant array as it is kept: one piece, in full precision."""
         kind = torch.float64 if self.dtype == "float64" else torch.float32
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, kind).contiguous()
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """Any array of this backend as NumPy's, bfloat16 included."""
-        return as_numpy(x)
+        if not isinstance(x, Tensor):
+            return np.asarray(x)
+        x = x.detach().cpu()
+        if x.dtype != torch.bfloat16:
+            return x.numpy()
+        import ml_dtypes
+
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
     @torch.no_grad()
     def through_layer(self, layer: int, x_bqm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A text's states through one layer: (states behind it, its normed K before RoPE, its V)."""
         y_bqm, K_bkgd, V_bkge = super().through_layer(layer, x_bqm)
         return y_bqm.contiguous(), K_bkgd, V_bkge
 
-    def moments(self, K_bkgd: Tensor, V_bkge: Tensor, Z_bkz: Any = None) -> dict[str, np.ndarray]:
-        """Sums over tokens in float64, of x = (K, V): x x^T [2g,d,2g,d], x [2g,d] and, with token vectors, x z^T."""
-        return {name: as_numpy(x).astype(np.float64) for name, x in backward.moments(K_bkgd, V_bkge, Z_bkz).items()}
-
     def token_moments(self, Z_bkz: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over tokens in float64, of z [z] and of z z^T [z,z]."""
-        return as_numpy(Z_bkz[0].sum(0)).astype(np.float64), as_numpy(Z_bkz[0].mT @ Z_bkz[0]).astype(np.float64)
-
-    def logits_backward(self, x_bqm: Tensor, rng: np.random.Generator) -> Tensor:
-        """Gradient by the states behind the last layer of -log p(y), y drawn from the model's own p."""
-        return backward.logits_backward(self, x_bqm, rng)
-
-    def back_through_layer(self, layer: int, x_bqm: Tensor, dy_bqm: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Gradients back through one layer: (by the states in front of it, sums of grad grad^T by K and by V)."""
-        dx_bqm, *gradients = backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer])
-        F_k, F_v = (as_numpy(backward.second_moment(x_bkgd)).astype(np.float64) for x_bkgd in gradients)
-        return dx_bqm, F_k, F_v
+        return self.double(Z_bkz[0].sum(0)), self.double(Z_bkz[0].mT @ Z_bkz[0])
 
     @inference
     def compare(self, x_bqm: Tensor, other: Any, y_bqm: Tensor, following_q: np.ndarray) -> dict[str, np.ndarray]:
-        """Predictions of this model and another from their final states, one number a position."""
         P_bqv, Q_bqv = (torch.log_softmax(L_bqv, -1) for L_bqv in (self.logits(x_bqm), other.logits(y_bqm)))
         following = torch.from_numpy(following_q).to(self.device)[:, None]
         found = {
@@ -212,10 +184,9 @@ class Model(reference.Model):
             "nll": -P_bqv[0, : len(following)].gather(1, following)[:, 0],
             "nll_other": -Q_bqv[0, : len(following)].gather(1, following)[:, 0],
         }
-        return {name: as_numpy(x) for name, x in found.items()}
+        return {name: self.to_numpy(x) for name, x in found.items()}
 
     def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any) -> Iterator | None:
-        """Steps of generation that a device runs by itself; None: there are none."""
         if not graph.serves(self, cache, max_new_tokens):
             return None
         return graph.stream(StaticModel(self), cache, torch.from_numpy(L_bv), max_new_tokens, sampling)
@@ -233,25 +204,3 @@ class StaticModel(Model):
 
     def read(self, Q_bqhd: Tensor, keys: Any, trace: Tracer) -> Tensor:
         return graph.attend(Q_bqhd, keys, self)
-
-
-def as_tensor(x: Any) -> Tensor:
-    """An array of either backend as a tensor; NumPy's bfloat16 has no direct way."""
-    if isinstance(x, Tensor):
-        return x
-    x = np.ascontiguousarray(x)
-    return (
-        torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype.name == "bfloat16" else torch.from_numpy(x)
-    )
-
-
-def as_numpy(x: Any) -> np.ndarray:
-    """An array of either backend as NumPy's."""
-    if not isinstance(x, Tensor):
-        return np.asarray(x)
-    x = x.detach().cpu()
-    if x.dtype != torch.bfloat16:
-        return x.numpy()
-    import ml_dtypes
-
-    return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

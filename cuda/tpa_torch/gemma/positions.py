@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,20 +36,23 @@ class Tokens:
         return Tokens(self.turns_bkp, self.vectors, keys)
 
 
+@dataclass(eq=False)
 class Positions(reference.Positions):
-    """Positions of new tokens as one kind of layer sees them. Nothing of the size queries x keys is kept for more than
-    a few queries.
-    """
+    """Positions of new tokens as one kind of layer sees them."""
 
-    def __init__(self, model: Any, is_global: bool, positions_bq: np.ndarray, last_bq: Any = None, text_bt: Any = None):
-        super().__init__(model, is_global, positions_bq, last_bq, text_bt)
-        self.last_seen_bq = positions_bq if last_bq is None else last_bq
+    def __post_init__(self) -> None:
+        self.last_seen_bq = self.positions_bq if self.last_bq is None else self.last_bq
         self.kept: dict[Any, Any] = {}  # what the layers before this one have made
 
     def tokens(self, positions_bk: np.ndarray, name: str) -> Tokens:  # type: ignore[override]
         """What is known of the tokens at positions that all layers of a kind have under a name."""
         if name not in self.kept:
-            self.kept[name] = Tokens(self._turns(positions_bk), self._vectors(positions_bk))
+            vectors = None
+            if self.text_bt is not None:
+                found = with_previous(self.text_bt.astype(np.int64), positions_bk)
+                numbers = (torch.from_numpy(numbers_bk).to(self.model.device) for numbers_bk in found)
+                vectors = TokenVectors(self.model.token_table, *numbers)
+            self.kept[name] = Tokens(self._turns(positions_bk), vectors)
         return self.kept[name]
 
     def _turns(self, positions_bk: np.ndarray) -> Tensor:
@@ -57,10 +61,3 @@ class Positions(reference.Positions):
         if first >= 0 and (positions_bk == np.arange(first, first + positions_bk.shape[1])).all():
             return turns[None, first : first + positions_bk.shape[1]]
         return turns[torch.from_numpy(np.maximum(positions_bk, 0)).to(turns.device)]
-
-    def _vectors(self, positions_bk: np.ndarray) -> TokenVectors | None:
-        if self.text_bt is None:
-            return None
-        found = with_previous(self.text_bt.astype(np.int64), positions_bk)
-        own_bk, previous_bk = (torch.from_numpy(numbers_bk).to(self.model.device) for numbers_bk in found)
-        return TokenVectors(self.model.token_table, own_bk, previous_bk)

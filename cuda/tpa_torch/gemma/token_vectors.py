@@ -42,11 +42,11 @@ class TokenVectors:
     def __call__(self, keys: slice = slice(None)) -> Tensor:
         """[b,k,2m] of a slice of the positions."""
         at = keys.start, keys.stop
-        if at in self._kept:
-            return self._kept[at]
-        made = self.table(self.own_bk[:, keys], self.previous_bk[:, keys])
-        if self.own_bk.numel() * made.shape[-1] <= self.MOST:
-            self._kept[at] = made
+        made = self._kept.get(at)
+        if made is None:
+            made = self.table(self.own_bk[:, keys], self.previous_bk[:, keys])
+            if self.own_bk.numel() * made.shape[-1] <= self.MOST:
+                self._kept[at] = made
         return made
 
 

@@ -15,9 +15,7 @@ from .mlp import gelu_tanh
 
 
 def embed_images(pixels_icxy: Tensor, w: VisionWeights, config: VisionConfig, trace: Tracer = no_trace) -> Tensor:
-    """The soft tokens of each image: [i,c,x,y] -> [i,t,m]. They enter the text model as they are, without the factor
-    sqrt(m) that words get. One image after another, so that memory does not grow with their number.
-    """
+    """The soft tokens of each image, one after another: [i,c,x,y] -> [i,t,m]."""
     tokens = []
     for number in range(len(pixels_icxy)):
         traced = scoped(trace, f"vision.{number}")

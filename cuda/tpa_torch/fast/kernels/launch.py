@@ -274,15 +274,14 @@ def attend(
     splits = splits or chosen_splits(b * blocks, triton.cdiv(slots, tile.tokens), Q_bhd.device)
     partial = torch.empty((b, h, splits, v.width), dtype=torch.float32, device=Q_bhd.device)
     lse = torch.empty((b, h, splits), dtype=torch.float32, device=Q_bhd.device)
-    basis, mean = rebuild
-    latent = basis is not None and not k.per_head
+    latent = rebuild[0] is not None and not k.per_head  # (basis, mean)
     attend_split[(blocks, splits, b)](
         Q_bhd, k.stored, k.a, v.stored, v.a, rebuild, tables, step.query_b, step.length_b, partial, lse,
         slots, *bounds, splits, h, k.width, v.width, k.stride, v.stride,
         basis_row=g * D if latent else D, basis_group=D if latent else k.width * D, scale=scale * log2(euler),
         K=k.form, V=v.form, STORE_K=k.store, STORE_V=v.store, STORE_KA=k.store_a, STORE_VA=v.store_a,
         PLANES_K=k.planes, PLANES_V=v.planes, ROWS_K=k.rows, ROWS_V=v.rows,
-        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, MEAN=mean is not None, SEGMENT=kind,
+        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, MEAN=rebuild[1] is not None, SEGMENT=kind,
         G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tile.tokens,
         BLOCK_D=D // 2 if k.form == "rebuilt" else min(256, max(16, triton.next_power_of_2(D))),
         BLOCK_E=block_e, BLOCK_R=tile.coefficients, DOT=dot_dtype(Q_bhd),
