@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--pan-and-scan", action="store_true", help="long images also as two to four crops")
     option("--report", metavar="FILE.json", help="seconds, peak memory and bytes of the conversion")
     args = parser.parse_args()
+    args.to_folder = bool(args.save_tpa) and not Path(args.save_tpa).suffix
     options.check_counts(args)
     check_combination(args)
     return args
@@ -63,17 +64,12 @@ def check_combination(args: argparse.Namespace) -> None:
     chosen.pop("context", None)  # which concerns conversations as well
     if chosen and not (args.convert or args.save_tpa):
         raise TPAError(f"--{next(iter(chosen)).replace('_', '-')} concerns a conversion, but --convert is not given")
-    if args.report and not is_folder(args.save_tpa):
+    if args.report and not args.to_folder:
         raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
     if args.pan_and_scan and not args.image:
         raise TPAError("--pan-and-scan concerns images, but --image is not given")
     if args.image and (args.save_tpa or args.export) and not (args.prompt or args.prompts_file):
         raise TPAError("--image goes with a prompt, but --prompt is not given")
-
-
-def is_folder(path: str | None) -> bool:
-    """Is this a place for a saved model that is a folder?"""
-    return bool(path) and not Path(str(path)).suffix
 
 
 def main() -> None:
@@ -89,13 +85,13 @@ def main() -> None:
     work.introduce()
     if args.export:
         print(f"dense model written to {export(work.source, args.export, options.progress_bar('exporting'))}")
-    if is_folder(args.save_tpa):
+    if args.to_folder:
         work = saved_folder(work)
     if prompts:
         answer(model_with_cache(work), args, prompts, images)
     elif not (args.save_tpa or args.export):
         talk(model_with_cache(work), args, images)
-    elif args.save_tpa and not is_folder(args.save_tpa):
+    elif args.save_tpa and not args.to_folder:
         model_with_cache(work)
 
 
@@ -117,7 +113,7 @@ def saved_folder(work: Work) -> Work:
 def model_with_cache(work: Work) -> Any:
     """Load the model, convert it if asked to, say how it caches and what an image takes, and save it if asked to."""
     args, model, plan = work.args, work.load(), None
-    to_file = args.save_tpa and not is_folder(args.save_tpa)
+    to_file = args.save_tpa and not args.to_folder
     if args.convert or (to_file and model.tpa is None):
         done = work.convert(model)
         model, plan = done.model, done.plan
