@@ -3,7 +3,7 @@
 Read in this order:
 
     tpa.py      the whole lesson in arrays: factors, RoPE on factors, attention from factors, a cache, a ring
-    core/       the same in production: one file a mode, quantization, the cache
+    core/       the same in production: first rope, contextual, mode, pair, cache; then the other modes, quantization
     gemma/      Gemma 3 around it: weights, forward pass, images, text
     compress/   which factors and how many bits: calibrate, convert, plan, evaluate
     files/      checkpoints of every format, in and out
@@ -21,7 +21,8 @@ use the same:
     m  model width              f  MLP width                w  window
     v  vocabulary               c x y  image channels, rows, columns        i  images
     p  RoPE pair; in the image tower a patch                z  width of a token vector, or of the image tower
-    t  token of a text, or soft token of an image
+    t  token of a text, or soft token of an image           x  several axes as one, mostly heads and features, g d
+    j  a second g      c  a second d                        y  the same, where x is taken
 
 A capital R in a docstring stands for any of r, s, u.
 

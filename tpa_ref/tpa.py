@@ -1,14 +1,14 @@
 """START HERE: Tensor Product Attention (TPA, arXiv 2501.06425) in one file, with nothing but arrays.
 
 Attention caches a token's keys K, a matrix of g heads by d features, and its values V. TPA caches factors instead: R
-vectors a_r over the heads and R vectors b_r over the features, whose products add up to K. Attention reads the factors
-and never forms K or V. The paper trains a model to emit factors; this project converts a trained Gemma 3, so here they
-are the best factors of what Gemma computes: K after its norm and before RoPE, and V.
+vectors a_r over the heads and R vectors b_r over the features, whose outer products a_r (x) b_r add up to K. Attention
+reads the factors and never forms K or V. The paper trains a model to emit factors; this project converts a trained
+Gemma 3, so here they are the best factors of what Gemma computes: K after its norm and before RoPE, and V.
 
 Read from top to bottom, one equation per function; `python -m tpa_ref.tpa` shows each of them at work. One letter per
 axis, and every array carries its axes as a suffix:
 
-    b  batch             h  query heads, h = g n       s, u  rank R of K, of V
+    b  batch             h  query heads, h = g n       s, u  r = 1 ... R of K, of V
     q  query position    g  KV heads                   d, e  features of a key, of a value
     k  key position      n  query heads per KV head
 """
@@ -88,9 +88,9 @@ def attention(
 class Cache:
     """What the tokens of one layer leave behind: arrays [b,slots,...], read up to the last filled slot.
 
-    Token p lies in slot p mod slots. A global layer has a slot for every token. A window layer has w, a ring: token p
-    replaces token p - w, which no later query sees. So all that is stored is visible, and a new query needs no mask.
-    The order of the slots does not matter: attention sums over keys, and a key's position is in its rotation.
+    Token p lies in slot p mod slots. A global layer has a slot for every token. A window layer has w slots, a ring:
+    token p replaces token p - w, which no later query sees. So all that is stored is visible, and a new query needs no
+    mask. The order of the slots does not matter: attention sums over keys, and a key's position is in its rotation.
     """
 
     def __init__(self, slots: int) -> None:

@@ -1,13 +1,13 @@
 """Healing: a short distillation that teaches a converted model to live with its smaller cache.
 
-The dense model is the teacher. Trained are only the maps between a token and its cache, and W_O behind it:
+The dense model is the teacher. Only the maps between a token and its cache are trained, and W_O after it:
 
     every mode                  W_K and W_V; in `contextual` their product with x is factorized per token
     spectral, latent, fixed-b   encoder, basis, mean and map from tokens to K and V
     fixed-a                     the constant A
 
-everything else stays as it was. The loss is KL(dense || TPA) of the predictions plus the relative error of the states
-behind every attention. Codes are rounded on the way forward and passed through on the way back (straight-through).
+Everything else stays as it was. The loss is KL(dense || TPA) of the predictions plus the relative error of the states
+after every attention. Codes are rounded on the way forward and passed through on the way back (straight-through).
 
 No cache is needed: pre-RoPE K and V of a whole text are replaced by what the cache would give back, which is the same.
 """
@@ -65,7 +65,7 @@ def heal(
     progress: Callable = iter,
     predict: bool = False,
 ) -> Model:
-    """A healed copy of a converted model. The history is `healed.healing`.
+    """A healed copy of a converted model. Its `healing` is the history.
 
     The last windows of the text are not trained on. KL is checked there ten times, and the best state so far, the one
     before the first step included, is what is returned.
@@ -94,7 +94,7 @@ def heal(
 
 
 class Run:
-    """One healing: what is trained, on which windows, and how far it is. It can be saved and gone on with."""
+    """One healing: what is trained, on which windows, and how far it is. It can be saved and resumed."""
 
     def __init__(self, tpa: Model, dense: Model, windows: list[list[int]], steps: int, learning_rate: float):
         kept = len(windows) - min(CHECKED, len(windows) // 4)

@@ -5,9 +5,9 @@ If the normed K (or V) of one token is wrong by a small n, the prediction moves 
     KL(p || p') = 1/2 n^T F n,       F = E[grad grad^T],   grad = d log p(y) / d K,   y drawn from p itself,
 
 summed over all positions that read this token. F, the Fisher matrix, needs only first derivatives: one pass forwards
-and one backwards (`gemma.backward` writes the chain rule out). The gradient by a key contains the queries that ask for
-it and the one by a value W_O, so this is what weighting a basis of K by its queries and one of V by W_O aim at, with
-every layer's weight beside it.
+and one backwards (`gemma.backward` writes the chain rule out). The gradient of a key contains the queries that read it,
+that of a value contains W_O: F weighs a basis of K by its queries and one of V by W_O, and the layers against each
+other.
 
 All windows go through one layer before the next, first forwards, then backwards, so only one layer's weights need be in
 memory, and what is kept are a few matrices per layer, whatever the length of the text. K is taken after QK-norm and
@@ -35,7 +35,7 @@ from .store import Arrays, Memory
 from .token_prediction import TokenMoments
 
 WINDOW = 1024  # tokens of a calibration window: beyond the tiny model's sliding window, so that long range counts
-SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, which costs twice a forward pass
+SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, at twice the cost of a forward pass
 
 
 def calibrate(
@@ -52,10 +52,10 @@ def calibrate(
     """Run the dense model over a text in windows that each begin with BOS, forwards and backwards.
 
     layers: which ones are kept ("all", "global", "local", "5,11"). seed: of the tokens drawn for the sensitivity.
-    max_tokens: how much of the text is used; sensitivity_tokens: how much of it also backwards (0: not at all).
+    max_tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards (0: nothing).
     progress: wraps the layers, for instance `tqdm.tqdm`. cache_dir: a folder where the result is kept under a hash of
-    model, text and arguments, and found again. predict: also how K and V follow from the tokens (default: where that
-    is affordable, see `token_prediction`).
+    model, text and arguments, and found again. predict: also find out how K and V follow from the tokens (default:
+    where that is affordable, see `token_prediction`).
     """
     if model.tpa is not None:
         raise TPAError("calibrate: the model already has a TPA cache; calibrate the dense model")
@@ -104,32 +104,32 @@ class Calibration:
                 step(layer)
 
     def _forwards(self, layer: int) -> None:
-        """The states behind a layer, and the moments of its K and V."""
-        behind: list[Any] = []
+        """The states after a layer, and the moments of its K and V."""
+        after: list[Any] = []
         sums: Arrays = {}
         for index, x_bqm in enumerate(self._held("states", layer)):
             y_bqm, K_bkgd, V_bkge = self.model.through_layer(layer, x_bqm)
-            behind.append(y_bqm)
+            after.append(y_bqm)
             add(sums, self.model.moments(K_bkgd, V_bkge, self.token_vectors[index] if self.predict else None))
-        self.store.put("states", layer + 1, named(behind))
+        self.store.put("states", layer + 1, named(after))
         self.store.put("moments", layer, {name: total / self.tokens for name, total in sums.items()})
         self.store.trim("states", layer, self.backwards)
 
     def _backwards(self, layer: int) -> None:
-        """The gradients in front of a layer, and the Fisher matrices of its K and V."""
+        """The gradients before a layer, and the Fisher matrices of its K and V."""
         states = self._held("states", layer)[: self.backwards]
         if layer + 1 == self.num_layers and not self.store.has("gradients", layer + 1):
             rng = np.random.default_rng(self.seed)
             last = self._held("states", layer + 1)[: self.backwards]
             self.store.put("gradients", layer + 1, named([self.model.logits_backward(x_bqm, rng) for x_bqm in last]))
-        in_front: list[Any] = []
+        before: list[Any] = []
         sums: Arrays = {}
         for x_bqm, dy_bqm in zip(states, self._held("gradients", layer + 1), strict=True):
             dx_bqm, F_k, F_v = self.model.back_through_layer(layer, x_bqm, dy_bqm)
-            in_front.append(dx_bqm)
+            before.append(dx_bqm)
             add(sums, {"F.k": F_k, "F.v": F_v})
         tokens = sum(x_bqm.shape[1] for x_bqm in states)
-        self.store.put("gradients", layer, named(in_front))
+        self.store.put("gradients", layer, named(before))
         self.store.put("fisher", layer, {name: total / tokens for name, total in sums.items()})
         self.store.trim("gradients", layer + 1, 0)
         self.store.trim("states", layer + 1, 0)

@@ -1,8 +1,8 @@
 """How a KV cache is to be compressed. Written once for both backends.
 
 A choice is one of two types: `FixedRank` (factors of a mode, rank and storage dtype) or `Spectral` (a rate: as many
-bits as it allows, where the model feels them). `TPAConfig` is the front that command lines, files and most users take:
-keywords in, one choice for every layer out, resolved once (`model.choices`).
+bits as it allows, where the model feels them). `TPAConfig` is what command lines, files and most users write:
+keywords in, one choice for every layer out, resolved once (`Model.choices`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Spectral:
 
     rate: mean bits per number of dense K and V, in (0, 8]. k: K by itself, of fixed rank, so that the rate is V's
     alone: the fast cache, since nothing costs more time than K that must be rebuilt. predict: code only what the
-    tokens do not tell; None: where calibration has found out what they do. widths: the bits of each coefficient that
+    tokens do not predict; None: where calibration has measured that. widths: the bits of each coefficient that
     has any, strongest first, once they are chosen for a layer.
     """
 
@@ -91,7 +91,7 @@ class Spectral:
 Choice = FixedRank | Spectral
 
 
-# ---- the front ----
+# ---- what users write ----
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TPAConfig:
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
     sinks, recent: how many first and newest tokens the global layers also keep exactly, in bfloat16 (default: 4 and 0
     with a rate, else none).
-    predict: whether a spectral cache codes only what the tokens do not tell; default: where calibration has found out.
+    predict: whether a spectral cache codes only what the tokens do not predict; default: where calibration measured it.
     per_layer: the complete choice, one `FixedRank`, `Spectral` with widths, or None (dense) a layer.
 
     >>> TPAConfig(k_rank=2, v_rank=2).choice.k.mode
@@ -200,7 +200,7 @@ class TPAConfig:
 
     @property
     def spectral(self) -> bool:
-        """Is the cache (or a part of it) a spectral one? So it is when nothing is chosen, too."""
+        """Is the cache (or a part of it) a spectral one? It is when nothing is chosen."""
         if self.per_layer is not None:
             return any(isinstance(choice, Spectral) for choice in self.per_layer)
         return self.rate is not None or all(getattr(self, name) is None for name in FORM)
@@ -311,7 +311,7 @@ def width_counts(widths: tuple[int, ...]) -> list[int]:
 
 
 def widths_of(counts: Any) -> tuple[int, ...]:
-    """The inverse of `width_counts`; refuses what is none.
+    """The inverse of `width_counts`; refuses anything else.
 
     >>> widths_of([1, 0, 0, 0, 0, 0, 2, 0])
     (8, 2, 2)

@@ -1,8 +1,8 @@
 """From a dense model to one with a TPA cache: the constant factors of every layer. Written once for both backends.
 
-    transforms   moments and sensitivity of a layer -> the coordinates of the damage, for layers with a rate
-    bits         all transforms together -> the widths of every coefficient
-    factors      moments or transform of a layer -> how it caches K and V
+    spectra      moments and Fisher matrices of a layer -> its transform, for layers with a rate
+    bits         all spectra together -> the widths of every coefficient
+    factors      moments or spectrum of a layer -> how it caches K and V
 
 All mathematics here is NumPy's, in float64; a model makes its own arrays of what comes out (`Model.constant`).
 """
@@ -110,7 +110,7 @@ class Conversion:
         self.converted.choices, self.converted.tpa = list(choices), replace(tpa, per_layer=choices)
 
     def variances(self) -> dict[int, dict[str, Any]]:
-        """Of every transform at least its variances, and whether it has a predictor."""
+        """The arrays of every transform; what is needed of them are the variances, and whether there is a predictor."""
         return {layer: self.store.get("spectrum", layer) for layer in self.spectral}
 
     def convert_layer(self, layer: int) -> None:

@@ -15,7 +15,7 @@ from ..gemma.tokenizer import BOS
 from . import recall
 
 DISTANCES = (150, 300, 500, 700, 900)  # tokens between a fact and the question, beyond the tiny model's window of 128
-CHUNK = 256  # positions whose logits are held at once: 262,144 words make them large
+CHUNK = 256  # positions whose logits are held at once: a vocabulary of 262,144 makes them large
 
 
 def evaluate(

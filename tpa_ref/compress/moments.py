@@ -71,6 +71,7 @@ class Moments:
     def save(self, path: str | Path) -> None:
         named = {f"{layer}.{name}": x for layer, found in self.layers.items() for name, x in found.arrays().items()}
         if self.of_tokens is not None:
+            # "words": what these arrays have always been called in files
             named |= {"words.mean": self.of_tokens.mean_z, "words.S": self.of_tokens.S_zz}
         tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
         with replacing(Path(path)) as temporary:

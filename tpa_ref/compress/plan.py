@@ -223,8 +223,8 @@ class Curve:
         return gaussian_bound(list(self.variances.values()), entries, bits)
 
     def largest_rate(self, figure: str, limit: float, steps: int = 24) -> float | None:
-        """The largest rate at which a figure of its trial (all but bytes fall with the rate) is at least `limit`; None
-        if there is none.
+        """The largest rate at which a figure of its trial is at least `limit`, None where no rate is low enough. Every
+        figure but the bytes falls as the rate rises.
         """
         low, high = LEAST_RATE, float(MAX_RATE)
         if getattr(self.trial(low), figure) < limit:
@@ -243,7 +243,7 @@ def widths(config: TPAConfig) -> list[tuple[int, ...]]:
 
 
 class Trials(Conversion):
-    """A conversion whose transforms serve the next trial, too."""
+    """A conversion that keeps its transforms for the next trial."""
 
     def finished(self, layer: int) -> None:
         pass

@@ -104,7 +104,7 @@ def without_tokens(
 
 def affordable(config: GemmaConfig) -> bool:
     """Are the maps of all layers, 2 m times 2 g d numbers each, small beside the model? And is every position a token?
-    The places of an image are none, so their residuals are larger than the bits are made for.
+    The positions of an image are not, so their residuals are larger than the bits are made for.
     """
     return config.hidden_size <= AFFORDABLE and config.vision is None
 

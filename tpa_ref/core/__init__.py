@@ -1,6 +1,7 @@
 """The mathematics: arrays in, arrays out. Importing it makes the modes known by their names.
 
-After `tpa.py` read the same in production, in five files: `rope`, `contextual`, `mode`, `pair`, `cache`.
+After `tpa.py` read the same in production, in five files: `rope`, `mode`, `contextual`, `pair` (where RoPE acts on b)
+and `cache`; `gemma.model.Model.attend` puts them together.
 """
 
 from .contextual import Contextual

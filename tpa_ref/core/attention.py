@@ -1,7 +1,7 @@
 """Attention on dense K and V, the oracle of every mode, and the paper's Algorithm 1, where all three are factors.
 
 Shapes: Q [b,q,h,d]; logits and probabilities [b,h,q,k]; output [b,q,h,e]. Query head h belongs to KV head
-g = h // n, so h splits into (g, n). `scale` is Gemma's query scale. What a mode does instead stands in its own file;
+g = h // n, so h splits into (g, n). `scale` is Gemma's query scale. What a mode does instead is in its own file;
 Gemma's queries are dense, so the query factors A_Q, B_Q appear only here.
 """
 

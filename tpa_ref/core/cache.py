@@ -30,7 +30,7 @@ class Exact:
     recent: int = 0
 
     def kept(self, pair: Pair, window: int | None, n: int) -> Exact:
-        """What of it one layer keeps in texts of n tokens: only a converted global one does."""
+        """How many of them one layer keeps in texts of n tokens: none, unless it is a converted global layer."""
         if pair.is_dense or window is not None:
             return Exact()
         return Exact(min(self.sinks, n), min(self.recent, n))
@@ -51,7 +51,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Keys:
-    """All that a chunk of queries, which stand `at`, reads of what a layer holds; lengths_b: of each row, before it."""
+    """All that a chunk of queries reads in one layer, up to three segments.
+
+    at: where the queries stand (`gemma.positions`). held: the layer's cache. lengths_b: of each row, before this chunk.
+    """
 
     segments: list[Segment]
     at: Any
@@ -110,7 +113,7 @@ class Ring:
         return stored, slot_positions(filled, lengths_b, self.slots)
 
     def write(self, new: Stored, positions_bq: np.ndarray) -> None:
-        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest stay."""
+        """Put each token into slot position mod slots; of a chunk longer than the ring only the newest tokens stay."""
         newest_b = positions_bq.max(1, keepdims=True)
         row, column = np.nonzero((positions_bq >= 0) & (positions_bq > newest_b - self.slots))
         slot = positions_bq[row, column] % self.slots
@@ -158,7 +161,10 @@ class LayerCache:
         return sum(array.nbytes for ring in self.rings.values() for array in ring.arrays.values())
 
     def append(self, K_bkgd: Any, V_bkge: Any, at: Any, lengths_b: np.ndarray, trace: Tracer = no_trace) -> Any:
-        """Store K (normed, before RoPE) and V of new tokens, which stand `at` (`gemma.positions`): what they read."""
+        """Store K (normed, before RoPE) and V of new tokens, and return what their queries read.
+
+        at: where the new tokens stand (`gemma.positions.Positions`).
+        """
         segments = []
         for kind, ring in self.rings.items():
             new = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, trace if kind == "coded" else no_trace)
@@ -281,7 +287,7 @@ class Cache:
 
 
 class WholeText(Cache):
-    """In the place of a cache, for a text that is read at once: the same keys that a cache would have given."""
+    """Stands in for a cache when a text is read at once: queries read the same keys that a cache would give them."""
 
     def _new_ring(self, pair: Pair, slots: int, windowed: bool) -> Ring:
         return PassThrough(pair, slots, windowed, {})

@@ -12,7 +12,7 @@ from .transform import fix_signs
 
 
 class Contextual(Mode):
-    """K = (1/R) sum_r a_r (x) b_r for each token: parts A (R g numbers in one row, since they are few) and B [R,d].
+    """K = (1/R) sum_r a_r (x) b_r for each token. Parts: A (R g numbers in one row, which shares scales), B [R,d].
 
     >>> Contextual(g=4, d=256, rank=2, dtype="int4").token_bytes
     298
@@ -29,7 +29,7 @@ class Contextual(Mode):
         return {"A": (self.rank * self.g,), "B": (self.rank, self.d)}
 
     def part_dtype(self, part: str) -> str:
-        """An a multiplies a whole b, so it never goes below int8."""
+        """Every a multiplies a whole b, so the a's never go below int8."""
         return "int8" if part == "A" and self.dtype == "int4" else self.dtype
 
     def encode(self, X_bkgd: np.ndarray, tokens: Tokens) -> Parts:
@@ -77,8 +77,8 @@ def scores_contextual(Q_bqhd: np.ndarray, A_bksg: np.ndarray, B_bksd: np.ndarray
     Shapes: Q [b,q,h,d], A [b,k,s,g], B [b,k,s,d] (rotated) -> [b,h,q,k].
     """
     s, g = A_bksg.shape[2:]
-    P_bgnqks = einsum("bqgnd,bksd->bgnqks", split_heads(Q_bqhd, g), B_bksd)  # shared by all heads: q . b
-    return join_heads(einsum("bksg,bgnqks->bgnqk", A_bksg, P_bgnqks) * (scale / s))
+    dots_bgnqks = einsum("bqgnd,bksd->bgnqks", split_heads(Q_bqhd, g), B_bksd)  # q . b_s: all heads share b_s
+    return join_heads(einsum("bksg,bgnqks->bgnqk", A_bksg, dots_bgnqks) * (scale / s))
 
 
 def values_contextual(P_bhqk: np.ndarray, A_bkug: np.ndarray, B_bkue: np.ndarray) -> np.ndarray:
@@ -88,5 +88,5 @@ def values_contextual(P_bhqk: np.ndarray, A_bkug: np.ndarray, B_bkue: np.ndarray
     """
     b, h, q, k = P_bhqk.shape
     u, g = A_bkug.shape[2:]
-    W_bgnqku = einsum("bgnqk,bkug->bgnqku", P_bhqk.reshape(b, g, h // g, q, k), A_bkug)
-    return einsum("bgnqku,bkue->bqgne", W_bgnqku, B_bkue).reshape(b, q, h, -1) / u
+    weights_bgnqku = einsum("bgnqk,bkug->bgnqku", P_bhqk.reshape(b, g, h // g, q, k), A_bkug)
+    return einsum("bgnqku,bkue->bqgne", weights_bgnqku, B_bkue).reshape(b, q, h, -1) / u

@@ -1,4 +1,4 @@
-"""`fixed-a`: TPA with a constant A. The query absorbs it; what remains is multi-query attention with R keys of d."""
+"""`fixed-a`: TPA with a constant A. The query absorbs it; what is left is multi-query attention, keys of length R d."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class FixedA(Mode):
 
 
 def leading_pairs(M_gdgd: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
-    """Constant A for each RoPE frequency pair by itself: leading eigenvectors of E[z z^H] in C^{g x g}, z the heads'
+    """A constant A for each RoPE pair by itself: leading eigenvectors of E[z z^H] in C^{g x g}, z the heads'
     pair as complex numbers, rows times R. As many bytes per token as one A for all pairs, and never worse.
 
     Shapes: M [g,d,g,d] = E[x x^T] of the flattened token -> A [R,g,d] (see `mix_heads`), relative error.
@@ -111,7 +111,7 @@ def mix_heads_back(A: np.ndarray, X_bkgd: np.ndarray) -> np.ndarray:
 
 
 def mixed(letters: str, A: np.ndarray, X: np.ndarray, conjugate: bool = False) -> np.ndarray:
-    """einsum with a real A [s,g], or with a complex one, [s,g,d], which has the letter of the features as well."""
+    """einsum with a real A [s,g], or with a complex one, [s,g,d], to which the letter of the features is added."""
     if A.ndim == 2:
         return einsum(letters, A, X)
     A_sgp = as_pairs(A).conj() if conjugate else as_pairs(A)

@@ -8,7 +8,7 @@ do better than to form X first.
     mode         cached per token         constant               exact when
     dense        X (g d)                  nothing                always
     contextual   a (R g) and b (R d)      nothing                R >= min(g, d)
-    fixed-a      b (R d)                  A (R x g)              R = g
+    fixed-a      b (R d)                  A (R x g [x d])        R = g
     fixed-b      a (g R)                  B (g x R x d)          R = d
     latent       c (R), for all heads     B (R x g x d)          R = g d
     spectral     c (R) in 1 to 8 bits     B (R x g x d)          never
@@ -36,7 +36,7 @@ Stored = dict[str, Any]  # "part.field" -> array [b,k,...], as a cache holds it
 class Tokens:
     """What is known of some tokens without reading a cache.
 
-    tables: cos and sin of their positions, [b,k,d/2] each. Z_bkz: their token vectors (`token_prediction`), or None.
+    tables: cos and sin of their positions, [b,k,d/2] each. Z_bkz: their token vectors (`gemma.token_vectors`), or None.
     """
 
     tables: tuple[Any, Any]
@@ -47,7 +47,7 @@ class Tokens:
 class Mode:
     """How one layer caches its K (or its V): g heads of d features in `rank` factors, stored as `dtype`.
 
-    error: the share of the second moment (or of the damage) that the constant factors leave out, as a relative norm.
+    error: the root of the share of the second moment (or of the damage) that the constant factors leave out.
     """
 
     g: int
@@ -59,11 +59,11 @@ class Mode:
     name: ClassVar[str] = ""
     rotated: ClassVar[str | None] = None  # the part that is cached after RoPE
     constants: ClassVar[tuple[str, ...]] = ()  # names of the constant arrays
-    # What another backend has of its own: these two modules, `cast` and `turned`
+    # Another backend overrides these two modules, `cast` and `turned`
     attention: ClassVar[Any] = attention
     quantize: ClassVar[Any] = quantize
 
-    # ---- what every mode says ----
+    # ---- what a mode defines ----
 
     @classmethod
     def exact_rank(cls, g: int, d: int) -> int:
@@ -161,7 +161,7 @@ class Mode:
         return {}
 
     def needs_moments(self) -> bool:
-        """Do the constant arrays depend on K and V? At full rank they are units."""
+        """Do the constant arrays depend on K and V? At full rank they are unit vectors."""
         return bool(self.constants) and self.rank < self.exact_rank(self.g, self.d)
 
 

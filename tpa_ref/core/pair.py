@@ -48,7 +48,7 @@ class Pair:
 
     @property
     def is_dense(self) -> bool:
-        """Is nothing compressed?"""
+        """Is nothing compressed? `dense` cannot be asked for by name, so K is dense only where V is."""
         return isinstance(self.k, Dense)
 
     @property

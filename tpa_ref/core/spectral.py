@@ -23,7 +23,7 @@ from .mode import Parts, Stored, Tokens
 class CodedLatent(Latent):
     """Coefficient s of unit variance takes widths[s] bits, packed; nothing but codes is stored.
 
-    predictor: W^T [z,g,d], or None. It is no mode that can be asked for by name: a rate chooses it, and its widths.
+    predictor: W^T [z,g,d], or None. This mode cannot be asked for by name: a rate chooses it, and its widths.
 
     >>> CodedLatent(g=1, d=4, rank=3, widths=(4, 3, 2)).token_bytes
     2

@@ -8,7 +8,7 @@
    any of them costs D/2 nats, in whatever layer (the Karhunen-Loeve transform in the metric of the damage).
 3. How many bits does each deserve? Those that remove most damage for each stored byte (`compress.bits`).
 
-x is K and V of a token side by side, all heads of both. F has no block between K and V, which measurably adds nothing.
+x is K and V of a token side by side, all heads of both. F has no block between K and V: as measured, one adds nothing.
 Coefficients are divided by their standard deviation, so one table of levels per width serves all of them. Below are the
 plain tools as well: leading eigenvectors, second moments of data and of weights.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-FLOOR = 1e-4  # share of the mean sensitivity of every direction, at least: few tokens cannot prove that one has none
+FLOOR = 1e-4  # least eigenvalue of F (and variance), as a share of the mean: a few tokens cannot prove that one is zero
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Spectrum:
 
 
 def spectrum(M_gdgd: np.ndarray, mean_gd: np.ndarray, F: Sequence[np.ndarray | None]) -> Spectrum:
-    """The transform of x = (K, V), or of one of them, from its second moment, its mean and its sensitivity.
+    """The transform of x = (K, V), or of one of them, from its second moment, its mean and what errors in it cost.
 
     F: one Fisher matrix for each of the equal blocks of heads, K's and V's. None (nothing is known of the damage):
     every direction of the block counts the same, and losing all of them costs 1/2 nat.

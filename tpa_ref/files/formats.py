@@ -227,10 +227,10 @@ def _tensor_entries(file: Path, held: dict[Any, Any]) -> dict[str, Entry]:
 
 def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
     check_version(file, content.get("version"))
-    held, words, config = (content.get(name) for name in ("tensors", "tokenizer", "config"))
-    if not isinstance(held, dict) or not isinstance(config, str) or not (words is None or hasattr(words, "numpy")):
+    held, proto, config = (content.get(name) for name in ("tensors", "tokenizer", "config"))
+    if not isinstance(held, dict) or not isinstance(config, str) or not (proto is None or hasattr(proto, "numpy")):
         raise TPAError(f"load: {file} must hold a config text, a tokenizer tensor or None, and named dense tensors")
-    proto = words.numpy().tobytes() if words is not None else None
+    proto = proto.numpy().tobytes() if proto is not None else None
     return _tensor_entries(file, held), _parse_json(config, file), proto
 
 
@@ -239,9 +239,9 @@ def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
 
 def _beside(folder: Path) -> tuple[dict[str, Any] | None, bytes | None]:
     """(config.json, tokenizer.model) of a folder, None for what is not there."""
-    config, words = folder / "config.json", folder / "tokenizer.model"
+    config, tokenizer = folder / "config.json", folder / "tokenizer.model"
     content = _parse_json(_read_bytes(config), config) if config.is_file() else None
-    return content, _read_bytes(words) if words.is_file() else None
+    return content, _read_bytes(tokenizer) if tokenizer.is_file() else None
 
 
 def _read_bytes(path: Path) -> bytes:

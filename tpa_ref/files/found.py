@@ -55,15 +55,15 @@ def inspect(
         check_version(path, saved_tpa.get("version"))
     entries, problems = split_qkv(entries, config)
     _check_tensors(path, entries, config, bool(saved_tpa), problems)
-    words = Tokenizer.from_file(tokenizer) if tokenizer else None
-    if words is None and proto:
-        words = Tokenizer(proto, str(path))
-    if words and not words.vocab_size <= config.vocab_size <= words.vocab_size + SPARE_ROWS:
+    chosen = Tokenizer.from_file(tokenizer) if tokenizer else None
+    if chosen is None and proto:
+        chosen = Tokenizer(proto, str(path))
+    if chosen and not chosen.vocab_size <= config.vocab_size <= chosen.vocab_size + SPARE_ROWS:
         raise TPAError(
             f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
-            f"got {words.vocab_size} pieces and {config.vocab_size} rows"
+            f"got {chosen.vocab_size} pieces and {config.vocab_size} rows"
         )
-    return Found(config, saved_tpa, words, stored_dtype, entries)
+    return Found(config, saved_tpa, chosen, stored_dtype, entries)
 
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:

@@ -61,7 +61,7 @@ def named_arrays(pair: Any, layer: int) -> Iterator[tuple[str, Any]]:
 def saved_pair(model_class: Any, entry: Any, tensors: Mapping[str, Any], config: GemmaConfig, layer: int) -> Any:
     """The pair of one layer, checked: one this program could have made.
 
-    tensors: its constant arrays by name; nothing: it is to have none.
+    tensors: its constant arrays by name; if empty, the pair is made without them.
     """
     k_entry, v_entry = entry
     if unknown := sorted((set(k_entry) | set(v_entry)) - ENTRY):
@@ -84,7 +84,7 @@ def saved_pair(model_class: Any, entry: Any, tensors: Mapping[str, Any], config:
 def saved_mode(
     model_class: Any, entry: dict[str, Any], tensors: Mapping[str, Any], config: GemmaConfig, name: str, sides: int
 ) -> Mode:
-    """K or V of one layer; sides: of how many of them the coefficients are."""
+    """K or V of one layer. sides: 2 where one set of coefficients is that of both, else 1."""
     where = f"load: saved factors {name}"
     modes: dict[str, Any] = {**model_class.MODES, "dense": type(model_class.Pair.dense(1, 2).k)}
     g, d, kind, rank, dtype = config.num_kv_heads, config.head_dim, entry["mode"], entry["rank"], entry["dtype"]

@@ -1,6 +1,6 @@
 """The way back through a layer: the chain rule, written out, a function for each step of `model.Model.block`.
 
-`compress.calibrate` asks for gradients by the normed K and V of every layer; only one layer's are held at a time.
+`compress.calibrate` asks for the gradients of the normed K and V of every layer; only one layer's are held at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = 128  # positions whose probabilities are held at once
 
 
 def rms_norm_backward(dy: np.ndarray, x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
-    """Gradient by x of y = x s (1 + w), s = 1 / rms(x): dx = s (g - x s^2 mean(g x)) with g = dy (1 + w).
+    """Gradient of x through y = x s (1 + w), s = 1 / rms(x): dx = s (g - x s^2 mean(g x)) with g = dy (1 + w).
 
     Shapes: dy and x [..., d], w [d] -> [..., d].
     """
@@ -31,12 +31,12 @@ def rms_norm_backward(dy: np.ndarray, x: np.ndarray, w: np.ndarray, eps: float) 
 
 
 def softmax_backward(dP_bhqk: np.ndarray, P_bhqk: np.ndarray) -> np.ndarray:
-    """Gradient by the logits of P = softmax(L): dL = P (dP - sum_k P dP)."""
+    """Gradient of the logits through P = softmax(L): dL = P (dP - sum_k P dP)."""
     return P_bhqk * (dP_bhqk - (P_bhqk * dP_bhqk).sum(-1, keepdims=True))
 
 
 def gelu_tanh_backward(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Gradient by x of GELU in its tanh approximation.
+    """Gradient of x through GELU in its tanh approximation.
 
     >>> gelu_tanh_backward(np.array([1.0]), np.array([0.0])).tolist()
     [0.5]
@@ -47,7 +47,7 @@ def gelu_tanh_backward(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def mlp_backward(dz_bqm: np.ndarray, a_bqm: np.ndarray, w: LayerWeights) -> np.ndarray:
-    """Gradient by its input of z = W_down (gelu(W_gate a) * W_up a)."""
+    """Gradient of the input a through z = W_down (gelu(W_gate a) * W_up a)."""
     gate_bqf, up_bqf = einsum("bqm,fm->bqf", a_bqm, w.W_gate_fm), einsum("bqm,fm->bqf", a_bqm, w.W_up_fm)
     dh_bqf = einsum("bqm,mf->bqf", dz_bqm, w.W_down_mf)
     dgate_bqf = gelu_tanh_backward(dh_bqf * up_bqf, gate_bqf)
@@ -66,7 +66,7 @@ def over_queries(P_bhqk: np.ndarray, X_bqhd: np.ndarray, g: int) -> np.ndarray:
 def block_backward(
     model: Any, dy_bqm: np.ndarray, x_bqm: np.ndarray, layer: int, w: LayerWeights, positions_bq: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of one layer of the dense model, given that by its output: by its input, normed K and V.
+    """Gradients of one layer of the dense model, given that of its output: of its input, normed K and V.
 
     Shapes: dy and x [b,q,m], positions [b,q] -> dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e].
     """
@@ -100,7 +100,7 @@ def block_backward(
 
 
 def mlp_block_backward(dz_bqm: np.ndarray, y_bqm: np.ndarray, w: LayerWeights, eps: float) -> np.ndarray:
-    """Gradient by y of y + norm(mlp(norm(y)))."""
+    """Gradient of y through y + norm(mlp(norm(y)))."""
     c_bqm = rms_norm(y_bqm, w.mlp_norm_m, eps)
     dc_bqm = mlp_backward(rms_norm_backward(dz_bqm, mlp(c_bqm, w), w.post_mlp_norm_m, eps), c_bqm, w)
     return dz_bqm + rms_norm_backward(dc_bqm, y_bqm, w.mlp_norm_m, eps)
@@ -109,7 +109,7 @@ def mlp_block_backward(dz_bqm: np.ndarray, y_bqm: np.ndarray, w: LayerWeights, e
 def attention_backward(
     dO_bqhe: np.ndarray, Q_bqhd: np.ndarray, K_bkgd: np.ndarray, V_bkge: np.ndarray, P_bhqk: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients by the rotated Q and K and by V of O = P V, P = softmax(scale Q K^T)."""
+    """Gradients of the rotated Q and K, and of V, through O = P V, P = softmax(scale Q K^T)."""
     g = K_bkgd.shape[2]
     dP_bhqk = attention.scores_dense(dO_bqhe, V_bkge, 1.0)  # dO . v, as logits are q . k
     dL_bhqk = softmax_backward(dP_bhqk, P_bhqk) * scale
@@ -118,7 +118,7 @@ def attention_backward(
 
 
 def logits_backward(model: Any, x_bqm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gradient by the last state of -log p(y), for one y a position drawn from the model's own p.
+    """Gradient of -log p(y) with respect to the last state, one y per position drawn from the model's own p.
 
     Shapes: x [b,q,m] -> [b,q,m].
     """

@@ -88,7 +88,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """The shape of one Gemma 3 model. The letter of each axis stands behind its field."""
+    """The shape of one Gemma 3 model. The letter of each axis is beside its field."""
 
     vocab_size: int  # v
     hidden_size: int  # m

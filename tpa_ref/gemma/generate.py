@@ -152,7 +152,7 @@ def generate_rows(
 
 
 def steps(model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampling) -> Iterator[list[int | None]]:
-    """From the logits behind the prompts: choose a token a row, feed it, and so on."""
+    """From the logits after the prompts: choose a token a row, feed it, and so on."""
     rngs = [np.random.default_rng(sampling.seed) for _ in L_bv]
     runs_b = np.ones(len(L_bv), bool)
     for step in range(count):
@@ -168,7 +168,7 @@ def steps(model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampli
 def prefill(
     model: Any, rows: Sequence[Sequence[int]], cache: Any, progress: Callable = iter, images: Any = None
 ) -> np.ndarray:
-    """Run prompts through the cache in chunks, so that memory does not grow with their square; the logits [b,v] behind
+    """Run prompts through the cache in chunks, so that memory does not grow with their square; the logits [b,v] after
     each row's last token.
     """
     tokens_bq, lengths_b = padded(rows)

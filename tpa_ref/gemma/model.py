@@ -39,7 +39,7 @@ QueryFactors = tuple[Any, Any]  # A [r,h] and W [r,d,m]
 class Model:
     """A Gemma 3 model. `tpa` is None for the dense model; `convert` makes one with a TPA cache.
 
-    `pairs[layer]` says how that layer caches K and V, `choices[layer]` how it was asked to (None: dense).
+    `pairs[layer]` says how that layer caches K and V, `choices[layer]` is what was asked of it (None: dense).
     """
 
     # this backend's
@@ -97,7 +97,10 @@ class Model:
         return trace("final.x_bqm", self.norm(x_bqm, self.weights.final_norm_m))
 
     def block(self, x_bqm: Any, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer = no_trace) -> Any:
-        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream."""
+        """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream.
+
+        at: where the new tokens stand, (for window layers, for global layers).
+        """
         a_bqm = trace("attn.norm_bqm", self.norm(x_bqm, w.attn_norm_m))
         o_bqm = self.attend(a_bqm, layer, w, at[self.config.is_global[layer]], cache, trace)
         x_bqm = trace("attn.residual_bqm", x_bqm + self.norm(o_bqm, w.post_attn_norm_m))
@@ -106,7 +109,7 @@ class Model:
 
     def attend(self, a_bqm: Any, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer) -> Any:
         """Project, norm, write, read, score, mask, average, project back: the heart of the matter."""
-        # project; Gemma norms Q and K per head, before RoPE
+        # project; Gemma norms Q and K per head. RoPE turns Q here, and K in the cache, when written or when read
         Q_bqhd = trace("attn.Q_bqhd", self.norm(self.project_queries(a_bqm, layer, w), w.q_norm_d))
         K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
         Q_bqhd = trace("rope.Q_bqhd", rotate(Q_bqhd, *at.new_tokens.tables))
@@ -208,7 +211,7 @@ class Model:
         return Cache(self.pairs, self.config.windows, batch, max_len, self.exact, id_dtype(self.config.vocab_size))
 
     def whole_text(self, batch: int, length: int) -> Any:
-        """In the place of a cache, for a text that is read at once."""
+        """Stands in for a cache when a text is read at once."""
         return self.WholeText(self.pairs, self.config.windows, batch, length, self.exact)
 
     def check_cache(self, cache: Any, batch: int) -> None:
@@ -249,7 +252,7 @@ class Model:
         return self.to_numpy(x).astype(np.float64, copy=False)
 
     def through_layer(self, layer: int, x_bqm: Any) -> tuple[Any, Any, Any]:
-        """A text's states through one layer: (states behind it, its normed K before RoPE, its V)."""
+        """A text's states through one layer: (states after it, its normed K before RoPE, its V)."""
         held: dict[str, Any] = {}
         watch = Watch({"attn.K_bkgd": held.__setitem__, "attn.V_bkge": held.__setitem__})
         at = self.positions(np.arange(x_bqm.shape[1])[None])
@@ -265,19 +268,19 @@ class Model:
         return Z_bkz.sum((0, 1), dtype=np.float64), (Z_bkz[0].T @ Z_bkz[0]).astype(np.float64)
 
     def logits_backward(self, x_bqm: Any, rng: np.random.Generator) -> Any:
-        """Gradient by the states behind the last layer of -log p(y), y drawn from the model's own p."""
+        """Gradient of -log p(y) with respect to the states after the last layer, y drawn from the model's own p."""
         return self.backward.logits_backward(self, x_bqm, rng)
 
     def back_through_layer(self, layer: int, x_bqm: Any, dy_bqm: Any) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Gradients back through one layer: (by the states in front of it, sums of grad grad^T by K and by V)."""
+        """Gradients back through one layer: (that of the states before it, sums of grad grad^T for K and for V)."""
         at = np.arange(x_bqm.shape[1])[None]
         dx_bqm, *gradients = self.backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer], at)
         F_k, F_v = (self.double(self.backward.second_moment(x_bkgd)) for x_bkgd in gradients)
         return dx_bqm, F_k, F_v
 
     def compare(self, x_bqm: Any, other: Model, y_bqm: Any, following_q: np.ndarray) -> dict[str, np.ndarray]:
-        """Predictions of this model and another from their final states, one number a position: kl (nats), same (the
-        most likely token), and -log p of the tokens that follow: nll, nll_other.
+        """Predictions of this model and another from their final states, one number per position: kl (nats), same (is
+        the most likely token the same?), and -log p of the tokens that follow: nll, nll_other.
         """
         P_bqv = divergence.log_softmax(self.logits(x_bqm))
         Q_bqv = divergence.log_softmax(other.logits(y_bqm))
@@ -290,7 +293,7 @@ class Model:
         }
 
     def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any) -> Any:
-        """Steps of generation that a device runs by itself, as an iterator; None: there are none."""
+        """Steps of generation that a device runs by itself, as an iterator; None where it cannot."""
         return None
 
 
@@ -302,8 +305,8 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
         raise TPAError(
             f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}"
         )
-    words_bq = vision.without_placeholders(tokens_bq, config)
-    wrong = words_bq[(words_bq < 0) | (words_bq >= config.vocab_size)]
+    ids_bq = vision.without_placeholders(tokens_bq, config)
+    wrong = ids_bq[(ids_bq < 0) | (ids_bq >= config.vocab_size)]
     if wrong.size:
         raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong[0]}")
     if lengths_b is None:

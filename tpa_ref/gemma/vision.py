@@ -30,7 +30,7 @@ def embed_images(
     pixels_icxy: np.ndarray, w: VisionWeights, config: VisionConfig, trace: Tracer = no_trace
 ) -> np.ndarray:
     """The soft tokens of each image: [i,c,x,y] -> [i,t,m]. They enter the text model as they are, without the factor
-    sqrt(m) that words get. One image after another, so that memory does not grow with their number.
+    sqrt(m) that text tokens get. One image after another, so that memory does not grow with their number.
     """
     tokens = []
     for number in range(len(pixels_icxy)):
@@ -58,7 +58,7 @@ def embed_patches(pixels_icxy: np.ndarray, w: VisionWeights, config: VisionConfi
 
 
 def encode(x_ipz: np.ndarray, w: VisionLayerWeights, config: VisionConfig) -> np.ndarray:
-    """One block of the tower: attention and MLP, each behind a norm, added to the residual stream."""
+    """One block of the tower: attention and MLP, each after a norm, added to the residual stream."""
     x_ipz = x_ipz + attend(layer_norm(x_ipz, w.attn_norm_z, w.attn_norm_bias_z, config.norm_eps), w)
     return x_ipz + mlp(layer_norm(x_ipz, w.mlp_norm_z, w.mlp_norm_bias_z, config.norm_eps), w)
 

@@ -68,7 +68,7 @@ class LayerCache(reference.LayerCache):
 class Cache(reference.Cache):
     """The cache of a whole model on one device.
 
-    whole_tokens: one token after the other in memory, as the Triton kernels read them.
+    whole_tokens: all numbers of a token side by side in memory, as the Triton kernels read them.
     """
 
     layer_class, ring_class = LayerCache, Ring
@@ -88,8 +88,8 @@ class Cache(reference.Cache):
         super().__init__(pairs, windows, batch, max_len, exact, ids)
 
     def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> Tensor:
-        """[b, slots, ..., n]. On a CPU one head or rank after the other lies in memory, not one token after the other:
-        attention reads [b, ..., slots, n] of keys, values and b's, and [b, n, slots] of a's and coefficients.
+        """[b, slots, ..., n]. On a CPU the tokens of one head or rank are side by side in memory, not the numbers of
+        one token: attention reads [b, ..., slots, n] of keys, values, b's, and [b, n, slots] of a's and coefficients.
         """
         batch, slots, *leading, n = shape
         if self.whole_tokens:
@@ -100,6 +100,6 @@ class Cache(reference.Cache):
 
 
 class WholeText(reference.WholeText):
-    """In the place of a cache, for a text that is read at once."""
+    """Stands in for a cache when a text is read at once."""
 
     layer_class: Any = LayerCache

@@ -16,8 +16,8 @@ FEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """Digits of neighbouring coefficients in neighbouring bytes: (rows of bytes >> shift) & mask. first: nobody has
-    written there yet.
+    """Digits of neighbouring coefficients in neighbouring bytes: (rows of bytes >> shift) & mask. first: nothing has
+    been written there yet.
     """
 
     rows: slice

@@ -64,8 +64,8 @@ def scores_contextual(Q_bqhd: Tensor, A_bksg: Tensor, B_bksd: Tensor, scale: flo
     Q_bqgnd = split_heads(Q_bqhd, g)
     L_bgnqk: Any = 0
     for rank in range(s):
-        P_bgnqk = torch.einsum("bqgnd,bkd->bgnqk", Q_bqgnd, B_bksd[:, :, rank])
-        L_bgnqk = L_bgnqk + A_bksg[:, :, rank].mT[:, :, None, None] * P_bgnqk
+        dots_bgnqk = torch.einsum("bqgnd,bkd->bgnqk", Q_bqgnd, B_bksd[:, :, rank])
+        L_bgnqk = L_bgnqk + A_bksg[:, :, rank].mT[:, :, None, None] * dots_bgnqk
     return join_heads(L_bgnqk) * (scale / s)
 
 
@@ -75,6 +75,6 @@ def values_contextual(P_bhqk: Tensor, A_bkug: Tensor, B_bkue: Tensor) -> Tensor:
     P_bgnqk = P_bhqk.unflatten(1, (g, -1))
     O_bqgne: Any = 0
     for rank in range(u):
-        W_bgnqk = P_bgnqk * A_bkug[:, :, rank].mT[:, :, None, None]
-        O_bqgne = O_bqgne + torch.einsum("bgnqk,bke->bqgne", W_bgnqk, B_bkue[:, :, rank])
+        weights_bgnqk = P_bgnqk * A_bkug[:, :, rank].mT[:, :, None, None]
+        O_bqgne = O_bqgne + torch.einsum("bgnqk,bke->bqgne", weights_bgnqk, B_bkue[:, :, rank])
     return O_bqgne.flatten(2, 3) / u

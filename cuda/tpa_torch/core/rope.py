@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split: feature i is paired with feature i + d/2. Twin of `tpa_ref.rope`."""
+"""Rotary position embedding, half-split: feature i is paired with feature i + d/2. Twin of `tpa_ref.core.rope`."""
 
 import torch
 from torch import Tensor

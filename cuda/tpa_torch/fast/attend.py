@@ -44,7 +44,7 @@ def plainly(Q_bqhd: Tensor, keys: Any, scale: float, trace: Tracer) -> Tensor:
             values.append((segment.pair.v, parts_v, tokens))
         L_bhqk = trace("attn.L_bhqk", logits[0] if len(logits) == 1 else torch.cat(logits, -1))
         P_bhqk = trace("attn.P_bhqk", softmax(L_bhqk)).to(Q_bqhd.dtype)
-        of_segments_P = P_bhqk.split([L.shape[-1] for L in logits], -1)
-        each = [mode.values(P, parts, tokens) for P, (mode, parts, tokens) in zip(of_segments_P, values, strict=True)]
+        split_P = P_bhqk.split([L.shape[-1] for L in logits], -1)
+        each = [mode.values(P, parts, tokens) for P, (mode, parts, tokens) in zip(split_P, values, strict=True)]
         outputs.append(each[0] if len(each) == 1 else torch.stack(each).sum(0))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -1,12 +1,12 @@
 """Attention of a few queries over a long cache, as fast as a CPU reads it. The equations are those of `core`.
 
 One pass over tiles of keys. Compiled functions (`kernels/native.py`) read the cache in its stored format; without them,
-or if K is rebuilt, a tile is made numbers in memory that stays in the processor's cache and is used again for the next
+or if K is rebuilt, a tile is dequantized into memory that stays in the processor's cache and is reused for the next
 one. Every tile has a softmax with a maximum of its own; at the end the tiles of all segments are merged by their
 maxima: nothing overflows.
 
-The queries of a KV head are the rows of one matrix: x is (n, q), the query heads of a KV head times the queries.
-`benchmarks/decode_attention.py` shows what comes of it.
+The queries of a KV head are the rows of one matrix: x is (n, q), the query heads of a KV head times the queries, and y
+is (g, x), where all heads share one key. `benchmarks/decode_attention.py` shows what comes of it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .readers import reader
 from .scratch import Scratch
 
 TILE_NUMBERS = 1 << 21  # logits, or numbers of K or V, made at a time: 8 MB of float32
-MOST_MADE = 4096  # keys of a tile of which numbers are made, and of one that is read as it is stored
-MOST_READ = 1 << 16
-FEW_QUERIES = 8  # from here on K and V are better formed whole
+MOST_MADE = 4096  # keys of a tile that is dequantized or rebuilt
+MOST_READ = 1 << 16  # keys of a tile that is read as it is stored
+FEW_QUERIES = 8  # with more, K and V are better formed whole
 Partial = tuple[Tensor, Tensor, Tensor]  # largest logit and sum of exp [b,g,x,1], weighted sum of values [b,g,x,e]
 
 

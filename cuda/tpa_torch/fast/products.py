@@ -1,4 +1,4 @@
-"""Products of a few rows, and codes made numbers, as fast as a CPU reads them: compiled where there is a compiler.
+"""Products of a few rows, and dequantized codes, as fast as a CPU reads them: compiled where there is a compiler.
 
 How PyTorch is asked for a product of few rows decides its speed (measured on AVX-512): keys times queries is up to
 three times as fast as queries times keys, and the weighted sum of values wants at least four rows.

@@ -1,6 +1,7 @@
 """How K and V of a segment are read tile by tile, mode by mode. A mode without a reader here is formed (`Formed`).
 
-In memory tokens lie behind all other axes but the last (see `core.cache.Cache`).
+In memory the token axis is the last but one, or the last (see `core.cache.Cache._zeros`). x is (n, q) and y is (g, x),
+as in `decode`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .scratch import Scratch
 def reader(segment: Segment, dtype: torch.dtype, scratch: Scratch) -> tuple[Side, Side]:
     """The readers of K and of V of a segment, for a model that computes in dtype."""
     rounded, modes = dtype == torch.bfloat16, segment.pair.modes
-    # It is multiplied in bfloat16 where nothing else is held; a basis is applied in float32.
+    # Products are in bfloat16 where all that is held is; a basis is applied in float32.
     plain = all(mode.dtype == "bfloat16" and isinstance(mode, Dense | Contextual | FixedA) for mode in modes)
     work = torch.bfloat16 if rounded and plain else torch.float32
     joint = isinstance(segment.pair, Joint)
@@ -70,11 +71,11 @@ class Side:
 
     mode: Any
     held: Stored
-    work: torch.dtype  # of the products: bfloat16 where nothing else is held
+    work: torch.dtype  # of the products: bfloat16 where all that is held is
     scratch: Scratch
-    rounded: bool  # is the model in bfloat16, so that what a basis makes of codes may be, too?
+    rounded: bool  # is the model in bfloat16, so that what a basis makes of codes may be bfloat16?
     part: str
-    shared: Any = None  # the side whose coefficients these are, too
+    shared: Any = None  # the side that has the coefficients, where K and V share them
 
     @property
     def numbers_per_key(self) -> int:
@@ -174,9 +175,9 @@ class ByRank(Side):
 
     def factors(self, tile: slice) -> Iterator[tuple[Tensor, Tensor | Rows]]:
         """a [b,g,k] in float32 and b [b,k,d] of each rank."""
-        A_bxk = self.numbers("A", tile).float()
-        A_bxk = A_bxk if A_bxk.stride(-1) == 1 else A_bxk.contiguous()
-        A_bsgk = A_bxk.unflatten(1, (self.mode.rank, self.mode.g))
+        A = self.numbers("A", tile).float()  # [b,s g,k]
+        A = A if A.stride(-1) == 1 else A.contiguous()
+        A_bsgk = A.unflatten(1, (self.mode.rank, self.mode.g))
         return zip(A_bsgk.unbind(1), self.rows(tile).unbind(1), strict=True)
 
     def ask(self, Q_bgxd: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..core.norm import rms_norm
 def block_backward(
     model: Any, dy_bqm: Tensor, x_bqm: Tensor, layer: int, w: LayerWeights, positions_bq: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one layer by its input, normed K and V: dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e]."""
+    """Gradients of the input, normed K and V of one layer: dx [b,q,m], dK [b,q,g,d], dV [b,q,g,e]."""
     at = model.positions(positions_bq)
     x_bqm = x_bqm.detach().requires_grad_()
     leaves: dict[str, Tensor] = {}
@@ -34,7 +34,7 @@ def block_backward(
 
 @torch.no_grad()
 def logits_backward(model: Any, x_bqm: Tensor, rng: np.random.Generator) -> Tensor:
-    """Gradient by the last state of -log p(y), for one y a position drawn from the model's own p. [b,q,m] twice."""
+    """Gradient of -log p(y) with respect to the last state, y drawn from the model's own p. [b,q,m] twice."""
     embed_vm, norm_m, eps = model.weights.embed_vm, model.weights.final_norm_m, model.config.rms_eps
     gradients = []
     for part_bqm in x_bqm.split(ROWS, 1):

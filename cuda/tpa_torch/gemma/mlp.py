@@ -1,4 +1,4 @@
-"""The gated MLP of a block. Twin of `tpa_ref.mlp`."""
+"""The gated MLP of a block. Twin of `tpa_ref.gemma.mlp`."""
 
 from __future__ import annotations
 

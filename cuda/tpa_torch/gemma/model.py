@@ -54,7 +54,7 @@ class Model(reference.Model):
 
     def attend(self, a_bqm: Tensor, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer) -> Tensor:
         """Project, norm, write, read, score, mask, average, project back: the heart of the matter."""
-        # project; Gemma norms Q and K per head, before RoPE
+        # project; Gemma norms Q and K per head. RoPE turns Q here, and K in the cache, when written or when read
         Q_bqhd = trace("attn.Q_bqhd", self.norm(self.project_queries(a_bqm, layer, w), w.q_norm_d))
         K_bkgd, V_bkge = self.project_keys_and_values(a_bqm, layer, w, trace)
         Q_bqhd = trace("rope.Q_bqhd", rope.rotate(Q_bqhd, *at.new_tokens.tables))
@@ -148,7 +148,7 @@ class Model(reference.Model):
     def array(self, x: Any) -> Tensor:
         if not isinstance(x, Tensor):
             x = np.ascontiguousarray(x)
-            is_bfloat16 = x.dtype.name == "bfloat16"  # which has no direct way
+            is_bfloat16 = x.dtype.name == "bfloat16"  # which torch does not take from NumPy
             x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(x)
         return x.to(self.device, getattr(torch, self.dtype))
 

@@ -36,7 +36,7 @@ def embed_patches(pixels_icxy: Tensor, w: VisionWeights, config: VisionConfig) -
 
 
 def encode(x_ipz: Tensor, w: VisionLayerWeights, config: VisionConfig) -> Tensor:
-    """One block of the tower: attention and MLP, each behind a norm, added to the residual stream."""
+    """One block of the tower: attention and MLP, each after a norm, added to the residual stream."""
     x_ipz = x_ipz + attend(layer_norm(x_ipz, w.attn_norm_z, w.attn_norm_bias_z, config.norm_eps), w)
     return x_ipz + mlp(layer_norm(x_ipz, w.mlp_norm_z, w.mlp_norm_bias_z, config.norm_eps), w)
 

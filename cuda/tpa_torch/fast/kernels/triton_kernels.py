@@ -73,7 +73,7 @@ def positions(slot, length, slots):
 
 @triton.jit
 def visible(position, query, window, sinks, recent, SEGMENT: tl.constexpr):
-    """`masks.visible` and `masks.of_segment` of one query; a padding row asks from position -1 and sees nothing."""
+    """`masks.visible` and `masks.segment_mask` of one query; a padding row asks from position -1 and sees nothing."""
     seen = (position <= query) & (query - position < window)
     sink = position < sinks
     near = query - position < recent
