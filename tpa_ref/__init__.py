@@ -3,7 +3,7 @@
 Read in this order:
 
     tpa.py      the whole lesson in arrays: factors, RoPE on factors, attention from factors, a cache, a ring
-    core/       the same in production: first rope, contextual, mode, pair, cache; then the other modes, quantization
+    core/       the same in production: first rope, mode, contextual, pair, cache; then the other modes, quantization
     gemma/      Gemma 3 around it: weights, forward pass, images, text
     compress/   which factors and how many bits: calibrate, convert, plan, evaluate
     files/      checkpoints of every format, in and out
