@@ -10,8 +10,9 @@ demo: .venv/.demo
 	@mkdir -p $(OUT)
 	$(BIN)/python run_test_tpa_1b.py --output $(OUT)/tpa_model.pt --report $(OUT)/report.json --plot $(OUT)/report.png
 
+# Two processes, a file at a time.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Under a minute: the lesson, the mathematics, the structure, the command lines' options.
 test-fast: .venv/.test

@@ -10,7 +10,7 @@ rings beside the coded one. A query then reads up to three segments of keys, eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import TPAError
 from ..trace import Tracer, no_trace
 from . import masks
-from .mode import Stored, Tokens
+from .mode import Parts, Stored, Tokens
 from .pair import Pair
 
 
@@ -60,12 +60,18 @@ class Keys:
     at: Any
     held: LayerCache
     lengths_b: np.ndarray
+    made: list[tuple[Parts, Parts]] = field(default_factory=list, repr=False)
+
+    def _parts(self, dtype: Any) -> list[tuple[Parts, Parts]]:
+        """The numbers of every segment, made once for scores and values."""
+        if not self.made:
+            self.made.extend(segment.pair.load(segment.stored, dtype) for segment in self.segments)
+        return self.made
 
     def scores(self, Q_bqhd: np.ndarray, scale: float) -> np.ndarray:
         """Logits [b,h,q,k] over the keys of all segments, masked."""
         logits = []
-        for segment in self.segments:
-            parts_k, _ = segment.pair.load(segment.stored, Q_bqhd.dtype)
+        for segment, (parts_k, _) in zip(self.segments, self._parts(Q_bqhd.dtype), strict=True):
             L_bhqk = segment.pair.k.scores(Q_bqhd, parts_k, segment.tokens, scale)
             logits.append(masks.apply_mask(L_bhqk, self.seen(segment)))
         return np.concatenate(logits, -1)
@@ -73,10 +79,8 @@ class Keys:
     def values(self, P_bhqk: np.ndarray) -> np.ndarray:
         """Values [b,q,h,e] summed over the keys of all segments."""
         ends = np.cumsum([segment.positions_bk.shape[1] for segment in self.segments])[:-1]
-        total: Any = 0
-        for segment, of_segment_bhqk in zip(self.segments, np.split(P_bhqk, ends, -1), strict=True):
-            _, parts_v = segment.pair.load(segment.stored, P_bhqk.dtype)
-            total = total + segment.pair.v.values(of_segment_bhqk, parts_v, segment.tokens)
+        each = zip(self.segments, np.split(P_bhqk, ends, -1), self._parts(P_bhqk.dtype), strict=True)
+        total: Any = sum(segment.pair.v.values(P, parts_v, segment.tokens) for segment, P, (_, parts_v) in each)
         return total
 
     def seen(self, segment: Segment) -> np.ndarray:
