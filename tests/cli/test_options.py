@@ -75,3 +75,26 @@ def test_underscores_and_hyphens():
     """--k_rank is --k-rank; a value keeps its underscores."""
     args = options.shared_parser(None).parse_args(["--k_rank", "3", "--ckpt=a_b", "--max_new_tokens=5"])
     assert (args.k_rank, args.ckpt, args.max_new_tokens) == (3, "a_b", 5)
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "words"),
+    [
+        (demo, ["--plot", "picture.foo"], ["--plot", ".png"]),
+        (demo, ["--recall-prompts", "-1"], ["--recall-prompts", ">= 0"]),
+        (demo, ["--ckpt", ""], ["--ckpt", "empty"]),
+        (run, ["--save-tpa", ""], ["--save-tpa", "empty"]),
+        (run, ["--convert", "--save-tpa", "here", "--export", "here"], ["--export", "different places"]),
+        (run, ["--prompt", "caf\udce9"], ["utf-8"]),
+        (run, ["--top-p", "2", "--convert", "--save-tpa", "there"], ["top_p"]),
+    ],
+)
+def test_refused_before_any_work(module, given, words, monkeypatch, tmp_path, capsys):
+    """One line and exit code 2, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["command", "--backend", "numpy", *given])
+    with pytest.raises(SystemExit) as ended:
+        options.run(module.main)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.count("\n") == 1 and all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())

@@ -24,6 +24,7 @@ from tpa_ref.compress.config import (
     width_counts,
     widths_of,
 )
+from tpa_ref.gemma.texts import read_text
 
 CONFIG = helpers.config()
 EXACT = {"contextual": 2, "fixed-a": 2, "fixed-b": 16, "latent": 32}
@@ -380,3 +381,20 @@ def test_the_front_is_one_for_both_backends():
     tpa_torch = pytest.importorskip("tpa_torch")
     for name in ("TPAConfig", "FixedRank", "Spectral", "Side", "convert"):
         assert getattr(tpa_torch, name) is getattr(tpa_ref, name)
+
+
+def test_per_layer_choices_are_resolved_and_checked():
+    """Ranks that nobody gave are filled in, larger ones clamped; widths that no code could have are refused."""
+    shape = helpers.config()
+    free = FixedRank(Side("latent"), Side("fixed-a", 50))
+    choices, notes = TPAConfig(per_layer=(free,) * shape.num_layers).resolve(shape)
+    assert choices[0] == FixedRank(Side("latent", 16), Side("fixed-a", 2)) and len(notes) == 1
+    for widths in ((9,), (0,), (1, 2), (2.5,), [1]):
+        refused(lambda widths=widths: Spectral(widths=widths), "widths")
+    many = TPAConfig(per_layer=(Spectral(widths=(1,) * 65),) * shape.num_layers)
+    refused(lambda: many.resolve(shape), "at most 64", "65")
+
+
+def test_a_mistyped_path_is_no_text():
+    refused(lambda: read_text("/no/such/calibration.txt"), "no such file")
+    assert read_text("a text. It has spaces") == "a text. It has spaces"

@@ -53,7 +53,9 @@ def main() -> None:
     args = parse_arguments()
     for path in filter(None, (args.report, args.plot)):
         report.check_writable(path)
-    check_output(args.output)
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf", ".jpg"):
+        raise TPAError(f"--plot must end in .png, .svg, .pdf or .jpg, got {args.plot}")
+    check_output(args.output, args.ckpt)
     options.tpa_config(args)  # what is wrong with the options shows now, not after minutes of work
     text = read_text(Path(args.eval_text or options.TINY / "evaluation.txt"))
     work = Work(args, args.ckpt or str(options.TINY), USES)

@@ -50,6 +50,9 @@ def run(main: Callable[[], None]) -> None:
     except TPAError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except UnicodeError as problem:
+        print(f"error: text that the input or output encoding cannot hold: {problem}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone
@@ -121,7 +124,12 @@ def shared_parser(description: str | None) -> Parser:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Numbers of tokens and rounds are above zero."""
+    """Numbers of tokens and rounds are above zero, and no option is an empty text (an unset variable of a shell)."""
+    for name, value in vars(args).items():
+        if value == "" and name != "prompt":
+            raise TPAError(f"--{name.replace('_', '-')} must not be empty")
+    if (getattr(args, "recall_prompts", None) or 0) < 0:
+        raise TPAError(f"--recall-prompts must be >= 0, got {args.recall_prompts}")
     for name in ("context", "eval_tokens", "calibration_tokens", "timing_rounds"):
         value = getattr(args, name, None)
         if value is not None and value < 1:

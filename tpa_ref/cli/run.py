@@ -64,6 +64,8 @@ def check_combination(args: argparse.Namespace) -> None:
     chosen.pop("context", None)  # which concerns conversations as well
     if chosen and not (args.convert or args.save_tpa):
         raise TPAError(f"--{next(iter(chosen)).replace('_', '-')} concerns a conversion, but --convert is not given")
+    if args.save_tpa and args.export and Path(args.save_tpa).absolute() == Path(args.export).absolute():
+        raise TPAError(f"--save-tpa and --export must be different places, got {args.export} twice")
     if args.report and not args.to_folder:
         raise TPAError("--report is of a conversion into a folder, but --save-tpa FOLDER is not given")
     if args.pan_and_scan and not args.image:
@@ -78,10 +80,11 @@ def main() -> None:
     if args.report:
         report.check_writable(args.report)
     for path in filter(None, (args.save_tpa, args.export)):
-        check_output(path)
+        check_output(path, args.load_tpa or args.ckpt)
     converts = ("calibration_tokens",) if args.convert or args.save_tpa else ()
     work = Work(args, args.load_tpa or args.ckpt or str(options.TINY), ("dtype", "context", *converts))
     images = Images(work.config, args.pan_and_scan, args.image)  # what is wrong with them shows before minutes of work
+    options.sampling(args).check(work.config, 1, args.max_new_tokens)
     work.introduce()
     if args.export:
         print(f"dense model written to {export(work.source, args.export, options.progress_bar('exporting'))}")

@@ -81,7 +81,15 @@ class Spectral:
     predict: bool | None = None
     widths: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        whole = isinstance(self.widths, tuple) and all(type(w) is int and 0 < w <= MAX_RATE for w in self.widths)
+        if not whole or list(self.widths) != sorted(self.widths, reverse=True):
+            raise TPAError(f"tpa config: widths must fall from at most {MAX_RATE} to 1, got {self.widths!r:.60}")
+
     def resolved(self, config: GemmaConfig, notes: list[str]) -> Spectral:
+        most = exact_rank("latent", config) * (1 if self.k else 2)
+        if len(self.widths) > most:
+            raise TPAError(f"tpa config: at most {most} coefficients have a width, got {len(self.widths)}")
         if self.k is None:
             return self
         rank = exact_rank(self.k.mode, config) if self.k.rank is None else self.k.rank
@@ -227,11 +235,12 @@ class TPAConfig:
 
     def resolve(self, config: GemmaConfig) -> tuple[tuple[Choice | None, ...], list[str]]:
         """(the choice of every layer, None for dense; a line for every choice that had to be clamped)."""
+        notes: list[str] = []
         if self.per_layer is not None:
             if (got := len(self.per_layer)) != (layers := config.num_layers):
                 raise TPAError(f"tpa config: per_layer must have one entry a layer, got {got} for {layers} layers")
-            return self.per_layer, []
-        notes: list[str] = []
+            resolved = tuple(choice and choice.resolved(config, notes) for choice in self.per_layer)
+            return resolved, list(dict.fromkeys(notes))
         chosen, choice = chosen_layers(self.layers, config), self.choice.resolved(config, notes)
         return tuple(choice if layer in chosen else None for layer in range(config.num_layers)), notes
 

@@ -235,8 +235,11 @@ def write_beside(model: Any, folder: Path) -> None:
     os.replace(folder / "config.tmp", folder / "config.json")
 
 
-def check_output(path: str | Path) -> Path:
-    """Refuse, before any work is done, a place that cannot be written to or that holds something else."""
+def check_output(path: str | Path, source: str | Path | None = None) -> Path:
+    """Refuse, before any work is done, a place that cannot be written to or that holds something else.
+
+    source: the checkpoint that is read, which nothing may replace.
+    """
     path = Path(path)
     if len(path.name) > 200 or "\0" in str(path):
         raise TPAError(
@@ -252,7 +255,18 @@ def check_output(path: str | Path) -> Path:
     if path.suffix and path.is_dir():
         raise TPAError(f"save: {path} is a folder, a file was expected")
     if not path.suffix and path.exists():
-        is_ours = path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())
-        if not is_ours:
-            raise TPAError(f"save: {path} exists and is not a saved model; choose another place or remove it")
+        other = path if path.is_file() else next((file for file in path.iterdir() if not is_model_file(file)), None)
+        if other is not None:
+            raise TPAError(
+                f"save: {path} exists and is not a saved model (it holds {other.name}); "
+                f"choose another place or remove it"
+            )
+    if source is not None and path.exists() and os.path.samefile(path, source):
+        raise TPAError(f"save: {path} is the checkpoint that is read; choose another place")
     return path
+
+
+def is_model_file(file: Path) -> bool:
+    """Is this one of the files that `save` and `export` write?"""
+    beside = file.name in ("config.json", "tokenizer.model", "model.safetensors.index.json")
+    return file.is_file() and (beside or (file.name.startswith("model") and file.suffix == ".safetensors"))

@@ -60,8 +60,11 @@ def open_checkpoint(path: Path) -> Container:
     """What lies at a path: tensors by the names they have there, and what was found beside them."""
     if not os.path.exists(path):  # False also for a name too long, or with a null byte in it
         raise TPAError(f"load: no such file or folder: {path}")
-    files = checkpoint_files(path)
-    return _open_safetensors(files) if files[0].suffix == ".safetensors" else _open_pickles(files)
+    try:
+        files = checkpoint_files(path)
+        return _open_safetensors(files) if files[0].suffix == ".safetensors" else _open_pickles(files)
+    except OSError as problem:
+        raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
 
 
 def checkpoint_files(path: Path) -> list[Path]:

@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ from . import formats
 from .checkpoint import check_output, load, shard, shard_count, shard_name, write_beside, write_index
 from .found import inspect
 from .pairs import describe, saved_pair
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody holds a folder
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE = "conversion.json"  # what a partial folder was begun with
 
@@ -72,9 +77,11 @@ def convert_on_disk(
     dense: Any, path: str | Path, target: Path, tpa: Any, calibration: Any, max_tokens: int, progress: Callable
 ) -> Path:
     """`convert_checkpoint` of a dense model of either backend that reads its blocks from disk."""
+    check_output(target, path)
     converted = begin_conversion(dense, tpa)
-    folder = resume_folder(target, recipe(path, converted, calibration, max_tokens))
-    with writing(target, folder):
+    folder = target.absolute().parent / f".{target.name}.partial"
+    with alone(folder), writing(target, folder):
+        resume_folder(folder, recipe(path, converted, calibration, max_tokens))
         if not (folder / "config.json").is_file():
             write_files(folder, dense, converted, calibration, max_tokens, progress)
         finish_folder(folder, target, dense.config)
@@ -200,19 +207,33 @@ def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) 
     return json.dumps(content)
 
 
-def resume_folder(target: Path, recipe: str) -> Path:
-    """The partial folder of a target: the one an interrupted conversion left, if it was the same, else a new one."""
-    folder = target.absolute().parent / f".{target.name}.partial"
-    with suppress(OSError, ValueError):
-        if (folder / RECIPE).read_text("utf-8") == recipe:
-            return folder
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a partial folder, or refuse where another run holds it. The lock goes with its process."""
+    lock = folder.with_name(f"{folder.name}.lock")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+        held = lock.open("w")
+        if fcntl:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TPAError(f"save: another run is writing {folder.name}; wait for it, or choose another place") from None
     except OSError as problem:
         raise TPAError(f"save: cannot write in {folder.parent}: {problem.strerror or problem}") from None
-    return folder
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.close()
+
+
+def resume_folder(folder: Path, recipe: str) -> None:
+    """Make the partial folder: the one an interrupted conversion left, if it was the same, else a new one."""
+    with suppress(OSError, ValueError):
+        if (folder / RECIPE).read_text("utf-8") == recipe:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
 
 def finish_folder(folder: Path, target: Path, config: GemmaConfig) -> None:
@@ -251,6 +272,7 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
     A conversion leaves the weights as they are, so what comes out is the model that went in.
     """
     found, target = inspect(path), check_folder(target)
+    check_output(target, path)
     config = found.config
     with replacing(target) as temporary:
         temporary.mkdir()

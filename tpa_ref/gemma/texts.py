@@ -23,6 +23,8 @@ def read_text(text_or_path: str | Path) -> str:
         except OSError as problem:
             if isinstance(text_or_path, Path):
                 raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
+    if not any(map(str.isspace, text_or_path)) and Path(text_or_path).suffix:
+        raise TPAError(f"text: no such file: {text_or_path}")
     return str(text_or_path)
 
 

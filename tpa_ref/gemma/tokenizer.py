@@ -40,6 +40,8 @@ class Tokenizer:
 
         vision: each <start_of_image> becomes an image's tokens, with an empty line before and after them.
         """
+        if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:  # bytes that were no UTF-8
+            raise TPAError("tokenizer: the text must be UTF-8, got bytes that are not")
         ids = [BOS] if bos else []
         parts = text.split(START_OF_IMAGE) if vision else [text]
         for number, part in enumerate(parts):

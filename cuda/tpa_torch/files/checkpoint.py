@@ -64,7 +64,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).tolist()  # a device that holds no data is none
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         first_line = str(problem).split("\n", 1)[0]

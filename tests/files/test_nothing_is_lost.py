@@ -1,0 +1,50 @@
+"""Saving and converting never replace what they did not write: other files, the source, another run's work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import helpers
+import pytest
+from helpers import ROOT, refused
+
+import tpa_ref
+from tpa_ref.files.checkpoint import check_output
+from tpa_ref.files.stream import alone
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    project = tmp_path / "project"
+    (project / "sub").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    (project / "sub" / "thesis.txt").write_text("x")
+    refused(lambda: check_output(project), "sub", "not a saved model")
+    refused(lambda: tpa_ref.save(helpers.model(tpa_ref), project), "not a saved model")
+    assert (project / "sub" / "thesis.txt").read_text() == "x"
+
+
+def test_a_saved_model_may_be_replaced(tmp_path):
+    first = tpa_ref.save(helpers.model(tpa_ref), tmp_path / "model")
+    assert tpa_ref.save(helpers.model(tpa_ref, seed=1), first) == first
+
+
+@pytest.mark.parametrize("call", ["convert_checkpoint", "export"])
+def test_the_source_is_never_replaced(tmp_path, call):
+    source = helpers.write_folder(tmp_path / "source")
+    before = sorted((file.name, file.read_bytes()) for file in source.iterdir())
+    refused(lambda: getattr(tpa_ref, call)(source, source), "is the checkpoint that is read")
+    assert sorted((file.name, file.read_bytes()) for file in source.iterdir()) == before
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    folder = tmp_path / ".target.partial"
+    inside = (
+        f"from pathlib import Path\nfrom tpa_ref.files.stream import alone\nwith alone(Path({str(folder)!r})): pass"
+    )
+    run = [sys.executable, "-c", inside]
+    with alone(folder):
+        other = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+        assert other.returncode != 0 and "another run is writing" in other.stderr
+    assert subprocess.run(run, cwd=ROOT).returncode == 0  # and a lock goes with its process
+    assert not list(tmp_path.iterdir())
