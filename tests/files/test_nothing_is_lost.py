@@ -48,3 +48,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         assert other.returncode != 0 and "another run is writing" in other.stderr
     assert subprocess.run(run, cwd=ROOT).returncode == 0  # and a lock goes with its process
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_source_is_one_line(tmp_path):
+    """A mistyped checkpoint beside an output that exists is named by whoever opens it, not by the comparison."""
+    saved = tpa_ref.save(helpers.model(tpa_ref), tmp_path / "model")
+    assert check_output(saved, tmp_path / "mistyped") == saved
+    refused(lambda: tpa_ref.export(tmp_path / "mistyped", saved), "no such file or folder")

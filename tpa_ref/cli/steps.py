@@ -106,7 +106,7 @@ class Work:
 
     def convert_to_folder(self, target: str) -> tuple[Plan | None, dict[str, Any]]:
         """Convert from disk to disk, layer by layer, in the memory of one layer: (plan, report)."""
-        args, start, folder = self.args, time.perf_counter(), check_folder(target)
+        args, start, folder = self.args, time.perf_counter(), check_folder(target, self.source)
         with PeakMemory(self.device) as peak:
             dense = self.load(on_disk=True)
             moments = self.calibrate(dense) if wants_plan(args) else None

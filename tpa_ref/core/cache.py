@@ -170,8 +170,12 @@ class LayerCache:
         at: where the new tokens stand (`gemma.positions.Positions`).
         """
         segments = []
+        encoded: dict[int, Stored] = {}  # by pair: sinks and newest tokens are kept alike
         for kind, ring in self.rings.items():
-            new = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, trace if kind == "coded" else no_trace)
+            if (pair := id(ring.pair)) not in encoded:
+                traced = trace if kind == "coded" else no_trace
+                encoded[pair] = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, traced)
+            new = encoded[pair]
             positions_bq, before_b = at.positions_bq, lengths_b
             if kind == "sinks":
                 positions_bq = np.where(positions_bq < ring.slots, positions_bq, -1)

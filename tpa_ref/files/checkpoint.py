@@ -261,7 +261,7 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
                 f"save: {path} exists and is not a saved model (it holds {other.name}); "
                 f"choose another place or remove it"
             )
-    if source is not None and path.exists() and os.path.samefile(path, source):
+    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
         raise TPAError(f"save: {path} is the checkpoint that is read; choose another place")
     return path
 

@@ -68,7 +68,7 @@ def convert_checkpoint(
     alone; max_tokens of the text are used. dtype: what is computed in; weights are stored as they were. Called again
     after an interruption with the same arguments, it resumes.
     """
-    target = check_folder(target)
+    target = check_folder(target, path)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True)
     return convert_on_disk(dense, path, target, tpa, calibration, max_tokens, progress)
 
@@ -77,7 +77,6 @@ def convert_on_disk(
     dense: Any, path: str | Path, target: Path, tpa: Any, calibration: Any, max_tokens: int, progress: Callable
 ) -> Path:
     """`convert_checkpoint` of a dense model of either backend that reads its blocks from disk."""
-    check_output(target, path)
     converted = begin_conversion(dense, tpa)
     folder = target.absolute().parent / f".{target.name}.partial"
     with alone(folder), writing(target, folder):
@@ -180,9 +179,9 @@ class DiskConversion(Conversion):
         return self.store.file("factors", layer).with_suffix(".json")
 
 
-def check_folder(target: str | Path) -> Path:
+def check_folder(target: str | Path, source: str | Path | None = None) -> Path:
     """`check_output` of a place for a folder."""
-    target = check_output(target)
+    target = check_output(target, source)
     if target.suffix:
         raise TPAError(f"save: a conversion layer by layer writes a folder, without suffix, got {target}")
     return target
@@ -271,8 +270,7 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
 
     A conversion leaves the weights as they are, so what comes out is the model that went in.
     """
-    found, target = inspect(path), check_folder(target)
-    check_output(target, path)
+    found, target = inspect(path), check_folder(target, path)
     config = found.config
     with replacing(target) as temporary:
         temporary.mkdir()

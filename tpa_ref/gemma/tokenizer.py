@@ -40,8 +40,10 @@ class Tokenizer:
 
         vision: each <start_of_image> becomes an image's tokens, with an empty line before and after them.
         """
-        if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:  # bytes that were no UTF-8
-            raise TPAError("tokenizer: the text must be UTF-8, got bytes that are not")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes that were no UTF-8
+            raise TPAError("tokenizer: the text must be UTF-8, got bytes that are not") from None
         ids = [BOS] if bos else []
         parts = text.split(START_OF_IMAGE) if vision else [text]
         for number, part in enumerate(parts):

@@ -85,6 +85,6 @@ def convert_checkpoint(
     device: str | torch.device = "cpu",
 ) -> Path:
     """`tpa_ref.convert_checkpoint`, computed on a device."""
-    target = check_folder(target)
+    target = check_folder(target, path)
     dense = load(path, variant, config, tokenizer, dtype, on_disk=True, device=device)
     return convert_on_disk(dense, path, target, tpa, calibration, max_tokens, progress)
