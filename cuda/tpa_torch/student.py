@@ -80,7 +80,8 @@ class Student:
         tpa, layers = self.tpa, range(self.tpa.config.num_layers)
         weights = replace(tpa.weights, layers=[self.block(layer) for layer in layers])
         pairs = [self.pair(layer) for layer in layers]
-        made = type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, pairs, tpa.query_factors, tpa.stored_dtype)
+        kept = tpa.query_factors, tpa.stored_dtype, tpa.beside
+        made = type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, pairs, *kept)
         made.choices = tpa.choices
         return made
 
@@ -211,7 +212,7 @@ class ThroughCache(Model):
 
 def divergence(dense: Model, x_bqm: Tensor, teacher_bqm: Tensor) -> Tensor:
     """Sum of KL(teacher || student) over positions, from final hidden states."""
-    embed_vm = dense.weights.embed_vm
-    Q_bqv = F.linear(x_bqm, embed_vm).float().log_softmax(-1)
-    P_bqv = F.linear(teacher_bqm, embed_vm).float().log_softmax(-1)
+    head_vm = dense.weights.head_vm
+    Q_bqv = F.linear(x_bqm, head_vm).float().log_softmax(-1)
+    P_bqv = F.linear(teacher_bqm, head_vm).float().log_softmax(-1)
     return (P_bqv.exp() * (P_bqv - Q_bqv)).sum()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tpa_torch
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.gemma import generate
+from tpa_ref.gemma.beside import Beside
 from tpa_torch.core.contextual import Contextual
 from tpa_torch.fast import graph
 from tpa_torch.gemma.model import StaticModel
@@ -41,8 +42,7 @@ def model_of(name):
 
 
 def stop_at(monkeypatch, stop):
-    for module in (graph, generate):
-        monkeypatch.setattr(module, "STOP", stop)
+    monkeypatch.setattr(Beside, "stop_tokens", frozenset(stop))
 
 
 def never_stop(monkeypatch):
@@ -58,7 +58,9 @@ def prefilled(model, rows):
 def static_steps(model, rows, count, sampling=None):
     """(steps on static buffers, their cache)."""
     L_bv, cache = prefilled(model, rows)
-    return graph.stream(StaticModel(model), cache, L_bv, count, sampling or graph.Sampling()), cache
+    return graph.stream(
+        StaticModel(model), cache, L_bv, count, sampling or graph.Sampling(), model.beside.stop_tokens
+    ), cache
 
 
 def both(model, count, rows=ROWS):

@@ -311,11 +311,3 @@ def test_a_sparse_config_takes_the_class_defaults():
     assert ours.query_pre_attn_scalar == theirs.query_pre_attn_scalar
     assert [not flag for flag in ours.is_global] == [kind == "sliding_attention" for kind in theirs.layer_types]
     assert ours.variant == "4b"
-
-
-def test_an_untied_output_projection_is_refused(backend, tmp_path):
-    """A fine-tune with its own lm_head would silently give other logits."""
-    folder = write_folder(tmp_path / "model")
-    content = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(content))
-    refused(lambda: backend.load(folder), "tie_word_embeddings", "true")

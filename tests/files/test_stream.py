@@ -58,7 +58,7 @@ def test_it_is_load_convert_save(backend, folder, tmp_path, choice, calibrated):
     whole = backend.convert(dense, CHOICES[choice], moments)
     loaded = backend.load(written)
     np.testing.assert_array_equal(helpers.logits(loaded, IDS), helpers.logits(whole, IDS))
-    assert loaded.tpa == whole.tpa and loaded.tokenizer.proto == dense.tokenizer.proto
+    assert loaded.tpa == whole.tpa and loaded.tokenizer.files == dense.tokenizer.files
     for ours, theirs in zip(loaded.pairs, whole.pairs, strict=True):
         assert describe(ours) == describe(theirs)
 
@@ -385,7 +385,7 @@ def test_export_gives_the_weights_back(backend, folder, tmp_path):
     assert back_again.keys() == original.keys()
     assert all((back_again[name] == original[name]).all() for name in original)
     model = backend.load(dense)
-    assert model.tpa is None and model.tokenizer.proto == backend.load(folder).tokenizer.proto
+    assert model.tpa is None and model.tokenizer.files == backend.load(folder).tokenizer.files
     np.testing.assert_array_equal(helpers.logits(model, IDS), helpers.logits(backend.load(folder), IDS))
 
 

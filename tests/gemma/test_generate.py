@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import helpers
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma import generate
+from tpa_ref.gemma.beside import Beside
+from tpa_ref.gemma.chat import chat_text
 from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.generate import Sampling
-from tpa_ref.gemma.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, chat_text
+from tpa_ref.gemma.tokenizer import BOS, DEFAULT_STOP, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
 
 P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
 
@@ -141,9 +145,7 @@ def test_a_batch_goes_on_when_a_row_has_stopped(backend):
     first, second = (list(generate.generate_tokens(model, ids, 8)) for ids in rows)
     stop = first[2]
     assert stop not in second and stop not in first[:2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "STOP", frozenset({stop}))
-        together = list(generate.generate_rows(model, rows, 8))
+    together = list(generate.generate_rows(model, rows, 8, stop=frozenset({stop})))
     assert [step[0] for step in together] == first[:3] + [None] * 5
     assert [step[1] for step in together] == second
 
@@ -162,8 +164,8 @@ def test_a_padded_prompt_longer_than_a_prefill_chunk(backend):
 
 
 def talk(backend, chat=True, max_len=400, new=6):
-    model = helpers.model(backend, helpers.config(max_positions=400), dtype="float64")
-    model.tokenizer = Tokenizer(helpers.tokenizer_proto())
+    model = helpers.model(backend, helpers.config(max_positions=400, vocab_size=400), dtype="float64")
+    model.tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
     return Conversation(model, max_len, chat, max_new_tokens=new)
 
 
@@ -171,11 +173,13 @@ def talk(backend, chat=True, max_len=400, new=6):
 def test_a_conversation_is_one_long_text(backend, chat):
     """What is said in the third turn is what a model says that reads all turns from the beginning."""
     talking = talk(backend, chat)
-    for text in ("the list", "a dict", "and more"):
-        before = len(talking.ids)
+    talking.stop = frozenset()
+    for text in ("the list", "a dict"):
         list(talking.say(text))
-    asked = talking.ids[: -len(talking.ids) + before + len(talking._turn("and more"))]
+    asked = [*talking.ids, *talking._turn("and more")]
+    list(talking.say("and more"))
     answer = talking.ids[len(asked) :]
+    assert talking.ids[: len(asked)] == asked
     assert 1 <= len(answer) <= 6 and talking.ids.count(BOS) == 1
     assert repeated_argmax(talking.model, asked, 6)[: len(answer)] == answer
 
@@ -253,7 +257,7 @@ class Scripted:
     """A model that says given tokens, whatever it reads, and counts its forward passes."""
 
     def __init__(self, script):
-        self.config, self.script, self.passes = helpers.config(), script, 0
+        self.config, self.beside, self.script, self.passes = helpers.config(), Beside(), script, 0
 
     def new_cache(self, batch, max_len):
         return None
@@ -302,7 +306,7 @@ def test_generated_text_is_the_decoded_tokens(backend):
 
 def streamed(ids):
     steps = ([token] for token in ids)
-    return [piece for _, piece in generate.text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps)]
+    return [piece for _, piece in generate.text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps, DEFAULT_STOP)]
 
 
 @pytest.mark.parametrize(
@@ -349,11 +353,16 @@ def test_streaming_any_tokens_gives_their_text(ids):
 # ---- chat ----
 
 
+def found(tokenizer):
+    """What `prompt_tokens` asks a model for."""
+    return SimpleNamespace(tokenizer=tokenizer, config=helpers.config(), beside=Beside())
+
+
 def test_chat_template_text_by_hand():
-    """Gemma's template: user and model turns, a system text before the first user text, white space stripped."""
+    """Gemma's template: a system text, as it is, before the first user text; other texts are stripped."""
     assert chat_text([("user", " Hi\n")]) == "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
     assert chat_text([("system", "Be brief. "), ("user", "Hi"), ("model", "Yes?"), ("user", "Go")]) == (
-        "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+        "<start_of_turn>user\nBe brief. \n\nHi<end_of_turn>\n"
         "<start_of_turn>model\nYes?<end_of_turn>\n"
         "<start_of_turn>user\nGo<end_of_turn>\n"
         "<start_of_turn>model\n"
@@ -361,19 +370,19 @@ def test_chat_template_text_by_hand():
 
 
 def test_chat_tokens_have_bos_once_and_the_turn_tokens():
-    """BOS first and nowhere else, even if the text says so; 105 and 106 are single tokens."""
+    """BOS first and nowhere else; 105 and 106 are single tokens."""
     tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
-    ids = generate.prompt_tokens(tokenizer, "the <bos> list", chat=True)
+    ids = generate.prompt_tokens(found(tokenizer), "the list", chat=True)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert [token for token in ids if token in (START_OF_TURN, END_OF_TURN)] == [105, 106, 105]
     assert ids[1] == START_OF_TURN
-    assert tokenizer.decode(ids[1:]) == chat_text([("user", "the <bos> list")])
+    assert tokenizer.decode(ids[1:]) == chat_text([("user", "the list")])
 
 
 def test_plain_prompts_have_bos_once():
     """Without it Gemma's predictions mean nothing; twice is as bad."""
     tokenizer = Tokenizer(helpers.tokenizer_proto())
-    ids = generate.prompt_tokens(tokenizer, "the list", chat=False)
+    ids = generate.prompt_tokens(found(tokenizer), "the list", chat=False)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert tokenizer.decode(ids[1:]) == "the list"
     assert tokenizer.encode("the list", bos=False) == ids[1:]

@@ -18,10 +18,11 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from tpa_ref import TPAError
+from tpa_ref.gemma.chat import chat_text
 from tpa_ref.gemma.config import VisionConfig
 from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.images import crop_boxes, mark_images, open_image, pixels_of, read_images, to_rgb
-from tpa_ref.gemma.tokenizer import START_OF_IMAGE, Tokenizer, chat_text
+from tpa_ref.gemma.tokenizer import START_OF_IMAGE, Tokenizer
 
 VISION = VisionConfig(image_size=56, tokens_per_image=4, image_token=500, start_token=6, end_token=7)
 

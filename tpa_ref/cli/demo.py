@@ -69,7 +69,7 @@ def main() -> None:
     for name, model in (("dense", dense), ("TPA", done.model)):
         print(f"\n{name}: {args.prompt}", end="", flush=True)
         sampling = vars(options.sampling(args))
-        pieces = generate(model, args.prompt, args.max_new_tokens, **sampling, chat=args.chat)
+        pieces = generate(model, args.prompt, args.max_new_tokens, **sampling, chat=args.chat, system=args.system)
         figures["text"][name.lower()] = options.stream(pieces)
         print()
     figures["environment"] = work.environment
@@ -88,7 +88,7 @@ def check_prompt(work: Work) -> None:
         raise TPAError(f"{work.source} has no tokenizer, and text needs one; give its file with --tokenizer")
     if found.tpa is not None:
         raise TPAError(f"{work.source} is already a TPA model; give the dense checkpoint")
-    ids = prompt_tokens(found.tokenizer, args.prompt, args.chat)
+    ids = prompt_tokens(found, args.prompt, args.chat, system=args.system)
     options.sampling(args).check(found.config, len(ids), args.max_new_tokens)
 
 

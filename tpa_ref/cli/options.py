@@ -119,7 +119,8 @@ def shared_parser(description: str | None) -> Parser:
     option("--top-k", type=int, metavar="K")
     option("--top-p", type=float, metavar="P")
     option("--seed", type=int, default=0)
-    option("--chat", action="store_true", help="put the prompt into Gemma's chat template")
+    option("--chat", action="store_true", help="put the prompt into the model's chat template")
+    option("--system", metavar="TEXT", help="what a chat begins with, before the first prompt")
     return parser
 
 

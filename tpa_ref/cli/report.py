@@ -65,7 +65,7 @@ def _describe_mode(mode: Mode, sides: int = 1) -> str:
 def print_conversion(model: Any, plan: Any = None) -> None:
     """The plan, what had to be clamped, how every layer caches, and what does not help."""
     lines = [f"plan: {plan.message}"] if plan else []
-    lines += model.notes + describe_pairs(model)
+    lines += (model.notes if model.tpa else []) + describe_pairs(model)
     names = {mode.name for pair in model.pairs for mode in pair.modes}
     if model.config.num_kv_heads == 1 and names & {"contextual", "fixed-a"}:
         what = "head-rank factors (contextual, fixed-a) cannot make its cache smaller"

@@ -173,7 +173,7 @@ class Images:
 def answer(model: Any, args: argparse.Namespace, prompts: list[str], images: Images) -> None:
     """One prompt streams; several are generated as one batch and shown one after another."""
     start, alone, end = time.perf_counter(), len(prompts) == 1, "\n" if args.chat else ""
-    more = vars(options.sampling(args)) | {"chat": args.chat, "images": images.stacked()}
+    more = vars(options.sampling(args)) | {"chat": args.chat, "system": args.system, "images": images.stacked()}
     marked, bar = [images.mark(prompt) for prompt in prompts], options.progress_bar("prefill")
     batch = generate_batch(model, marked, args.max_new_tokens, **more, progress=bar)
     if alone:
@@ -193,7 +193,7 @@ def talk(model: Any, args: argparse.Namespace, images: Images) -> None:
     """Turns from standard input; what was said stays in the cache. Images go with the next turn."""
     sampling = options.sampling(args)
     sampling.check(model.config, 1, args.max_new_tokens)
-    conversation = Conversation(model, args.context, args.chat, args.max_new_tokens, sampling)
+    conversation = Conversation(model, args.context, args.chat, args.max_new_tokens, sampling, args.system)
     commands = HELP_IMAGE + HELP if model.config.vision else HELP
     print(f"\n{'Chat' if args.chat else 'Plain text (--chat for a chat)'}: {commands}")
     prompt = "\n> " if sys.stdin.isatty() else ""

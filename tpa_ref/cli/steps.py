@@ -66,6 +66,8 @@ class Work:
         """Say what is worked on, with what, and which defaults were chosen for it."""
         machine = [f"{name} {value}" for name, value in self.environment.items() if value]
         print(describe_config(self.config), ", ".join([*machine, self.args.dtype]), self._defaults, sep="\n")
+        for note in self.found.notes:
+            print(f"note: {note}")
 
     def load(self, on_disk: bool = False) -> Any:
         """The model; on_disk: its blocks are read whenever they are needed."""

@@ -1,15 +1,14 @@
 """Models from disk and back. Never unpickles code. What the files look like is in `formats`.
 
 A saved model is one of
-    folder          config.json, model.safetensors (or shards with an index), tokenizer.model
-    *.safetensors   one file, config and tokenizer in its metadata
-    *.pt            {format, version, config, tokenizer, tensors}, read with weights_only=True (needs torch)
+    folder          config.json, model.safetensors (or shards with an index), tokenizer and whatever lay beside
+    *.safetensors   one file: config in its metadata, the files of a folder as tensors of bytes
+    *.pt            {format, version, config, beside, tensors}, read with weights_only=True (needs torch)
 Its config.json is the Hugging Face one plus the key "tpa": version, TPAConfig and how every layer caches K and V.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -24,13 +23,16 @@ from safetensors.numpy import save_file
 from ..atomic import replacing
 from ..compress.config import TPAConfig
 from ..errors import TPAError
+from ..gemma.beside import KEPT
 from ..gemma.config import GemmaConfig
 from ..gemma.model import Model
-from ..gemma.weights import VISION_BLOCKS, from_named, hf_names, joined, joined_vision, stored_name
-from .formats import FORMAT, VERSION
+from ..gemma.pieces import JSON, MODEL
+from ..gemma.weights import EMBED, HEAD, VISION_BLOCKS, from_named, hf_names, joined, joined_vision, stored_name
+from .formats import BESIDE, FORMAT, VERSION
 from .found import Found, inspect
 from .pairs import describe, is_basis, named_arrays, saved_pair
 
+BESIDE_WEIGHTS = {*KEPT, JSON, MODEL, "model.safetensors.index.json"}  # in a saved folder
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
 
@@ -97,7 +99,10 @@ class Loader(dict[str, Any]):
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
         weights = from_named(self, config, on_disk)
-        made = self.model_class(config, weights, self.found.tokenizer, tpa, pairs, queries, self.found.stored_dtype)
+        found = self.found
+        kept = found.stored_dtype, found.beside
+        made = self.model_class(config, weights, found.tokenizer, tpa, pairs, queries, *kept)
+        made.notes = list(found.notes)
         if tpa is not None:
             made.choices = list(tpa.resolve(config)[0])
         return made
@@ -132,10 +137,9 @@ def save(model: Any, path: str | Path) -> Path:
 
 def save_safetensors(model: Any, target: Path) -> None:
     """One file with everything in its metadata."""
-    proto = model.tokenizer.proto if model.tokenizer else b""
-    metadata = {"format": FORMAT, "version": str(VERSION)}
-    metadata |= {"config": config_json(model), "tokenizer": base64.b64encode(proto).decode()}
-    save_file(arrays(model), target, metadata)
+    metadata = {"format": FORMAT, "version": str(VERSION), "config": config_json(model)}
+    beside = {BESIDE + name: np.frombuffer(content, np.uint8) for name, content in files_beside(model).items()}
+    save_file(arrays(model) | beside, target, metadata)
 
 
 def save_folder(model: Any, target: Path) -> None:
@@ -161,9 +165,10 @@ def save_pt(model: Any, target: Path) -> None:
     for name, x in arrays(model).items():
         is_bfloat16 = x.dtype == "bfloat16"  # which torch does not take from NumPy
         tensors[name] = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(x)
-    proto = torch.frombuffer(bytearray(model.tokenizer.proto), dtype=torch.uint8) if model.tokenizer else None
-    content = {"format": FORMAT, "version": VERSION, "config": config_json(model), "tokenizer": proto}
-    torch.save(content | {"tensors": tensors}, target)
+    files = files_beside(model).items()
+    beside = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files}
+    content = {"format": FORMAT, "version": VERSION, "config": config_json(model)}
+    torch.save(content | {"beside": beside, "tensors": tensors}, target)
 
 
 def arrays(model: Any) -> dict[str, np.ndarray]:
@@ -192,7 +197,8 @@ def shard(model: Any, number: int) -> dict[str, np.ndarray]:
     factors: dict[str, Any] = {}
     named: Iterable[tuple[str, Any]]
     if number == 0:
-        named = [("model.embed_tokens.weight", weights.embed_vm), ("model.norm.weight", weights.final_norm_m)]
+        named = [(EMBED, weights.embed_vm), ("model.norm.weight", weights.final_norm_m)]
+        named += [] if config.tied else [(HEAD, weights.head_vm)]
     elif layer == config.num_layers:
         named = joined_vision(weights.vision)
     else:
@@ -207,7 +213,7 @@ def shard(model: Any, number: int) -> dict[str, np.ndarray]:
 
 def config_json(model: Any) -> str:
     """The config.json of a saved model."""
-    content = model.config.to_hf() | {"torch_dtype": model.stored_dtype}
+    content = model.config.to_hf(model.beside.config) | {"torch_dtype": model.stored_dtype}
     if model.tpa is not None:
         factors = [describe(pair) for pair in model.pairs]
         content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": factors}
@@ -227,10 +233,16 @@ def write_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def files_beside(model: Any) -> dict[str, bytes]:
+    """The files that lie beside the weights of a model, but for config.json."""
+    files = dict(model.beside.files) | (model.tokenizer.files if model.tokenizer else {})
+    return {name: content for name, content in files.items() if content and name != "config.json"}
+
+
 def write_beside(model: Any, folder: Path) -> None:
-    """tokenizer.model, where there is one, and config.json, which says that everything is there."""
-    if model.tokenizer:
-        (folder / "tokenizer.model").write_bytes(model.tokenizer.proto)
+    """Everything beside the weights; config.json last, since it says that all is there."""
+    for name, content in files_beside(model).items():
+        (folder / name).write_bytes(content)
     (folder / "config.tmp").write_text(config_json(model), encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")
 
@@ -268,5 +280,5 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
 
 def is_model_file(file: Path) -> bool:
     """Is this one of the files that `save` and `export` write?"""
-    beside = file.name in ("config.json", "tokenizer.model", "model.safetensors.index.json")
-    return file.is_file() and (beside or (file.name.startswith("model") and file.suffix == ".safetensors"))
+    weights = file.name.startswith("model") and file.suffix == ".safetensors"
+    return file.is_file() and (weights or file.name in BESIDE_WEIGHTS)

@@ -19,18 +19,29 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TPAError
+from ..gemma.beside import KEPT
+from ..gemma.pieces import JSON, MODEL
 
-FORMAT, VERSION = "tpa-gemma3", 3  # of models saved by this program
-READABLE = ("2", "3")  # in 2 nothing was predicted, and K and V had codes of their own
-Container = tuple[dict[str, "Entry"], dict[str, Any] | None, bytes | None]  # tensors, config.json, tokenizer.model
+FORMAT, VERSION = "tpa-gemma3", 4  # of models saved by this program
+# In 2 nothing was predicted, and K and V had codes of their own; in 3 only the tokenizer was kept of what lies beside.
+READABLE = ("2", "3", "4")
+BESIDE = "beside."  # in a single file: tensors of bytes, the files that lie beside the weights in a folder
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+
+
+class Container(NamedTuple):
+    """A checkpoint as it was found."""
+
+    entries: dict[str, Entry]  # tensors by the names they have there
+    content: dict[str, Any] | None  # of config.json
+    files: dict[str, bytes]  # what lies beside
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,15 @@ class Entry:
 
     def read(self, framework: str) -> Any:
         """An array ("numpy") or a torch tensor ("pt")."""
-        is_numpy, x = framework == "numpy", self.file.read(self.key, framework)
+        is_numpy, rows = framework == "numpy", self.rows or slice(None)
+        x = self.file.read(self.key, framework, slice(None) if self.transposed else rows)
         if self.scale is not None:
-            s = self.scale.read(framework)[:, None]
+            s = self.scale.read(framework)[rows, None]
             x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
         if self.transposed:
             x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
-        return x if self.rows is None else x[self.rows]
+            x = x[rows]
+        return x
 
 
 def open_checkpoint(path: Path) -> Container:
@@ -78,10 +91,10 @@ def checkpoint_files(path: Path) -> list[Path]:
         return [path]
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{single}.index.json"
+        if (path / single).is_file():  # before an index, as in `transformers`
+            return [path / single]
         if index.is_file():
             return _shards_of_index(index)
-        if (path / single).is_file():
-            return [path / single]
     found = sorted(path.glob("*.ckpt"))
     if len(found) > 1:
         raise TPAError(f"load: {path} holds {len(found)} .ckpt files; name one of them: {found[0].name}, ...")
@@ -127,9 +140,10 @@ class SafetensorsFile:
         except OSError as problem:
             raise TPAError(f"load: cannot read {self.path}: {problem.strerror or problem}") from None
 
-    def read(self, key: str, framework: str) -> Any:
+    def read(self, key: str, framework: str, rows: slice = slice(None)) -> Any:
         try:
-            return self.open(framework).get_tensor(key)
+            opened = self.open(framework)
+            return opened.get_tensor(key) if rows == slice(None) else opened.get_slice(key)[rows]
         except SafetensorError as problem:
             raise TPAError(f"load: {key} of {self.path} cannot be read: {problem}") from None
 
@@ -147,13 +161,17 @@ def _open_safetensors(files: list[Path]) -> Container:
             dtype = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
             entries[key] = Entry(tuple(view.get_shape()), dtype, file, key)
     if metadata.get("format") != FORMAT:
-        return entries, *_beside(files[0].parent)
+        return Container(entries, *_beside(files[0].parent))
     check_version(files[0], metadata.get("version"))
-    try:
-        proto = base64.b64decode(metadata.get("tokenizer", ""), validate=True) or None
-    except ValueError:
-        raise TPAError(f"load: the tokenizer inside {files[0]} is damaged (not base64)") from None
-    return entries, _parse_json(metadata.get("config", ""), files[0]), proto
+    inside = {name: entries.pop(name) for name in list(entries) if name.startswith(BESIDE)}
+    held = {name.removeprefix(BESIDE): entry.read("numpy").tobytes() for name, entry in inside.items()}
+    held["config.json"] = metadata.get("config", "").encode()
+    if proto := metadata.get("tokenizer"):  # before version 4
+        try:
+            held[MODEL] = base64.b64decode(proto, validate=True)
+        except ValueError:
+            raise TPAError(f"load: the tokenizer inside {files[0]} is damaged (not base64)") from None
+    return Container(entries, _parse_json(metadata.get("config", ""), files[0]), held)
 
 
 # ---- pickles: gemma_pytorch's files, pytorch_model.bin, and .pt saved by this program ----
@@ -162,8 +180,8 @@ def _open_safetensors(files: list[Path]) -> Container:
 class PickledFile(dict[Any, Any]):
     """The tensors of a pickle, mapped and not read."""
 
-    def read(self, key: str, framework: str) -> Any:
-        x = self[key]
+    def read(self, key: str, framework: str, rows: slice = slice(None)) -> Any:
+        x = self[key][rows] if self[key].ndim else self[key]
         if framework == "pt":
             return x
         if str(x.dtype) != "torch.bfloat16":  # which NumPy has not
@@ -186,10 +204,12 @@ def _open_pickles(files: list[Path]) -> Container:
             if key in entries:
                 raise TPAError(f"load: {key} is held twice, in {file.name} and in a shard before it")
             entries[key] = entry
-    content, proto = _beside(files[0].parent)
+    content, held_beside = _beside(files[0].parent)
     # What lies beside a .ckpt may describe something else; a Hugging Face config says what it is.
     is_hf = content is not None and ("model_type" in content or "text_config" in content)
-    return entries, content if is_hf else None, proto
+    if not is_hf:
+        held_beside.pop("config.json", None)
+    return Container(entries, content if is_hf else None, held_beside)
 
 
 def _load_pickle(file: Path) -> dict[Any, Any]:
@@ -231,20 +251,25 @@ def _tensor_entries(file: Path, held: dict[Any, Any]) -> dict[str, Entry]:
 def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
     check_version(file, content.get("version"))
     held, proto, config = (content.get(name) for name in ("tensors", "tokenizer", "config"))
-    if not isinstance(held, dict) or not isinstance(config, str) or not (proto is None or hasattr(proto, "numpy")):
-        raise TPAError(f"load: {file} must hold a config text, a tokenizer tensor or None, and named dense tensors")
-    proto = proto.numpy().tobytes() if proto is not None else None
-    return _tensor_entries(file, held), _parse_json(config, file), proto
+    beside = content.get("beside", {} if proto is None else {MODEL: proto})  # proto: before version 4
+    if not (isinstance(held, dict) and isinstance(config, str) and isinstance(beside, dict)):
+        raise TPAError(f"load: {file} must hold a config text, files as tensors of bytes, and named dense tensors")
+    files = {"config.json": config.encode()}
+    for name, x in beside.items():
+        if not (isinstance(name, str) and str(getattr(x, "dtype", "")) == "torch.uint8" and x.device.type == "cpu"):
+            raise TPAError(f"load: files inside {file} must be tensors of bytes, got {str(name)[:60]!r}")
+        files[name] = x.numpy().tobytes()
+    return Container(_tensor_entries(file, held), _parse_json(config, file), files)
 
 
 # ---- what lies beside ----
 
 
-def _beside(folder: Path) -> tuple[dict[str, Any] | None, bytes | None]:
-    """(config.json, tokenizer.model) of a folder, None for what is not there."""
-    config, tokenizer = folder / "config.json", folder / "tokenizer.model"
-    content = _parse_json(_read_bytes(config), config) if config.is_file() else None
-    return content, _read_bytes(tokenizer) if tokenizer.is_file() else None
+def _beside(folder: Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """(content of config.json, None without one; the files of a folder that are kept)."""
+    files = {name: _read_bytes(folder / name) for name in (*KEPT, JSON, MODEL) if (folder / name).is_file()}
+    config = files.get("config.json")
+    return None if config is None else _parse_json(config, folder / "config.json"), files
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import TPAError
+from ..gemma.beside import Beside
 from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
+from ..gemma.pieces import JSON, MODEL
 from ..gemma.tokenizer import Tokenizer
-from ..gemma.weights import hf_names, is_vision
+from ..gemma.weights import EMBED, HEAD, hf_names, is_vision
 from .formats import Entry, check_version, open_checkpoint
 from .names import named_entries, split_qkv
 from .pairs import is_factor
 
-SPARE_ROWS = 64  # embedding rows a checkpoint may have beyond the tokenizer's pieces
+BLOCK = 8192  # rows of an embedding table that are compared at once
 
 
 @dataclass
@@ -27,6 +31,8 @@ class Found:
     tokenizer: Tokenizer | None
     stored_dtype: str
     entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
+    beside: Beside = field(default_factory=Beside)
+    notes: list[str] = field(default_factory=list)  # what was ignored, one line each
 
 
 def inspect(
@@ -39,9 +45,10 @@ def inspect(
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    held, content, proto = open_checkpoint(path)
-    entries = named_entries(held)
+    held, content, files = open_checkpoint(path)
+    entries, notes = named_entries(held), _ignored(path, held)
     config = _choose_config(path, variant, content if config is None else config, entries)
+    entries, config, untied = _tied(path, entries, config)
     # An image tower that only the config or only the file knows of is left out.
     if config.vision is None:
         entries = {name: entry for name, entry in entries.items() if not is_vision(name)}
@@ -55,33 +62,82 @@ def inspect(
         check_version(path, saved_tpa.get("version"))
     entries, problems = split_qkv(entries, config)
     _check_tensors(path, entries, config, bool(saved_tpa), problems)
-    chosen = Tokenizer.from_file(tokenizer) if tokenizer else None
-    if chosen is None and proto:
-        chosen = Tokenizer(proto, str(path))
-    if chosen and not chosen.vocab_size <= config.vocab_size <= chosen.vocab_size + SPARE_ROWS:
+    beside = Beside({name: content for name, content in files.items() if name not in (JSON, MODEL)})
+    beside.check()
+    chosen, more = _tokenizer(path, tokenizer, files, beside, config)
+    return Found(config, saved_tpa, chosen, stored_dtype, entries, beside, notes + untied + more)
+
+
+def _ignored(path: Path, held: dict[str, Entry]) -> list[str]:
+    """What is there and not read, as in `transformers`."""
+    notes = []
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (path / single).is_file() and (path / f"{single}.index.json").is_file():
+            notes.append(f"{single}.index.json is ignored: {single} is there")
+    if tables := [key for key in held if key.endswith("inv_freq")]:
+        notes.append(f"{tables[0]} is ignored: RoPE follows from the config")
+    return notes
+
+
+def _tied(
+    path: Path, entries: dict[str, Entry], config: GemmaConfig
+) -> tuple[dict[str, Entry], GemmaConfig, list[str]]:
+    """Is the output projection the embedding table? The tensors decide: an equal one is not kept twice."""
+    head, embed = entries.get(HEAD), entries.get(EMBED)
+    if head is None:
+        if not config.tied:
+            raise TPAError(f"load: {path}: tie_word_embeddings is false, but there is no {HEAD}")
+        return entries, config, []
+    others = {name: entry for name, entry in entries.items() if name != HEAD}
+    if embed is None and config.tied:
+        return others | {EMBED: head}, config, []
+    if embed is not None and same_numbers(embed, head):
+        return others, replace(config, tied=True), []
+    notes = [f"{HEAD} differs from the embedding table: it is used"] if config.tied else []
+    return entries, replace(config, tied=False), notes
+
+
+def same_numbers(a: Entry, b: Entry) -> bool:
+    """Are two matrices equal? Read in blocks of rows."""
+    if a.shape != b.shape or len(a.shape) != 2:
+        return False
+    blocks = [slice(start, min(start + BLOCK, a.shape[0])) for start in range(0, a.shape[0], BLOCK)]
+    return all(np.array_equal(*(replace(x, rows=rows).read("numpy") for x in (a, b))) for rows in blocks)
+
+
+def _tokenizer(
+    path: Path, given: str | Path | None, files: dict[str, bytes], beside: Beside, config: GemmaConfig
+) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer given or found, checked against the vocabulary; what is odd about it."""
+    own = {name: content for name, content in files.items() if name in (JSON, MODEL)}
+    if given is None and not own:
+        return None, []
+    chosen = Tokenizer.from_file(given) if given else Tokenizer(own, str(path), beside.added_tokens)
+    pieces, rows = chosen.vocab_size, config.vocab_size
+    if not pieces <= rows <= 2 * pieces:
         raise TPAError(
-            f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
-            f"got {chosen.vocab_size} pieces and {config.vocab_size} rows"
+            f"load: the tokenizer must fit the embedding, which may have rows to spare, "
+            f"got {pieces} tokens for {rows} rows"
         )
-    return Found(config, saved_tpa, chosen, stored_dtype, entries)
+    if chosen.marks_turns:
+        return chosen, []
+    return chosen, ["<start_of_turn> is not one token of this tokenizer: no chat in Gemma's template"]
 
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:
-    """The widest dtype of the weights; refused where Gemma 3 cannot live in it."""
-    if "float16" in kinds:
-        raise TPAError(
-            f"load: {path} holds float16 weights, but Gemma 3's activations exceed its range: use bfloat16 or float32"
-        )
-    allowed = ("float64", "float32", "bfloat16")
+    """The narrowest dtype that holds all weights."""
+    allowed = ("float64", "float32", "float16", "bfloat16")
     if unknown := sorted(kinds - set(allowed)):
-        raise TPAError(f"load: {path}: weights must be bfloat16, float32 or float64, got {unknown[0]}")
+        raise TPAError(f"load: {path}: weights must be bfloat16, float16, float32 or float64, got {unknown[0]}")
+    if {"float16", "bfloat16"} <= kinds:
+        kinds = kinds | {"float32"}
     return next((dtype for dtype in allowed if dtype in kinds), "float32")
 
 
 def _choose_config(path: Path, variant: str | None, config: Any, entries: dict[str, Entry]) -> GemmaConfig:
     """The config given or found, else the published one of the size that is shown; `variant` contradicts neither."""
     numbers = [int(found[1]) for name in entries if (found := re.match(r"model\.layers\.(\d{1,4})\.", name))]
-    embedding = entries.get("model.embed_tokens.weight")
+    embedding = entries.get(EMBED) or entries.get(HEAD)
     rows, width = embedding.shape if embedding and len(embedding.shape) == 2 else (0, 0)
     size = max(numbers, default=-1) + 1, width
     published = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}

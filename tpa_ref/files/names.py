@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
-from ..gemma.weights import PROJECTOR, TOWER, VisionWeights, hf_names, is_vision, names_of
+from ..gemma.weights import HEAD, PROJECTOR, TOWER, VisionWeights, hf_names, is_vision, names_of
 from .formats import Entry
 
 GEMMA_PYTORCH_VISION = "siglip_vision_model."
@@ -50,8 +50,10 @@ def our_name(key: str) -> str | None:
     >>> our_name("siglip_vision_model.final_norm.bias"), our_name("model.vision_tower.post_layernorm.bias")
     ('vision_tower.vision_model.post_layernorm.bias', 'vision_tower.vision_model.post_layernorm.bias')
     """
-    if key.endswith("freqs_cis") or key in ("lm_head.weight", "language_model.lm_head.weight"):
-        return None  # RoPE's tables, and the output projection, which is the embedding
+    if key.endswith(("freqs_cis", "inv_freq")):
+        return None  # RoPE's tables
+    if key in (HEAD, f"language_model.{HEAD}"):
+        return HEAD
     prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
     ours, name = PREFIXES.get(prefix, ""), key.removeprefix(prefix)
     if is_vision(ours) and (name.startswith("head.") or name.endswith("position_ids")):

@@ -38,7 +38,7 @@ from ..gemma.config import GemmaConfig
 from ..gemma.texts import read_text, text_windows
 from ..gemma.weights import is_vision, stored_name
 from . import formats
-from .checkpoint import check_output, load, shard, shard_count, shard_name, write_beside, write_index
+from .checkpoint import BESIDE_WEIGHTS, check_output, load, shard, shard_count, shard_name, write_beside, write_index
 from .found import inspect
 from .pairs import describe, saved_pair
 
@@ -238,7 +238,7 @@ def resume_folder(folder: Path, recipe: str) -> None:
 def finish_folder(folder: Path, target: Path, config: GemmaConfig) -> None:
     """Only the model's files stay, and the folder takes the target's name."""
     kept = {shard_name(number, config) for number in range(shard_count(config))}
-    kept |= {"model.safetensors.index.json", "config.json", "tokenizer.model"}
+    kept |= BESIDE_WEIGHTS
     # What only the work needed goes, and what a killed library left half-written; without its recipe no folder is
     # resumed, so that goes last.
     for file in sorted(folder.iterdir(), key=lambda file: file.name == RECIPE):

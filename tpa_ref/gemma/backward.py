@@ -123,7 +123,7 @@ def logits_backward(model: Any, x_bqm: np.ndarray, rng: np.random.Generator) -> 
     Shapes: x [b,q,m] -> [b,q,m].
     """
     eps = model.config.rms_eps
-    embed_vm, norm_m = model.weights.embed_vm, model.weights.final_norm_m
+    head_vm, norm_m = model.weights.head_vm, model.weights.final_norm_m
     dh_bqm = np.empty_like(x_bqm)
     for step in range(0, x_bqm.shape[1], ROWS):
         part = slice(step, step + ROWS)
@@ -131,7 +131,7 @@ def logits_backward(model: Any, x_bqm: np.ndarray, rng: np.random.Generator) -> 
         P_bqv = attention.softmax(model.logits(h_bqm))
         y_bq = draw(P_bqv, rng)
         np.put_along_axis(P_bqv, y_bq[..., None], np.take_along_axis(P_bqv, y_bq[..., None], -1) - 1, -1)
-        dh_bqm[:, part] = einsum("bqv,vm->bqm", P_bqv, embed_vm)
+        dh_bqm[:, part] = einsum("bqv,vm->bqm", P_bqv, head_vm)
     return rms_norm_backward(dh_bqm, x_bqm, norm_m, eps)
 
 

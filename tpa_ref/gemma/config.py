@@ -104,7 +104,9 @@ class GemmaConfig:
     rope_base_local: float = 10_000.0
     rope_base_global: float = 1_000_000.0
     rope_scale_global: float = 1.0  # linear scaling: global layers of 4B and up divide their frequencies by 8
+    rope_scale_local: float = 1.0  # the same for window layers; no published size scales them
     rms_eps: float = 1e-6
+    tied: bool = True  # is the output projection the embedding table?
     variant: str = "custom"
     vision: VisionConfig | None = None  # None: a model that reads text only
 
@@ -136,7 +138,9 @@ class GemmaConfig:
 
     def rope(self, is_global: bool) -> tuple[float, float]:
         """(base, scale) of the rotary embedding; the two kinds of layers use different ones."""
-        return (self.rope_base_global, self.rope_scale_global) if is_global else (self.rope_base_local, 1.0)
+        if is_global:
+            return self.rope_base_global, self.rope_scale_global
+        return self.rope_base_local, self.rope_scale_local
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -204,11 +208,11 @@ class GemmaConfig:
 
         return hf_config.from_hf(config)
 
-    def to_hf(self) -> dict[str, Any]:
-        """The same model as the content of a Hugging Face config.json."""
+    def to_hf(self, original: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The same model as the content of a Hugging Face config.json; original: one whose other keys are kept."""
         from . import hf_config
 
-        return hf_config.to_hf(self)
+        return hf_config.to_hf(self, original)
 
 
 def _check_numbers(config: Any, where: str) -> None:

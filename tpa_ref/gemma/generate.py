@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import TPAError
 from . import vision
-from .config import VisionConfig
-from .tokenizer import STOP, chat_text, place_images, require_tokenizer
+from .chat import chat_tokens
+from .tokenizer import END_OF_TURN, place_images, require_tokenizer
 
 PREFILL_CHUNK = 512
 
@@ -78,14 +78,16 @@ def generate(
     chat: bool = False,
     cache: Any = None,
     images: Any = None,
+    system: str | None = None,
 ) -> Iterator[str]:
-    """Stream the continuation of `prompt` as pieces of text. temperature 0 is greedy. Stops on <eos> and <end_of_turn>.
+    """Stream the continuation of `prompt` as pieces of text. temperature 0 is greedy. Stops where the model's files say
+    (`Beside.stop_tokens`).
 
-    chat: put the prompt into Gemma's chat template as the user's turn. images: pixels [i,c,x,y] (`images.read_images`);
-    each goes where the prompt has a <start_of_image>, or all of them before it.
+    chat: put the prompt into the chat template as the user's turn, behind a `system` text if there is one. images:
+    pixels [i,c,x,y] (`images.read_images`); each goes where the prompt has a <start_of_image>, or all before it.
     """
-    batch = generate_batch(model, [prompt], max_new_tokens, temperature, top_k, top_p, seed, chat, cache, images=images)
-    for _, piece in batch:
+    how = temperature, top_k, top_p, seed, chat, cache
+    for _, piece in generate_batch(model, [prompt], max_new_tokens, *how, images=images, system=system):
         yield piece
 
 
@@ -101,6 +103,7 @@ def generate_batch(
     cache: Any = None,
     progress: Callable = iter,
     images: Any = None,
+    system: str | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Several prompts at once: (number of the prompt, piece of its text). Each gets what it would get alone.
 
@@ -108,12 +111,15 @@ def generate_batch(
     """
     tokenizer = require_tokenizer(model, "generate")
     images = vision.as_pixels(images)
-    seen = model.config.vision if images is None else vision.require_vision(model.config)
-    rows = [prompt_tokens(tokenizer, prompt, chat, seen, 0 if images is None else len(images)) for prompt in prompts]
+    shown = 0 if images is None else len(images)
+    if shown:
+        vision.require_vision(model.config)
+    rows = [prompt_tokens(model, prompt, chat, shown, system) for prompt in prompts]
+    stop = stop_tokens(model, chat)
     images = None if images is None else np.concatenate([images] * len(rows))
     sampling = Sampling(temperature, top_k, top_p, seed)
-    chosen = generate_rows(model, rows, max_new_tokens, sampling, cache, images, progress)
-    yield from text_of_rows(tokenizer, len(rows), chosen)
+    chosen = generate_rows(model, rows, max_new_tokens, sampling, cache, images, progress, stop)
+    yield from text_of_rows(tokenizer, len(rows), chosen, stop)
 
 
 def generate_tokens(
@@ -123,9 +129,10 @@ def generate_tokens(
     sampling: Sampling = GREEDY,
     cache: Any = None,
     images: Any = None,
+    stop: frozenset[int] | None = None,
 ) -> Iterator[int]:
     """The same on token ids, one row: prefill, then one step a token; the cache ends up without the last token."""
-    for (token,) in generate_rows(model, [ids], max_new_tokens, sampling, cache, images):
+    for (token,) in generate_rows(model, [ids], max_new_tokens, sampling, cache, images, stop=stop):
         assert token is not None
         yield token
 
@@ -138,27 +145,32 @@ def generate_rows(
     cache: Any = None,
     images: Any = None,
     progress: Callable = iter,
+    stop: frozenset[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Step by step the next token of every row of ids, None for a row that has stopped. Rows are padded on the right;
     every row has its own random numbers, the same as if it were alone. images: of all rows, one row after another.
+    stop: ids that end a row (default: the model's).
     """
+    stop = model.beside.stop_tokens if stop is None else stop
     for ids in rows:
         sampling.check(model.config, len(ids), max_new_tokens)
     if cache is None:
         cache = model.new_cache(len(rows), max(map(len, rows)) + max_new_tokens)
     L_bv = prefill(model, rows, cache, progress, images)
-    streamed = model.stream(cache, L_bv, max_new_tokens, sampling)
-    yield from steps(model, cache, L_bv, max_new_tokens, sampling) if streamed is None else streamed
+    streamed = model.stream(cache, L_bv, max_new_tokens, sampling, stop)
+    yield from steps(model, cache, L_bv, max_new_tokens, sampling, stop) if streamed is None else streamed
 
 
-def steps(model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampling) -> Iterator[list[int | None]]:
+def steps(
+    model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampling, stop: frozenset[int]
+) -> Iterator[list[int | None]]:
     """From the logits after the prompts: choose a token a row, feed it, and so on."""
     rngs = [np.random.default_rng(sampling.seed) for _ in L_bv]
     runs_b = np.ones(len(L_bv), bool)
     for step in range(count):
         tokens = [sampling.choose(L_v, rng) if runs else None for L_v, rng, runs in zip(L_bv, rngs, runs_b)]
         yield tokens
-        runs_b = np.array([token is not None and token not in STOP for token in tokens])
+        runs_b = np.array([token is not None and token not in stop for token in tokens])
         if not runs_b.any() or step + 1 == count:
             return
         lengths_b = None if runs_b.all() else runs_b.astype(np.int64)
@@ -241,23 +253,41 @@ class TextStream:
         return piece
 
 
-def text_of_rows(tokenizer: Any, count: int, steps: Iterator[list[int | None]]) -> Iterator[tuple[int, str]]:
+def text_of_rows(
+    tokenizer: Any, count: int, steps: Iterator[list[int | None]], stop: frozenset[int]
+) -> Iterator[tuple[int, str]]:
     """Steps of `generate_rows` -> (row, piece of text)."""
     streams = [TextStream(tokenizer) for _ in range(count)]
     for tokens in steps:
         for row, token in enumerate(tokens):
-            if token is not None and token not in STOP and (piece := streams[row].push(token)):
+            if token is not None and token not in stop and (piece := streams[row].push(token)):
                 yield row, piece
     for row, stream in enumerate(streams):
         if piece := stream.push():
             yield row, piece
 
 
-def prompt_tokens(
-    tokenizer: Any, prompt: str, chat: bool, vision: VisionConfig | None = None, images: int = 0
-) -> list[int]:
-    """BOS and the prompt, or BOS and the chat template around it; with vision, the tokens of so many images in it."""
+def prompt_tokens(model: Any, prompt: str, chat: bool, images: int = 0, system: str | None = None) -> list[int]:
+    """BOS and the prompt, or the chat template around it, with the tokens of so many images in it.
+
+    model: also a `Found`, which has the same tokenizer, config and files.
+    """
+    check_system(system, chat)
     if not prompt.strip():
         raise TPAError("generate: the prompt must not be empty")
-    prompt = place_images(prompt, images) if vision else prompt
-    return tokenizer.encode(chat_text([("user", prompt)]) if chat else prompt, vision=vision)
+    shown = model.config.vision
+    prompt = place_images(prompt, images) if shown else prompt
+    if not chat:
+        return model.tokenizer.encode(prompt, vision=shown)
+    turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
+    return chat_tokens(model.tokenizer, model.beside, turns, shown)
+
+
+def check_system(system: str | None, chat: bool) -> None:
+    if system is not None and not chat:
+        raise TPAError("generate: a system text belongs to a chat, but chat (--chat) is not asked for")
+
+
+def stop_tokens(model: Any, chat: bool) -> frozenset[int]:
+    """Ids that end a text: what the model's files say, and in a chat the end of a turn."""
+    return model.beside.stop_tokens | ({END_OF_TURN} if chat else set())

@@ -55,13 +55,11 @@ IMAGE_TOKENS: Table = (
 
 # Keys of which Gemma 3 allows one value: (what a message calls it, is this it?).
 Rule = tuple[str, Callable[[Any], bool]]
-TIED: dict[str, Rule] = {"tie_word_embeddings": ("true for Gemma 3", lambda x: x is not False)}
 RULES: dict[str, Rule] = {
     "attn_logit_softcapping": ("null for Gemma 3", lambda x: x is None),
     "final_logit_softcapping": ("null for Gemma 3", lambda x: x is None),
     "attention_bias": ("false for Gemma 3", lambda x: not x),
     "use_bidirectional_attention": ("false for Gemma 3", lambda x: not x),
-    **TIED,
     "hidden_activation": (f"{GELU!r}", lambda x: x is None or x == GELU),
 }
 
@@ -92,10 +90,10 @@ def _read(content: dict[str, Any], text: dict[str, Any], where: str) -> GemmaCon
     if not 0 < num_layers <= MAX_LAYERS:
         raise TPAError(f"{where}: num_hidden_layers must lie in 1 ... {MAX_LAYERS}, got {num_layers}")
     _check_rules(text, RULES, where)
-    _check_rules(content, TIED, where)
     rope = _read_rope(text, where)
+    tied = content.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False
     is_global, vision = _read_layer_types(text, num_layers, where), _read_vision(content, where)
-    return GemmaConfig(**fields, **rope, is_global=is_global, vision=vision)
+    return GemmaConfig(**fields, **rope, is_global=is_global, vision=vision, tied=tied)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -117,23 +115,35 @@ def _check_rules(content: dict[str, Any], rules: dict[str, Rule], where: str) ->
 
 
 def _read_rope(text: dict[str, Any], where: str) -> dict[str, Any]:
-    """Both bases and the linear scale of global layers, from either generation of keys."""
+    """Base and linear scale of window and of global layers, from either generation of keys."""
     newer = text.get("rope_parameters") or {}
-    local = newer.get("sliding_attention") or {}
-    full = newer.get("full_attention") or {}
-    if newer and not (local or full):  # one flat entry: the global layers'
-        full = newer
+    if not ("sliding_attention" in newer or "full_attention" in newer):  # one flat entry: the global layers'
+        newer = {"full_attention": newer}
+    local, full = newer.get("sliding_attention") or {}, newer.get("full_attention") or {}
+    full = full | (text.get("rope_scaling") or {})
     base_local = local.get("rope_theta") or text.get("rope_local_base_freq") or 10_000.0
     base_global = full.get("rope_theta") or text.get("rope_theta") or 1_000_000.0
-    scaling = full or text.get("rope_scaling") or {}
+    return {
+        "rope_base_local": float(base_local),
+        "rope_base_global": float(base_global),
+        "rope_scale_local": _read_scale(local, where),
+        "rope_scale_global": _read_scale(full, where),
+    }
+
+
+def _read_scale(scaling: dict[str, Any], where: str) -> float:
+    """What positions are divided by."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear"):
         raise TPAError(f"{where}: rope scaling must be 'default' or 'linear' for Gemma 3, got {kind!r}")
-    scale = scaling.get("factor") if kind == "linear" else 1.0
-    if scale is None:
+    if scaling.get("partial_rotary_factor") not in (None, 1):
+        found = scaling["partial_rotary_factor"]
+        raise TPAError(f"{where}: partial_rotary_factor must be 1 for Gemma 3, got {found!r:.60}")
+    if kind == "default":
+        return 1.0
+    if scaling.get("factor") is None:
         raise TPAError(f"{where}: linear rope scaling needs a factor, got none")
-    found = {"rope_base_local": base_local, "rope_base_global": base_global, "rope_scale_global": scale}
-    return {name: float(value) for name, value in found.items()}
+    return float(scaling["factor"])
 
 
 def _read_layer_types(text: dict[str, Any], num_layers: int, where: str) -> tuple[bool, ...]:
@@ -171,33 +181,69 @@ def _name_variant(config: GemmaConfig) -> str:
 
 # ---- writing ----
 
+# Keys of an original config.json that are written from the `GemmaConfig`, or that its weights no longer fit; all others
+# (token ids, names, whatever another program put there) are carried over.
+OURS = {
+    "tpa", "torch_dtype", "dtype", "architectures", "model_type", "text_config", "vision_config", "layer_types",
+    "sliding_window_pattern", "_sliding_window_pattern", "quantization_config", "tie_word_embeddings",
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", *(key for _, key, _ in TEXT),
+}  # fmt: skip
+TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
-def to_hf(config: GemmaConfig) -> dict[str, Any]:
-    """The content of a config.json."""
-    scalar, scaled = config.query_pre_attn_scalar, config.rope_scale_global != 1.0
-    text = _named(config, TEXT) | {
-        "model_type": "gemma3_text",
-        "layer_types": ["full_attention" if flag else "sliding_attention" for flag in config.is_global],
-        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # `transformers` wants an int
-        "rope_theta": config.rope_base_global, "rope_local_base_freq": config.rope_base_local,
-        "rope_scaling": {"rope_type": "linear", "factor": config.rope_scale_global} if scaled else None,
-        "hidden_activation": GELU, "attention_bias": False, "attention_dropout": 0.0,
-        "attn_logit_softcapping": None, "final_logit_softcapping": None,
-        "tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
-    }  # fmt: skip
+
+def to_hf(config: GemmaConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a config.json. original: the one that the model came with, for what is not ours."""
+    original = original or {}
+    was_text = original.get("text_config")
+    text = TOKENS | _carried(was_text if isinstance(was_text, dict) else original) | _text_to_hf(config)
     if config.vision is None:
         return {"architectures": ["Gemma3ForCausalLM"]} | text | {"torch_dtype": "bfloat16"}
     tower = {"model_type": "siglip_vision_model", "hidden_act": GELU, "vision_use_head": False}
-    return {
+    beside = {key: value for key, value in _carried(original).items() if was_text is not None or key not in text}
+    return beside | {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
         "text_config": text,
         "vision_config": tower | _named(config.vision, TOWER),
         "mm_tokens_per_image": config.vision.tokens_per_image,
         **_named(config.vision, IMAGE_TOKENS),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied,
         "torch_dtype": "bfloat16",
     }
+
+
+def _text_to_hf(config: GemmaConfig) -> dict[str, Any]:
+    scalar = config.query_pre_attn_scalar
+    return _named(config, TEXT) | _rope_to_hf(config) | {
+        "model_type": "gemma3_text",
+        "layer_types": ["full_attention" if flag else "sliding_attention" for flag in config.is_global],
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # `transformers` wants an int
+        "hidden_activation": GELU, "attention_bias": False, "attention_dropout": 0.0,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "tie_word_embeddings": config.tied,
+    }  # fmt: skip
+
+
+def _rope_to_hf(config: GemmaConfig) -> dict[str, Any]:
+    """The older keys, which every `transformers` reads; what they cannot say, in the newer ones."""
+    local, full = (
+        {"rope_type": "linear", "factor": scale} if scale != 1.0 else None
+        for scale in (config.rope_scale_local, config.rope_scale_global)
+    )
+    if local:
+        default = {"rope_type": "default"}
+        return {
+            "rope_parameters": {
+                "sliding_attention": local | {"rope_theta": config.rope_base_local},
+                "full_attention": (full or default) | {"rope_theta": config.rope_base_global},
+            }
+        }
+    bases = {"rope_theta": config.rope_base_global, "rope_local_base_freq": config.rope_base_local}
+    return bases | {"rope_scaling": full}
+
+
+def _carried(original: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in original.items() if key not in OURS}
 
 
 def _named(config: Any, table: Table) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..trace import Tracer, Watch, no_trace, scoped
 from . import backward, vision
+from .beside import Beside
 from .config import GemmaConfig
 from .mlp import mlp
 from .positions import Positions
@@ -57,10 +58,11 @@ class Model:
         pairs: Sequence[Any] | None = None,
         query_factors: Sequence[QueryFactors | None] | None = None,
         stored_dtype: str = "float32",
+        beside: Beside | None = None,
     ):
         self.config, self.weights, self.tokenizer, self.tpa = config, weights, tokenizer, tpa
         self.dtype = str(weights.embed_vm.dtype).removeprefix("torch.")
-        self.stored_dtype = stored_dtype
+        self.stored_dtype, self.beside = stored_dtype, beside or Beside()
         dense = self.Pair.dense(config.num_kv_heads, config.head_dim, self.dtype)
         self.pairs = list(pairs or [dense] * config.num_layers)
         self.query_factors = list(query_factors or [None] * config.num_layers)
@@ -137,8 +139,8 @@ class Model:
         return K_bkgd, trace("attn.V_bkge", self.project(a_bkm, w.WV_gem))
 
     def logits(self, x_bqm: Any, trace: Tracer = no_trace) -> Any:
-        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
-        return trace("logits_bqv", einsum("bqm,vm->bqv", x_bqm, self.weights.embed_vm))
+        """Output projection, as a rule the (unscaled) embedding table: [b,q,m] -> [b,q,v]."""
+        return trace("logits_bqv", einsum("bqm,vm->bqv", x_bqm, self.weights.head_vm))
 
     # ---- tokens and positions ----
 
@@ -292,7 +294,7 @@ class Model:
             "nll_other": -Q_bqv[0, step_q, following_q],
         }
 
-    def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any) -> Any:
+    def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any, stop: frozenset[int]) -> Any:
         """Steps of generation that a device runs by itself, as an iterator; None where it cannot."""
         return None
 

@@ -1,39 +1,45 @@
-"""Gemma's SentencePiece tokenizer and chat template. Lives once and serves both backends."""
+"""Gemma's tokenizer. Lives once and serves both backends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import TPAError
 from .config import VisionConfig
+from .pieces import JSON, MODEL, read_pieces
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 START_OF_TURN, END_OF_TURN = 105, 106
-STOP = frozenset({EOS, END_OF_TURN})
+DEFAULT_STOP = frozenset({EOS, END_OF_TURN})  # where no file of a model says what ends a text
 START_OF_IMAGE = "<start_of_image>"  # where an image goes in a text
 
 
 class Tokenizer:
-    """Text <-> token ids. `proto` are the bytes of a tokenizer.model, kept so that a saved model can carry them."""
+    """Text <-> token ids. `files` are what it was read from, kept so that a saved model can carry them."""
 
-    def __init__(self, proto: bytes, source: str = "tokenizer.model"):
-        import sentencepiece  # imported here: logits need no tokenizer
-
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except RuntimeError:
-            raise TPAError(f"tokenizer: {source} is not a SentencePiece model") from None
-        self.proto = proto
-        self.vocab_size: int = self._pieces.vocab_size()
+    def __init__(
+        self,
+        files: bytes | Mapping[str, bytes],
+        source: str = "tokenizer.model",
+        added: Mapping[str, int] | None = None,
+    ):
+        """files: a tokenizer.model, or several files by name. added: tokens beside those of a tokenizer.model."""
+        self.files = {MODEL: files} if isinstance(files, bytes) else dict(files)
+        self._pieces = read_pieces(self.files, added or {}, source)
+        self.vocab_size = self._pieces.size
+        self.marks_turns = self._pieces.encode("<start_of_turn>") == [START_OF_TURN]
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.model or a tokenizer.json."""
+        path = Path(path)
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            content = path.read_bytes()
         except OSError as problem:
             raise TPAError(f"tokenizer: cannot read {path}: {problem.strerror or problem}") from None
+        return cls({JSON if path.suffix == ".json" else MODEL: content}, str(path))
 
     def encode(self, text: str, bos: bool = True, vision: VisionConfig | None = None) -> list[int]:
         """Token ids of plain text, BOS first: without it Gemma's predictions are meaningless.
@@ -89,22 +95,3 @@ def place_images(prompt: str, count: int) -> str:
             f"images: the prompt must have one {START_OF_IMAGE} for each image, got {found} for {count} images"
         )
     return prompt
-
-
-def chat_text(turns: Sequence[tuple[str, str]]) -> str:
-    """Gemma's chat template, without BOS; a leading "system" text goes before the first user text.
-
-    >>> chat_text([("user", " Hi ")])
-    '<start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n'
-    """
-    turns = list(turns)
-    if turns and turns[0][0] == "system":
-        if len(turns) < 2:
-            raise TPAError("chat: a system text needs a user turn after it, got none")
-        turns[:2] = [("user", f"{turns[0][1].strip()}\n\n{turns[1][1].strip()}")]
-    for number, (role, _) in enumerate(turns):
-        expected = "model" if number % 2 else "user"
-        if role != expected:
-            raise TPAError(f"chat: roles must alternate, turn {number} must be {expected!r}, got {role!r}")
-    said = "".join(f"<start_of_turn>{role}\n{text.strip()}<end_of_turn>\n" for role, text in turns)
-    return said + "<start_of_turn>model\n"

@@ -16,6 +16,7 @@ from .config import GemmaConfig
 
 TOWER, PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
 VISION_BLOCKS = f"{TOWER}encoder.layers."
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def hf(name: str) -> Any:
@@ -44,12 +45,17 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """All weights of the text model; the output projection is the embedding itself (tied)."""
+    """All weights of a model. The output projection (the head) is the embedding itself unless it is given (untied)."""
 
     embed_vm: Any
     layers: Sequence[LayerWeights]
     final_norm_m: Any
     vision: VisionWeights | None = None
+    head_vm: Any = None
+
+    def __post_init__(self) -> None:
+        if self.head_vm is None:
+            self.head_vm = self.embed_vm
 
 
 @dataclass
@@ -152,7 +158,8 @@ def hf_names(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     (256, 1152)
     """
     sizes = text_sizes(config)
-    names = {"model.embed_tokens.weight": shape_of("_vm", sizes), "model.norm.weight": shape_of("_m", sizes)}
+    names = {EMBED: shape_of("_vm", sizes), "model.norm.weight": shape_of("_m", sizes)}
+    names |= {} if config.tied else {HEAD: names[EMBED]}
     for layer in range(config.num_layers):
         names |= {f"model.layers.{layer}.{name}": hf_shape(own, sizes) for own, name in names_of(LayerWeights).items()}
     if config.vision is not None:
@@ -170,7 +177,7 @@ def stored_name(name: str, config: GemmaConfig) -> str:
     >>> stored_name("model.norm.weight", GemmaConfig.gemma3_1b())
     'model.norm.weight'
     """
-    return f"language_model.{name}" if config.vision and name.startswith("model.") else name
+    return f"language_model.{name}" if config.vision and name.startswith(("model.", HEAD)) else name
 
 
 def is_vision(name: str) -> bool:
@@ -197,7 +204,8 @@ def from_named(tensors: Mapping[str, Any], config: GemmaConfig, on_disk: bool = 
         tower = blocks(VisionLayerWeights, VISION_BLOCKS, config.vision.num_layers, sizes)
         vision = VisionWeights(tower, **split(tensors, VisionWeights, "", sizes))
     layers = blocks(LayerWeights, "model.layers.", config.num_layers, text_sizes(config))
-    return Weights(tensors["model.embed_tokens.weight"], layers, tensors["model.norm.weight"], vision)
+    head_vm = None if config.tied else tensors[HEAD]
+    return Weights(tensors[EMBED], layers, tensors["model.norm.weight"], vision, head_vm)
 
 
 def split(tensors: Mapping[str, Any], kind: type, prefix: str, sizes: Mapping[str, int]) -> dict[str, Any]:

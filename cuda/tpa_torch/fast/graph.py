@@ -19,7 +19,6 @@ from torch import Tensor
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Parts
 from tpa_ref.gemma.generate import Sampling
-from tpa_ref.gemma.tokenizer import STOP
 from tpa_ref.trace import Tracer, no_trace
 
 from ..core import contextual, masks
@@ -250,12 +249,20 @@ class GraphDecoder:
     host learns nothing of it, so the cache's own lengths stand still until `settle`.
     """
 
-    def __init__(self, model: Any, cache: Cache, sampling: Sampling | None = None, steps: int = 4096):
+    def __init__(
+        self,
+        model: Any,
+        cache: Cache,
+        sampling: Sampling | None = None,
+        steps: int = 4096,
+        stop: frozenset[int] | None = None,
+    ):
         self.model, self.cache, self.sampling = model, cache, sampling or Sampling()
         self.static = StaticCache(cache, getattr(torch, model.dtype))
         device = model.device
         self.embed_factor = model.embed_factor
-        self.stop_s = torch.tensor(sorted(STOP), device=device)
+        stop = model.beside.stop_tokens if stop is None else stop
+        self.stop_s = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
         self.uniform_t = uniform_numbers(self.sampling, steps, device)
         self.time = torch.zeros(1, dtype=torch.int64, device=device)
         self.position_b = torch.from_numpy(np.array(cache.lengths_b, np.int64)).to(device)
@@ -344,10 +351,10 @@ def serves(model: Any, cache: Cache, max_new_tokens: int) -> bool:
 
 
 def stream(
-    model: Any, cache: Cache, L_bv: Tensor, max_new_tokens: int, sampling: Sampling
+    model: Any, cache: Cache, L_bv: Tensor, max_new_tokens: int, sampling: Sampling, stop: frozenset[int]
 ) -> Iterator[list[int | None]]:
     """`generate.steps`. The device is a step ahead of what the host has read."""
-    decoder = GraphDecoder(model, cache, sampling, max_new_tokens + 1)
+    decoder = GraphDecoder(model, cache, sampling, max_new_tokens + 1, stop)
     start_b, fed_b = np.array(cache.lengths_b), np.zeros(cache.batch, np.int64)
     decoder.begin(L_bv)
     try:
@@ -357,7 +364,7 @@ def stream(
                 decoder.step()
             tokens = [None if token < 0 else token for token in arrived.wait()]
             yield tokens
-            runs_b = np.array([token is not None and token not in STOP for token in tokens])
+            runs_b = np.array([token is not None and token not in stop for token in tokens])
             if not runs_b.any() or number == max_new_tokens:
                 return
             fed_b += runs_b

@@ -35,17 +35,17 @@ def block_backward(
 @torch.no_grad()
 def logits_backward(model: Any, x_bqm: Tensor, rng: np.random.Generator) -> Tensor:
     """Gradient of -log p(y) with respect to the last state, y drawn from the model's own p. [b,q,m] twice."""
-    embed_vm, norm_m, eps = model.weights.embed_vm, model.weights.final_norm_m, model.config.rms_eps
+    head_vm, norm_m, eps = model.weights.head_vm, model.weights.final_norm_m, model.config.rms_eps
     gradients = []
     for part_bqm in x_bqm.split(ROWS, 1):
         with torch.enable_grad():
             part_bqm = part_bqm.detach().requires_grad_()
             h_bqm = rms_norm(part_bqm, norm_m, eps)
-        L_bqv = F.linear(h_bqm.detach(), embed_vm)
+        L_bqv = F.linear(h_bqm.detach(), head_vm)
         P_bqv = torch.softmax(L_bqv if L_bqv.dtype == torch.float64 else L_bqv.float(), -1)
         y_bq1 = draw(P_bqv, rng)[..., None]
         P_bqv.scatter_add_(-1, y_bq1, torch.full_like(y_bq1, -1, dtype=P_bqv.dtype))
-        dh_bqm = F.linear(P_bqv.to(embed_vm.dtype), embed_vm.mT)
+        dh_bqm = F.linear(P_bqv.to(head_vm.dtype), head_vm.mT)
         gradients.append(torch.autograd.grad(h_bqm, part_bqm, dh_bqm)[0])
     return torch.cat(gradients, 1)
 

@@ -79,8 +79,8 @@ class Model(reference.Model):
 
     @inference
     def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
-        """Output projection with the (unscaled) embedding table: [b,q,m] -> [b,q,v], at least float32."""
-        L_bqv = linear(x_bqm, self.weights.embed_vm)
+        """Output projection, as a rule the (unscaled) embedding table: [b,q,m] -> [b,q,v], at least float32."""
+        L_bqv = linear(x_bqm, self.weights.head_vm)
         return trace("logits_bqv", L_bqv if self.dtype == "float64" else L_bqv.float())
 
     # ---- tokens and positions ----
@@ -186,10 +186,12 @@ class Model(reference.Model):
         }
         return {name: self.to_numpy(x) for name, x in found.items()}
 
-    def stream(self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any) -> Iterator | None:
+    def stream(
+        self, cache: Any, L_bv: np.ndarray, max_new_tokens: int, sampling: Any, stop: frozenset[int]
+    ) -> Iterator | None:
         if not graph.serves(self, cache, max_new_tokens):
             return None
-        return graph.stream(StaticModel(self), cache, torch.from_numpy(L_bv), max_new_tokens, sampling)
+        return graph.stream(StaticModel(self), cache, torch.from_numpy(L_bv), max_new_tokens, sampling, stop)
 
 
 class StaticModel(Model):
@@ -198,7 +200,7 @@ class StaticModel(Model):
     def __init__(self, model: Model):
         super().__init__(
             model.config, model.weights, model.tokenizer, model.tpa, model.pairs, model.query_factors,
-            model.stored_dtype,
+            model.stored_dtype, model.beside,
         )  # fmt: skip
         self._turns, self._tables = model._turns, model._tables
 

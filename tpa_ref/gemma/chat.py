@@ -1,0 +1,96 @@
+"""From a conversation to text: the model's own template, or Gemma's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import TPAError
+from .beside import Beside
+from .tokenizer import START_OF_TURN, Tokenizer
+
+Turns = Sequence[tuple[str, str]]  # (role, text); roles are system, user, and model or assistant
+
+
+def chat_text(turns: Turns) -> str:
+    """Gemma's chat template, without BOS; a leading "system" text goes before the first user text, as it is.
+
+    >>> chat_text([("user", " Hi ")])
+    '<start_of_turn>user\\nHi<end_of_turn>\\n<start_of_turn>model\\n'
+    """
+    system, turns = split_system(turns)
+    said = ""
+    for number, (role, text) in enumerate(turns):
+        before = f"{system}\n\n" if system is not None and number == 0 else ""
+        said += f"<start_of_turn>{role}\n{before}{text.strip()}<end_of_turn>\n"
+    return said + "<start_of_turn>model\n"
+
+
+def split_system(turns: Turns) -> tuple[str | None, list[tuple[str, str]]]:
+    """(system text, turns of user and model), checked to alternate."""
+    turns = [(("model" if role == "assistant" else role), text) for role, text in turns]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if not turns:
+        raise TPAError("chat: a conversation needs a user turn, got none")
+    for number, (role, _) in enumerate(turns):
+        expected = "model" if number % 2 else "user"
+        if role != expected:
+            raise TPAError(f"chat: roles must alternate, turn {number} must be {expected!r}, got {role!r}")
+    return system, turns
+
+
+def chat_tokens(tokenizer: Tokenizer, beside: Beside, turns: Turns, vision: Any = None) -> list[int]:
+    """Token ids of a whole conversation, up to where the model's answer begins."""
+    if uses_gemma(beside):
+        if not tokenizer.marks_turns:
+            got = tokenizer.encode("<start_of_turn>", bos=False)
+            raise TPAError(f"chat: <start_of_turn> must be the one token {START_OF_TURN} of the tokenizer, got {got}")
+        return tokenizer.encode(chat_text(turns), vision=vision)
+    return tokenizer.encode(own_text(beside, turns), bos=False, vision=vision)  # the template has it, or means none
+
+
+def uses_gemma(beside: Beside) -> bool:
+    """Is there no template but Gemma's? (Without Jinja a template with Gemma's turns is taken for Gemma's.)"""
+    if beside.chat_template is None:
+        return True
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        if "<start_of_turn>" in beside.chat_template:
+            return True
+        raise TPAError("chat: the model has its own chat template, which needs jinja2: pip install jinja2") from None
+    return False
+
+
+def own_text(beside: Beside, turns: Turns) -> str:
+    """A conversation by the template that came with the model, in Jinja's sandbox, as `transformers` renders it."""
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
+    environment.globals["raise_exception"] = refuse
+    messages = [{"role": "assistant" if role == "model" else role, "content": text} for role, text in turns]
+    try:
+        template = environment.from_string(beside.chat_template or "")
+        return template.render(messages=messages, add_generation_prompt=True, **beside.special_tokens)
+    except Exception as problem:  # a template can raise anything
+        line = str(problem).split("\n", 1)[0][:120]
+        raise TPAError(f"chat: the model's chat template cannot be used: {line}") from None
+
+
+def next_turn(tokenizer: Tokenizer, beside: Beside, turns: Turns, text: str, vision: Any = None) -> list[int]:
+    """Token ids of one more user text: what closes the model's answer, the last of `turns`, and what follows it."""
+    if uses_gemma(beside):
+        return tokenizer.encode(f"<end_of_turn>\n{chat_text([('user', text)])}", bos=False, vision=vision)
+    before, whole = own_text(beside, turns[:-1]), own_text(beside, [*turns, ("user", text)])
+    answer = turns[-1][1].strip()
+    start = whole.find(answer, len(before)) if whole.startswith(before) else -1
+    if start < 0:
+        raise TPAError("chat: the model's chat template rewrites earlier turns; begin again with /reset")
+    return tokenizer.encode(whole[start + len(answer) :], bos=False, vision=vision)
