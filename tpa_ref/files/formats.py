@@ -3,6 +3,7 @@
     Hugging Face            model.safetensors, or shards and model.safetensors.index.json; memory-mapped
     google/gemma_pytorch    *.ckpt, or shards and pytorch_model.bin.index.json; torch.load(weights_only=True, mmap=True)
       its int8 variant      the same, int8 `weight` with a `weight_scaler` per row
+    GGUF                    *.gguf of llama.cpp, quantized or not, in one part or several (see `gguf_format`)
     saved by this program   folder, *.safetensors or *.pt (see `checkpoint`)
 
 Tensors keep the names they have there (`names` brings them to those of `weights.hf_names`). A pickle is only opened
@@ -17,43 +18,19 @@ import os
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TPAError
+from .entry import Container, Entry
+from .gguf_format import gguf_files, open_gguf
 
 FORMAT, VERSION = "tpa-gemma3", 3  # of models saved by this program
 READABLE = ("2", "3")  # in 2 nothing was predicted, and K and V had codes of their own
-Container = tuple[dict[str, "Entry"], dict[str, Any] | None, bytes | None]  # tensors, config.json, tokenizer.model
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor that has not been read: where it lies, and what is done with it, in this order."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Any = None  # a `SafetensorsFile` or `PickledFile`
-    key: str = ""
-    scale: Entry | None = None  # multiplies every row
-    transposed: bool = False
-    rows: slice | None = None  # only these
-
-    def read(self, framework: str) -> Any:
-        """An array ("numpy") or a torch tensor ("pt")."""
-        is_numpy, x = framework == "numpy", self.file.read(self.key, framework)
-        if self.scale is not None:
-            s = self.scale.read(framework)[:, None]
-            x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
-        if self.transposed:
-            x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
-        return x if self.rows is None else x[self.rows]
 
 
 def open_checkpoint(path: Path) -> Container:
@@ -62,7 +39,8 @@ def open_checkpoint(path: Path) -> Container:
         raise TPAError(f"load: no such file or folder: {path}")
     try:
         files = checkpoint_files(path)
-        return _open_safetensors(files) if files[0].suffix == ".safetensors" else _open_pickles(files)
+        opened = {".safetensors": _open_safetensors, ".gguf": open_gguf}.get(files[0].suffix, _open_pickles)
+        return opened(files)
     except OSError as problem:
         raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
 
@@ -70,10 +48,12 @@ def open_checkpoint(path: Path) -> Container:
 def checkpoint_files(path: Path) -> list[Path]:
     """The files that hold the tensors: the one named, or those of a folder."""
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            return gguf_files(path)
         if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
             raise TPAError(
-                f"load: {path} must be a folder, a .safetensors file, a gemma_pytorch .ckpt or a saved .pt model, got "
-                f"{path.suffix or 'a file without suffix'}"
+                f"load: {path} must be a folder, a .safetensors or .gguf file, a gemma_pytorch .ckpt or a saved .pt model, "
+                f"got {path.suffix or 'a file without suffix'}"
             )
         return [path]
     for single in ("model.safetensors", "pytorch_model.bin"):
@@ -85,9 +65,11 @@ def checkpoint_files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.ckpt"))
     if len(found) > 1:
         raise TPAError(f"load: {path} holds {len(found)} .ckpt files; name one of them: {found[0].name}, ...")
+    found = found or gguf_files(path)
     if not found:
         raise TPAError(
-            f"load: {path} holds no model.safetensors, no pytorch_model.bin, no index of one of them and no .ckpt file"
+            f"load: {path} holds no model.safetensors, no pytorch_model.bin, no index of one of them, no .ckpt and no "
+            f".gguf file"
         )
     return found
 

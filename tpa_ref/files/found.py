@@ -11,7 +11,8 @@ from ..errors import TPAError
 from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
 from ..gemma.tokenizer import Tokenizer
 from ..gemma.weights import hf_names, is_vision
-from .formats import Entry, check_version, open_checkpoint
+from .entry import QUANTIZED, Entry
+from .formats import check_version, open_checkpoint
 from .names import named_entries, split_qkv
 from .pairs import is_factor
 
@@ -27,6 +28,7 @@ class Found:
     tokenizer: Tokenizer | None
     stored_dtype: str
     entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
+    quantized: bool = False  # a GGUF: loaded weights are stored in the dtype that they are computed in
 
 
 def inspect(
@@ -63,11 +65,14 @@ def inspect(
             f"load: the tokenizer's pieces must match the embedding rows (up to {SPARE_ROWS} spare), "
             f"got {chosen.vocab_size} pieces and {config.vocab_size} rows"
         )
-    return Found(config, saved_tpa, chosen, stored_dtype, entries)
+    quantized = any(entry.dtype == QUANTIZED for entry in entries.values())
+    return Found(config, saved_tpa, chosen, stored_dtype, entries, quantized)
 
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:
     """The widest dtype of the weights; refused where Gemma 3 cannot live in it."""
+    if QUANTIZED in kinds:
+        return "bfloat16"  # what Gemma 3 was trained in: finer than blocks
     if "float16" in kinds:
         raise TPAError(
             f"load: {path} holds float16 weights, but Gemma 3's activations exceed its range: use bfloat16 or float32"

@@ -1,0 +1,358 @@
+"""GGUF files of llama.cpp: Gemma 3 quantized in blocks (or not), and the image tower in a file of its own beside it.
+
+    model.gguf                                the text model, its config and its tokenizer
+    model-00001-of-00003.gguf ...             the same in parts
+    mmproj*.gguf                              image tower and projector
+
+What the converter did to the tensors is undone: it renames them, and stores Gemma's norms as 1 + w (those of the image
+tower's LayerNorms as they are). What it leaves out of the metadata is what llama.cpp assumes when it loads one; sources:
+conversion/gemma.py, src/models/gemma3.cpp and tools/mtmd/clip.cpp of github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TPAError
+from ..gemma.config import VARIANTS, GemmaConfig
+from ..gemma.weights import PROJECTOR, TOWER, VISION_BLOCKS
+from .entry import QUANTIZED, Container, Entry
+from .gguf_header import Header, Tensor, read_header
+from .gguf_tokenizer import tokenizer_proto
+
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+CHUNK = 2**20  # so many numbers are widened at once
+
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "v.patch_embd.weight": f"{TOWER}embeddings.patch_embedding.weight",
+    "v.patch_embd.bias": f"{TOWER}embeddings.patch_embedding.bias",
+    "v.position_embd.weight": f"{TOWER}embeddings.position_embedding.weight",
+    "v.post_ln.weight": f"{TOWER}post_layernorm.weight",
+    "v.post_ln.bias": f"{TOWER}post_layernorm.bias",
+    "mm.soft_emb_norm.weight": f"{PROJECTOR}mm_soft_emb_norm.weight",
+    "mm.input_projection.weight": f"{PROJECTOR}mm_input_projection_weight",
+}
+IN_A_BLOCK = {  # behind blk.N.
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+IN_A_VISION_BLOCK = {  # behind v.blk.N.
+    "ln1": "layer_norm1",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+    "ln2": "layer_norm2",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+
+
+# ---- which files ----
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The files of a model, by one of them or by their folder: its parts in order, then the image tower's, if any."""
+    folder = path if path.is_dir() else path.parent
+    found = sorted(folder.glob("*.gguf"))
+    towers = [file for file in found if is_tower(file)]
+    models = [file for file in found if not is_tower(file)] if path.is_dir() else [path]
+    firsts = {PART.sub(r"\1", file.name): file for file in reversed(models)}
+    if not models and not towers:
+        return []
+    if len(towers) > 1:
+        raise TPAError(f"load: {folder} holds {len(towers)} image towers; leave one of them: {towers[0].name}, ...")
+    if len(firsts) > 1:
+        raise TPAError(f"load: {folder} holds {len(firsts)} .gguf models; name one of them: {models[0].name}, ...")
+    if not models or is_tower(path):
+        raise TPAError(f"load: {towers[0]} is an image tower; give the model's .gguf, which is read with it")
+    return parts_of(models[0]) + towers
+
+
+def is_tower(file: Path) -> bool:
+    """Is this, by its name, the file of an image tower?
+
+    >>> is_tower(Path("mmproj-F16.gguf")), is_tower(Path("gemma-3-4b-it-Q4_K_M.gguf"))
+    (True, False)
+    """
+    return "mmproj" in file.name
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The file, or where it is one part of several, all of them in order."""
+    name = PART.fullmatch(file.name)
+    if name is None:
+        return [file]
+    parts = []
+    for number in range(int(name[3])):
+        parts.append(file.with_name(f"{name[1]}-{number + 1:05d}-of-{name[3]}.gguf"))
+        if not parts[-1].is_file():
+            raise TPAError(f"load: {file.name} is one of {int(name[3])} parts, and {parts[-1]} is not there")
+    return parts or [file]
+
+
+def _check_parts(headers: list[Header]) -> None:
+    """The parts of a model are in order, of one model, and complete."""
+    for number, header in enumerate(headers):
+        said = [header.values.get(f"split.{name}", default) for name, default in (("no", 0), ("count", 0))]
+        if said != [number, len(headers)] and not (len(headers) == 1 and said == [0, 0]):
+            raise TPAError(
+                f"load: {header.path} must be part {number} of {len(headers)}, got split.no {said[0]!r:.40} and "
+                f"split.count {said[1]!r:.40}"
+            )
+    count = sum(len(header.tensors) for header in headers)
+    total = headers[0].values.get("split.tensors.count", count)
+    if total != count:
+        raise TPAError(f"load: the parts of {headers[0].path} must hold {total!r:.40} tensors, got {count}")
+
+
+# ---- tensors ----
+
+
+class GgufFile:
+    """The tensors of a file, mapped and not read."""
+
+    def __init__(self, header: Header):
+        self.path, self.header = header.path, header
+
+    def read(self, key: str, framework: str) -> Any:
+        """One tensor as float32, its blocks widened a megabyte at a time; Gemma's norms without the 1."""
+        tensor = self.header.tensors[key]
+        numbers, bytes_each = import_gguf(self.path).GGML_QUANT_SIZES[tensor.kind]
+        blocks = self.header.data[tensor.start : tensor.stop].reshape(-1, bytes_each)
+        x, step = np.empty((len(blocks), numbers), np.float32), -(-CHUNK // numbers)
+        with np.errstate(all="ignore"):  # what is not finite is named by the loader
+            for at in range(0, len(blocks), step):
+                # All blocks as one row: that is fastest, and blocks do not know of rows.
+                x[at : at + step] = widen(blocks[at : at + step].reshape(1, -1), tensor.kind).reshape(-1, numbers)
+        if key.endswith("norm.weight"):
+            x -= 1
+        x = x.reshape(tensor.shape)
+        if framework == "numpy":
+            return x
+        import torch
+
+        return torch.from_numpy(x)
+
+
+def widen(data: np.ndarray, kind: Any) -> np.ndarray:
+    """Bytes of whole blocks as float32."""
+    from gguf.quants import dequantize
+
+    return dequantize(data, kind)
+
+
+@cache
+def can_widen(kind: Any) -> bool:
+    """Does the package know how? It says so only when it is asked."""
+    from gguf import GGML_QUANT_SIZES
+
+    try:
+        widen(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def import_gguf(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise TPAError(f"load: reading {path} needs gguf, which is not installed: pip install -e .[gguf]") from None
+    return gguf
+
+
+def our_name(key: str) -> str:
+    """The name of `weights.hf_names`; what has none keeps its own, and is reported as unexpected.
+
+    >>> our_name("blk.3.attn_q.weight"), our_name("v.blk.0.ln1.bias")
+    ('model.layers.3.self_attn.q_proj.weight', 'vision_tower.vision_model.encoder.layers.0.layer_norm1.bias')
+    """
+    found = re.fullmatch(r"(v\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", key)
+    if found is None:
+        return NAMES.get(key, key)
+    is_vision, layer, name, end = found.groups()
+    ours = (IN_A_VISION_BLOCK if is_vision else IN_A_BLOCK).get(name)
+    return f"{VISION_BLOCKS if is_vision else 'model.layers.'}{layer}.{ours}.{end}" if ours else key
+
+
+def _entries(headers: list[Header]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for header in headers:
+        file = GgufFile(header)
+        for key, tensor in header.tensors.items():
+            if not can_widen(tensor.kind):
+                raise TPAError(f"load: {key[:80]!r} of {header.path} is {tensor.kind.name}, which gguf cannot widen")
+            name = our_name(_unswapped(key, header.tensors))
+            if name in entries:
+                raise TPAError(f"load: {name[:80]!r} is held twice, in {entries[name].file.path.name} and {file.path}")
+            entries[name] = Entry(tensor.shape, QUANTIZED, file, key)
+    if "lm_head.weight" in entries and _is_same(entries["lm_head.weight"], entries.get("model.embed_tokens.weight")):
+        del entries["lm_head.weight"]
+    return entries
+
+
+def _unswapped(key: str, tensors: dict[str, Tensor]) -> str:
+    """The name that a tensor of the image tower should have: the first converter called fc1 ffn_down and fc2 ffn_up.
+
+    clip.cpp: they are swapped where ffn_down takes the width of the tower, that of its norms.
+    """
+    block, _, end = key.rpartition(".ffn_")
+    down, norm = tensors.get(f"{block}.ffn_down.weight"), tensors.get(f"{block}.ln2.weight")
+    if not block.startswith("v.blk.") or down is None or norm is None or down.shape[-1:] != norm.shape:
+        return key
+    return f"{block}.ffn_{end.replace('up', 'down') if 'up' in end else end.replace('down', 'up')}"
+
+
+def _is_same(one: Entry, other: Entry | None) -> bool:
+    """Are two tensors the same bytes?"""
+    if other is None:
+        return False
+    a, b = (entry.file.header.tensors[entry.key] for entry in (one, other))
+    if (a.shape, a.kind) != (b.shape, b.kind):
+        return False
+    x, y = one.file.header.data[a.start : a.stop], other.file.header.data[b.start : b.stop]
+    return all(np.array_equal(x[at : at + CHUNK], y[at : at + CHUNK]) for at in range(0, len(x), CHUNK))
+
+
+# ---- config ----
+
+
+def open_gguf(files: list[Path]) -> Container:
+    """Tensors, config.json (with eos_token_id, bos_token_id and chat_template beside it) and tokenizer.model of files
+    that `gguf_files` found.
+    """
+    gguf = import_gguf(files[0])
+    headers = [read_header(file, gguf) for file in files]
+    model = [header for header in headers if not is_tower(header.path)]
+    _check_parts(model)
+    first = model[0]
+    kind = first.values.get("general.architecture")
+    if kind != "gemma3":
+        raise TPAError(f"load: the architecture of {first.path} must be 'gemma3', got {kind!r:.60}")
+    entries = _entries(headers)
+    content = _text_config(first, entries.get("model.embed_tokens.weight"))
+    for tower in headers[len(model) :]:
+        content = {"model_type": "gemma3", "text_config": content} | _vision_config(tower)
+    return entries, content | _said_of_texts(first), tokenizer_proto(first.values, first.path)
+
+
+def _number(header: Header, key: str, default: Any = None) -> Any:
+    """A number of the metadata."""
+    value = header.values.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TPAError(f"load: {key} of {header.path} must be a number, got {value!r:.60}")
+    return value
+
+
+def _text_config(header: Header, embedding: Entry | None) -> dict[str, Any]:
+    """The content of a text-only config.json."""
+
+    def number(key: str, default: Any = None) -> Any:
+        return _number(header, f"gemma3.{key}", default)
+
+    layers, width, heads, d = map(number, ("block_count", "embedding_length", "attention.head_count", KEY_LENGTH))
+    context = number("context_length")
+    return {
+        "model_type": "gemma3_text",
+        "vocab_size": embedding.shape[0] if embedding else 0,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": d,
+        "intermediate_size": number("feed_forward_length"),
+        "sliding_window": number("attention.sliding_window", context) or context,
+        # llama.cpp: 27B is what has 62 layers.
+        "query_pre_attn_scalar": width // heads if layers == 62 and heads else d,
+        "max_position_embeddings": context,
+        # Written as float32, which 1e-6 is not.
+        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
+        "rope_theta": number("rope.freq_base", 1e6),
+        "rope_local_base_freq": number("rope.freq_base_swa", 1e4),
+        "rope_scaling": _rope_scaling(header, layers, width),
+        "attn_logit_softcapping": number("attn_logit_softcapping", 0) or None,
+        "final_logit_softcapping": number("final_logit_softcapping", 0) or None,
+        "tie_word_embeddings": True,
+    } | _layer_types(header)
+
+
+KEY_LENGTH = "attention.key_length"
+
+
+def _layer_types(header: Header) -> dict[str, Any]:
+    """Which layers are global: every sixth, or what the file says, by a period or by one flag a layer."""
+    if not _number(header, "gemma3.attention.sliding_window", 0):  # llama.cpp: then no layer has one
+        return {"sliding_window_pattern": 1}
+    said = header.values.get("gemma3.attention.sliding_window_pattern", 6)
+    if isinstance(said, np.ndarray):
+        return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in said.tolist()]}
+    return {"sliding_window_pattern": _number(header, "gemma3.attention.sliding_window_pattern", 6)}
+
+
+def _rope_scaling(header: Header, layers: Any, width: Any) -> dict[str, Any] | None:
+    """The linear scaling of global layers; without one in the file, that of the published size."""
+    kind = header.values.get("gemma3.rope.scaling.type", "linear")
+    published = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}
+    size = published.get((layers, width))
+    default = _number(header, "gemma3.rope.scale_linear", size.rope_scale_global if size else 1.0)
+    factor = _number(header, "gemma3.rope.scaling.factor", default)
+    return None if kind == "none" else {"rope_type": kind, "factor": factor or 1.0}
+
+
+def _vision_config(header: Header) -> dict[str, Any]:
+    """What a multimodal config.json has besides its text_config."""
+    values = header.values
+    kind = values.get("clip.projector_type", values.get("clip.vision.projector_type"))
+    if values.get("general.architecture") != "clip" or kind != "gemma3":
+        raise TPAError(
+            f"load: {header.path} must be an image tower ('clip') with a 'gemma3' projector, got "
+            f"{values.get('general.architecture')!r:.40} and {kind!r:.40}"
+        )
+
+    def number(key: str, default: Any = None) -> Any:
+        return _number(header, f"clip.vision.{key}", default)
+
+    tower = {
+        "image_size": number("image_size"),
+        "patch_size": number("patch_size"),
+        "hidden_size": number("embedding_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": number("attention.head_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "layer_norm_eps": float(f"{number('attention.layer_norm_epsilon', 1e-6):.6g}"),
+    }
+    pool = number("projector.scale_factor", 4)
+    if not (tower["patch_size"] > 0 and pool > 0):
+        raise TPAError(f"load: patches of {header.path} must have a size, got {tower['patch_size']} and {pool}")
+    side = tower["image_size"] // tower["patch_size"] // pool
+    return {"vision_config": tower, "mm_tokens_per_image": side**2}
+
+
+def _said_of_texts(header: Header) -> dict[str, Any]:
+    """Where texts begin and end, and the chat template, as far as the file says."""
+    values = header.values
+    said = {name: values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    ends = sorted({token for token in (said["eos"], said["eot"]) if isinstance(token, int)})
+    found: dict[str, Any] = {"bos_token_id": said["bos"], "chat_template": values.get("tokenizer.chat_template")}
+    found = {name: value for name, value in found.items() if isinstance(value, (int, str))}
+    return found | ({"eos_token_id": ends} if ends else {})
