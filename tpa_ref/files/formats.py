@@ -52,8 +52,8 @@ def checkpoint_files(path: Path) -> list[Path]:
             return gguf_files(path)
         if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
             raise TPAError(
-                f"load: {path} must be a folder, a .safetensors or .gguf file, a gemma_pytorch .ckpt or a saved .pt model, "
-                f"got {path.suffix or 'a file without suffix'}"
+                f"load: {path} must be a folder, a .safetensors or .gguf file, a gemma_pytorch .ckpt or a saved .pt "
+                f"model, got {path.suffix or 'a file without suffix'}"
             )
         return [path]
     for single in ("model.safetensors", "pytorch_model.bin"):

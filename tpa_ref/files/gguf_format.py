@@ -4,9 +4,8 @@
     model-00001-of-00003.gguf ...             the same in parts
     mmproj*.gguf                              image tower and projector
 
-What the converter did to the tensors is undone: it renames them, and stores Gemma's norms as 1 + w (those of the image
-tower's LayerNorms as they are). What it leaves out of the metadata is what llama.cpp assumes when it loads one; sources:
-conversion/gemma.py, src/models/gemma3.cpp and tools/mtmd/clip.cpp of github.com/ggml-org/llama.cpp.
+What the converter did to the tensors is undone: it renames them, and stores Gemma's norms as 1 + w (the image tower's
+LayerNorms as they are). Sources: conversion/gemma.py and tools/mtmd/clip.cpp of github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from ..gemma.config import VARIANTS, GemmaConfig
 from ..gemma.weights import PROJECTOR, TOWER, VISION_BLOCKS
 from .entry import QUANTIZED, Container, Entry
+from .gguf_config import read_config
 from .gguf_header import Header, Tensor, read_header
 from .gguf_tokenizer import tokenizer_proto
 
@@ -75,16 +74,15 @@ def gguf_files(path: Path) -> list[Path]:
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*.gguf"))
     towers = [file for file in found if is_tower(file)]
-    models = [file for file in found if not is_tower(file)] if path.is_dir() else [path]
-    firsts = {PART.sub(r"\1", file.name): file for file in reversed(models)}
+    models = [file for file in (found if path.is_dir() else [path]) if not is_tower(file)]
     if not models and not towers:
         return []
     if len(towers) > 1:
         raise TPAError(f"load: {folder} holds {len(towers)} image towers; leave one of them: {towers[0].name}, ...")
-    if len(firsts) > 1:
-        raise TPAError(f"load: {folder} holds {len(firsts)} .gguf models; name one of them: {models[0].name}, ...")
-    if not models or is_tower(path):
+    if not models:
         raise TPAError(f"load: {towers[0]} is an image tower; give the model's .gguf, which is read with it")
+    if len(different := {PART.sub(r"\1-of-\3", file.name) for file in models}) > 1:
+        raise TPAError(f"load: {folder} holds {len(different)} .gguf models; name one of them: {models[0].name}, ...")
     return parts_of(models[0]) + towers
 
 
@@ -94,7 +92,7 @@ def is_tower(file: Path) -> bool:
     >>> is_tower(Path("mmproj-F16.gguf")), is_tower(Path("gemma-3-4b-it-Q4_K_M.gguf"))
     (True, False)
     """
-    return "mmproj" in file.name
+    return "mmproj" in file.name.lower()
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -113,16 +111,15 @@ def parts_of(file: Path) -> list[Path]:
 def _check_parts(headers: list[Header]) -> None:
     """The parts of a model are in order, of one model, and complete."""
     for number, header in enumerate(headers):
-        said = [header.values.get(f"split.{name}", default) for name, default in (("no", 0), ("count", 0))]
-        if said != [number, len(headers)] and not (len(headers) == 1 and said == [0, 0]):
+        said = header.number("split.no", 0), header.number("split.count", 0)
+        if said != (number, len(headers)) and (len(headers) > 1 or any(said)):
             raise TPAError(
-                f"load: {header.path} must be part {number} of {len(headers)}, got split.no {said[0]!r:.40} and "
-                f"split.count {said[1]!r:.40}"
+                f"load: {header.path} must be part {number} of {len(headers)}, got split.no {said[0]} and split.count "
+                f"{said[1]}"
             )
     count = sum(len(header.tensors) for header in headers)
-    total = headers[0].values.get("split.tensors.count", count)
-    if total != count:
-        raise TPAError(f"load: the parts of {headers[0].path} must hold {total!r:.40} tensors, got {count}")
+    if (total := headers[0].number("split.tensors.count", count)) != count:
+        raise TPAError(f"load: the parts of {headers[0].path} must hold {total} tensors, got {count}")
 
 
 # ---- tensors ----
@@ -234,125 +231,18 @@ def _is_same(one: Entry, other: Entry | None) -> bool:
     return all(np.array_equal(x[at : at + CHUNK], y[at : at + CHUNK]) for at in range(0, len(x), CHUNK))
 
 
-# ---- config ----
+# ---- both ----
 
 
 def open_gguf(files: list[Path]) -> Container:
-    """Tensors, config.json (with eos_token_id, bos_token_id and chat_template beside it) and tokenizer.model of files
-    that `gguf_files` found.
+    """Tensors, config.json (with eos_token_id, bos_token_id and chat_template) and tokenizer.model of files that
+    `gguf_files` found.
     """
     gguf = import_gguf(files[0])
     headers = [read_header(file, gguf) for file in files]
-    model = [header for header in headers if not is_tower(header.path)]
-    _check_parts(model)
-    first = model[0]
-    kind = first.values.get("general.architecture")
-    if kind != "gemma3":
-        raise TPAError(f"load: the architecture of {first.path} must be 'gemma3', got {kind!r:.60}")
+    parts = [header for header in headers if not is_tower(header.path)]
+    _check_parts(parts)
     entries = _entries(headers)
-    content = _text_config(first, entries.get("model.embed_tokens.weight"))
-    for tower in headers[len(model) :]:
-        content = {"model_type": "gemma3", "text_config": content} | _vision_config(tower)
-    return entries, content | _said_of_texts(first), tokenizer_proto(first.values, first.path)
-
-
-def _number(header: Header, key: str, default: Any = None) -> Any:
-    """A number of the metadata."""
-    value = header.values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TPAError(f"load: {key} of {header.path} must be a number, got {value!r:.60}")
-    return value
-
-
-def _text_config(header: Header, embedding: Entry | None) -> dict[str, Any]:
-    """The content of a text-only config.json."""
-
-    def number(key: str, default: Any = None) -> Any:
-        return _number(header, f"gemma3.{key}", default)
-
-    layers, width, heads, d = map(number, ("block_count", "embedding_length", "attention.head_count", KEY_LENGTH))
-    context = number("context_length")
-    return {
-        "model_type": "gemma3_text",
-        "vocab_size": embedding.shape[0] if embedding else 0,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
-        "head_dim": d,
-        "intermediate_size": number("feed_forward_length"),
-        "sliding_window": number("attention.sliding_window", context) or context,
-        # llama.cpp: 27B is what has 62 layers.
-        "query_pre_attn_scalar": width // heads if layers == 62 and heads else d,
-        "max_position_embeddings": context,
-        # Written as float32, which 1e-6 is not.
-        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
-        "rope_theta": number("rope.freq_base", 1e6),
-        "rope_local_base_freq": number("rope.freq_base_swa", 1e4),
-        "rope_scaling": _rope_scaling(header, layers, width),
-        "attn_logit_softcapping": number("attn_logit_softcapping", 0) or None,
-        "final_logit_softcapping": number("final_logit_softcapping", 0) or None,
-        "tie_word_embeddings": True,
-    } | _layer_types(header)
-
-
-KEY_LENGTH = "attention.key_length"
-
-
-def _layer_types(header: Header) -> dict[str, Any]:
-    """Which layers are global: every sixth, or what the file says, by a period or by one flag a layer."""
-    if not _number(header, "gemma3.attention.sliding_window", 0):  # llama.cpp: then no layer has one
-        return {"sliding_window_pattern": 1}
-    said = header.values.get("gemma3.attention.sliding_window_pattern", 6)
-    if isinstance(said, np.ndarray):
-        return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in said.tolist()]}
-    return {"sliding_window_pattern": _number(header, "gemma3.attention.sliding_window_pattern", 6)}
-
-
-def _rope_scaling(header: Header, layers: Any, width: Any) -> dict[str, Any] | None:
-    """The linear scaling of global layers; without one in the file, that of the published size."""
-    kind = header.values.get("gemma3.rope.scaling.type", "linear")
-    published = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}
-    size = published.get((layers, width))
-    default = _number(header, "gemma3.rope.scale_linear", size.rope_scale_global if size else 1.0)
-    factor = _number(header, "gemma3.rope.scaling.factor", default)
-    return None if kind == "none" else {"rope_type": kind, "factor": factor or 1.0}
-
-
-def _vision_config(header: Header) -> dict[str, Any]:
-    """What a multimodal config.json has besides its text_config."""
-    values = header.values
-    kind = values.get("clip.projector_type", values.get("clip.vision.projector_type"))
-    if values.get("general.architecture") != "clip" or kind != "gemma3":
-        raise TPAError(
-            f"load: {header.path} must be an image tower ('clip') with a 'gemma3' projector, got "
-            f"{values.get('general.architecture')!r:.40} and {kind!r:.40}"
-        )
-
-    def number(key: str, default: Any = None) -> Any:
-        return _number(header, f"clip.vision.{key}", default)
-
-    tower = {
-        "image_size": number("image_size"),
-        "patch_size": number("patch_size"),
-        "hidden_size": number("embedding_length"),
-        "num_hidden_layers": number("block_count"),
-        "num_attention_heads": number("attention.head_count"),
-        "intermediate_size": number("feed_forward_length"),
-        "layer_norm_eps": float(f"{number('attention.layer_norm_epsilon', 1e-6):.6g}"),
-    }
-    pool = number("projector.scale_factor", 4)
-    if not (tower["patch_size"] > 0 and pool > 0):
-        raise TPAError(f"load: patches of {header.path} must have a size, got {tower['patch_size']} and {pool}")
-    side = tower["image_size"] // tower["patch_size"] // pool
-    return {"vision_config": tower, "mm_tokens_per_image": side**2}
-
-
-def _said_of_texts(header: Header) -> dict[str, Any]:
-    """Where texts begin and end, and the chat template, as far as the file says."""
-    values = header.values
-    said = {name: values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
-    ends = sorted({token for token in (said["eos"], said["eot"]) if isinstance(token, int)})
-    found: dict[str, Any] = {"bos_token_id": said["bos"], "chat_template": values.get("tokenizer.chat_template")}
-    found = {name: value for name, value in found.items() if isinstance(value, (int, str))}
-    return found | ({"eos_token_id": ends} if ends else {})
+    embedding = entries.get("model.embed_tokens.weight")
+    content = read_config(parts[0], headers[len(parts) :], embedding.shape[0] if embedding else 0)
+    return entries, content, tokenizer_proto(parts[0])

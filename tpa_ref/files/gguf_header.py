@@ -46,6 +46,21 @@ class Header:
     values: dict[str, Any]  # str, int, float, bool, lists of str, arrays of numbers
     tensors: dict[str, Tensor]
 
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A number of the metadata; without a default it must be there."""
+        value = self.values.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            found = "none" if value is None else type(value).__name__
+            raise TPAError(f"load: {key} of {self.path} must be a number, got {found}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A text of the metadata."""
+        value = self.values.get(key, default)
+        if value is not None and not isinstance(value, str):
+            raise TPAError(f"load: {key} of {self.path} must be a text, got {type(value).__name__}")
+        return value
+
 
 class Bytes:
     """A place in the bytes of a file, which moves forward."""
@@ -83,7 +98,7 @@ def read_header(path: Path, gguf: Any) -> Header:
     if not path.stat().st_size:
         raise TPAError(f"load: {path} is empty")
     data = np.memmap(path, mode="r")
-    source = Bytes(memoryview(data))
+    source = Bytes(data.data)
     try:
         _check_start(path, source)
         tensor_count, value_count = source.number("Q"), source.number("Q")

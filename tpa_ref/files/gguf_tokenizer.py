@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from ..errors import TPAError
 from ..gemma.tokenizer import BOS, EOS, PAD, UNK
+from .gguf_header import Header
 
 # Types of pieces, the same numbers in GGUF and SentencePiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2
 
 
-def tokenizer_proto(values: dict[str, Any], path: Path) -> bytes | None:
+def tokenizer_proto(header: Header) -> bytes | None:
     """The bytes of a tokenizer.model from the metadata of a file; None where it has no tokens.
 
     Settings that a GGUF leaves out are those of the published tokenizer: no normalization, no space put in front, byte
     fallback, digits one by one.
     """
-    tokens, scores, types = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
-    if tokens is None:
+    if "tokenizer.ggml.tokens" not in header.values:
         return None
-    _check(values, tokens, scores, types, path)
+    tokens, scores, types = _read_pieces(header)
     try:
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ImportError:
         raise TPAError(
-            f"load: the tokenizer of {path} needs protobuf, which is not installed: pip install -e .[gguf]"
+            f"load: the tokenizer of {header.path} needs protobuf, which is not installed: pip install -e .[gguf]"
         ) from None
     model = ModelProto()
-    kinds = [piece_type(index, kind) for index, kind in enumerate(types.tolist())]
-    for token, score, kind in zip(tokens, scores.tolist(), kinds):
+    kinds = [piece_type(index, kind) for index, kind in enumerate(types)]
+    for token, score, kind in zip(tokens, scores, kinds):
         # llama.cpp writes the spaces of some pieces as spaces; SentencePiece escapes them in pieces as in texts.
         model.pieces.add(piece=token.replace(" ", "▁"), score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -62,19 +59,21 @@ def piece_type(index: int, kind: int) -> int:
     return USER_DEFINED if kind == CONTROL else kind
 
 
-def _check(values: dict[str, Any], tokens: Any, scores: Any, types: Any, path: Path) -> None:
-    """Refuse what is no SentencePiece model."""
-    kind = values.get("tokenizer.ggml.model")
-    if kind != "llama":
-        raise TPAError(f"load: the tokenizer of {path} must be 'llama' (SentencePiece), got {kind!r:.60}")
-    if not isinstance(tokens, list) or not all(hasattr(x, "dtype") for x in (scores, types)):
-        raise TPAError(f"load: the tokenizer of {path} must have tokens, and a score and a type for each")
+def _read_pieces(header: Header) -> tuple[list[str], list[float], list[int]]:
+    """Text, score and type of each piece; what is no SentencePiece model is refused."""
+    where = f"load: the tokenizer of {header.path} must"
+    if (kind := header.text("tokenizer.ggml.model")) != "llama":
+        raise TPAError(f"{where} be 'llama' (SentencePiece), got {kind!r:.60}")
+    tokens, scores, types = (header.values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+    if not (isinstance(tokens, list) and isinstance(scores, np.ndarray) and isinstance(types, np.ndarray)):
+        raise TPAError(f"{where} have a list of tokens, one of scores and one of types, got something else")
     if not UNK < len(tokens) == len(scores) == len(types):
         raise TPAError(
-            f"load: the tokenizer of {path} must have a score and a type for each token, got {len(tokens)} tokens, "
+            f"{where} have a score and a type for each of at least {UNK + 1} tokens, got {len(tokens)} tokens, "
             f"{len(scores)} scores and {len(types)} types"
         )
     if scores.dtype.kind != "f" or not np.isfinite(scores).all():
-        raise TPAError(f"load: the scores in the tokenizer of {path} must be finite floats, got {scores.dtype}")
-    if types.dtype.kind not in "iu" or not set(types.tolist()) <= set(range(NORMAL, 7)):
-        raise TPAError(f"load: the types of pieces in the tokenizer of {path} must lie in 1 ... 6, got others")
+        raise TPAError(f"{where} have finite scores, got {scores.dtype} with {scores[~np.isfinite(scores)][:1]}")
+    if types.dtype.kind not in "iu" or not np.isin(types, range(NORMAL, BYTE + 1)).all():
+        raise TPAError(f"{where} have types of {NORMAL} to {BYTE}, got {types.dtype} up to {types.max()}")
+    return tokens, scores.tolist(), types.tolist()
