@@ -1,7 +1,7 @@
 """GGUF files give the model they were made of: what the `gguf` package writes, `transformers` and we read alike.
 
-The names of tensors are those of the package's own tables. In three points `transformers` reads less than is there: RoPE
-scaling, query scale, image tower. There the file is compared with a Hugging Face folder of the same weights.
+The names of tensors are those of the package's own tables. In three points `transformers` reads less than is there:
+RoPE scaling, query scale, image tower. There the file is compared with a Hugging Face folder of the same weights.
 """
 
 from __future__ import annotations

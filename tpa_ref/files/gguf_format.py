@@ -141,8 +141,8 @@ class GgufFile:
             for at in range(0, len(blocks), step):
                 # All blocks as one row: that is fastest, and blocks do not know of rows.
                 x[at : at + step] = widen(blocks[at : at + step].reshape(1, -1), tensor.kind).reshape(-1, numbers)
-        if key.endswith("norm.weight"):
-            x -= 1
+            if key.endswith("norm.weight"):
+                x -= 1
         x = x.reshape(tensor.shape)
         if framework == "numpy":
             return x
