@@ -526,6 +526,8 @@ REFUSED = {
     "list for a text": (lambda w: w.add_array("gemma3.rope.scaling.type", [1, 2]), "must be a text, got ndarray"),
     "alignment": (lambda w: w.add_uint32("general.alignment", 0), "general.alignment", "0"),
     "unknown tensor": (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(4, np.float32)), "unexpected"),
+    "name of two lines": (lambda w: w.add_tensor("a\nb", np.ones(4, np.float32)), "printable"),
+    "long name": (lambda w: w.add_tensor("a" * 65, np.ones(4, np.float32)), "64 printable characters"),
     "type of blocks": (lambda w: w.add_tensor("x", np.ones(4, np.int8)), "'x'", "I8", "cannot widen"),
     "tokens": (lambda w: w.add_string("tokenizer.ggml.tokens", "abc"), "must be 'llama'"),
     "NaN": (lambda w: w.add_float32("gemma3.rope.freq_base_swa", float("nan")), "rope_base_local"),
@@ -596,6 +598,7 @@ HEADERS = {
     "no UTF-8": (ONE + word(1) + b"\xff" + word(4, 4) + word(1, 4), "UTF-8"),
     "an unknown type": (NAMED + word(99, 4), "unknown type: 99"),
     "an array of arrays": (NAMED + word(9, 4) + word(9, 4) + word(1), "unknown type: 9"),
+    "an empty list alone": (NAMED + word(9, 4) + word(4, 4) + word(0), "architecture"),
     "a name twice": (START + word(0) + word(2) + 2 * (word(1) + b"a" + word(4, 4) + word(1, 4)), "'a' twice"),
 }
 TENSORS = {

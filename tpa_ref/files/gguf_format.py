@@ -72,7 +72,7 @@ IN_A_VISION_BLOCK = {  # behind v.blk.N.
 def gguf_files(path: Path) -> list[Path]:
     """The files of a model, by one of them or by their folder: its parts in order, then the image tower's, if any."""
     folder = path if path.is_dir() else path.parent
-    found = sorted(folder.glob("*.gguf"))
+    found = sorted(file for file in folder.glob("*.gguf") if file.is_file())
     towers = [file for file in found if is_tower(file)]
     models = [file for file in (found if path.is_dir() else [path]) if not is_tower(file)]
     if not models and not towers:
@@ -132,7 +132,7 @@ class GgufFile:
         self.path, self.header = header.path, header
 
     def read(self, key: str, framework: str) -> Any:
-        """One tensor as float32, its blocks widened a megabyte at a time; Gemma's norms without the 1."""
+        """One tensor as float32, its blocks widened a million numbers at a time; Gemma's norms without the 1."""
         tensor = self.header.tensors[key]
         numbers, bytes_each = import_gguf(self.path).GGML_QUANT_SIZES[tensor.kind]
         blocks = self.header.data[tensor.start : tensor.stop].reshape(-1, bytes_each)
@@ -198,10 +198,10 @@ def _entries(headers: list[Header]) -> dict[str, Entry]:
         file = GgufFile(header)
         for key, tensor in header.tensors.items():
             if not can_widen(tensor.kind):
-                raise TPAError(f"load: {key[:80]!r} of {header.path} is {tensor.kind.name}, which gguf cannot widen")
+                raise TPAError(f"load: {key!r} of {header.path} is {tensor.kind.name}, which gguf cannot widen")
             name = our_name(_unswapped(key, header.tensors))
             if name in entries:
-                raise TPAError(f"load: {name[:80]!r} is held twice, in {entries[name].file.path.name} and {file.path}")
+                raise TPAError(f"load: {name} is held twice, in {entries[name].file.path.name} and {file.path}")
             entries[name] = Entry(tensor.shape, QUANTIZED, file, key)
     if "lm_head.weight" in entries and _is_same(entries["lm_head.weight"], entries.get("model.embed_tokens.weight")):
         del entries["lm_head.weight"]

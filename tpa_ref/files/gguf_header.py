@@ -24,7 +24,7 @@ from ..errors import TPAError
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # type of a value: its `struct` letter
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
-MOST_AXES = 4
+MOST_AXES, LONGEST_NAME = 4, 64
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,12 @@ def _read_tensors(path: Path, source: Bytes, count: int, alignment: Any, gguf: A
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name, axes = source.string(), source.number("I")
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise TPAError(
+                f"load: names in {path} must be {LONGEST_NAME} printable characters at most, got {name[:80]!r}"
+            )
         if not 1 <= axes <= MOST_AXES:
-            raise TPAError(f"load: {name[:80]!r} of {path} must have 1 to {MOST_AXES} axes, got {axes}")
+            raise TPAError(f"load: {name!r} of {path} must have 1 to {MOST_AXES} axes, got {axes}")
         lengths = tuple(source.number("Q") for _ in range(axes))
         _put(path, found, name, (lengths[::-1], source.number("I"), source.number("Q")))
     start = -(-source.at // alignment) * alignment
@@ -151,12 +155,12 @@ def _tensor(
     try:
         known = gguf.GGMLQuantizationType(kind)
     except ValueError:
-        raise TPAError(f"load: {name[:80]!r} of {path} has blocks of a type that gguf does not know: {kind}") from None
+        raise TPAError(f"load: {name!r} of {path} has blocks of a type that gguf does not know: {kind}") from None
     numbers, bytes_each = gguf.GGML_QUANT_SIZES[known]
     if not all(shape) or shape[-1] % numbers:
-        raise TPAError(f"load: rows of {name[:80]!r} in {path} must be blocks of {numbers}, got the shape {shape}")
+        raise TPAError(f"load: rows of {name!r} in {path} must be blocks of {numbers}, got the shape {shape}")
     start += offset
     stop = start + math.prod(shape) // numbers * bytes_each
     if stop > size:
-        raise TPAError(f"load: {path} is truncated or damaged: {name[:80]!r} ends at byte {stop:,} of {size:,}")
+        raise TPAError(f"load: {path} is truncated or damaged: {name!r} ends at byte {stop:,} of {size:,}")
     return Tensor(shape, known, start, stop)
