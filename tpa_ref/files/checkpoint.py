@@ -45,7 +45,7 @@ def load(
     progress: Callable[[Iterable], Iterable] = iter,
     on_disk: bool = False,
 ) -> Model:
-    """A model from any of the `formats`: a Hugging Face folder, a gemma_pytorch checkpoint, a saved TPA model.
+    """A model from any of the `formats`: a Hugging Face folder, a gemma_pytorch checkpoint, a GGUF, a saved TPA model.
 
     variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found; where there is no config.json it is guessed
     from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
@@ -99,8 +99,8 @@ class Loader(dict[str, Any]):
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
         weights = from_named(self, config, on_disk)
-        found = self.found
-        kept = found.stored_dtype, found.beside
+        found, computed = self.found, "float32" if self.dtype == "float64" else self.dtype
+        kept = computed if found.quantized else found.stored_dtype, found.beside
         made = self.model_class(config, weights, found.tokenizer, tpa, pairs, queries, *kept)
         made.notes = list(found.notes)
         if tpa is not None:

@@ -3,6 +3,7 @@
     Hugging Face            model.safetensors, or shards and model.safetensors.index.json; memory-mapped
     google/gemma_pytorch    *.ckpt, or shards and pytorch_model.bin.index.json; torch.load(weights_only=True, mmap=True)
       its int8 variant      the same, int8 `weight` with a `weight_scaler` per row
+    GGUF                    *.gguf of llama.cpp, quantized or not, in one part or several (see `gguf_format`)
     saved by this program   folder, *.safetensors or *.pt (see `checkpoint`)
 
 Tensors keep the names they have there (`names` brings them to those of `weights.hf_names`). A pickle is only opened
@@ -17,17 +18,17 @@ import os
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TPAError
 from ..gemma.beside import KEPT
 from ..gemma.pieces import JSON, MODEL
+from .entry import Container, Entry
+from .gguf_format import gguf_files, open_gguf
 
 FORMAT, VERSION = "tpa-gemma3", 4  # of models saved by this program
 # In 2 nothing was predicted, and K and V had codes of their own; in 3 only the tokenizer was kept of what lies beside.
@@ -36,46 +37,14 @@ BESIDE = "beside."  # in a single file: tensors of bytes, the files that lie bes
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 
 
-class Container(NamedTuple):
-    """A checkpoint as it was found."""
-
-    entries: dict[str, Entry]  # tensors by the names they have there
-    content: dict[str, Any] | None  # of config.json
-    files: dict[str, bytes]  # what lies beside
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor that has not been read: where it lies, and what is done with it, in this order."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Any = None  # a `SafetensorsFile` or `PickledFile`
-    key: str = ""
-    scale: Entry | None = None  # multiplies every row
-    transposed: bool = False
-    rows: slice | None = None  # only these
-
-    def read(self, framework: str) -> Any:
-        """An array ("numpy") or a torch tensor ("pt")."""
-        is_numpy, rows = framework == "numpy", self.rows or slice(None)
-        x = self.file.read(self.key, framework, slice(None) if self.transposed else rows)
-        if self.scale is not None:
-            s = self.scale.read(framework)[rows, None]
-            x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
-        if self.transposed:
-            x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
-            x = x[rows]
-        return x
-
-
 def open_checkpoint(path: Path) -> Container:
     """What lies at a path: tensors by the names they have there, and what was found beside them."""
     if not os.path.exists(path):  # False also for a name too long, or with a null byte in it
         raise TPAError(f"load: no such file or folder: {path}")
     try:
         files = checkpoint_files(path)
-        return _open_safetensors(files) if files[0].suffix == ".safetensors" else _open_pickles(files)
+        opened = {".safetensors": _open_safetensors, ".gguf": open_gguf}.get(files[0].suffix, _open_pickles)
+        return opened(files)
     except OSError as problem:
         raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
 
@@ -83,10 +52,12 @@ def open_checkpoint(path: Path) -> Container:
 def checkpoint_files(path: Path) -> list[Path]:
     """The files that hold the tensors: the one named, or those of a folder."""
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            return gguf_files(path)
         if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
             raise TPAError(
-                f"load: {path} must be a folder, a .safetensors file, a gemma_pytorch .ckpt or a saved .pt model, got "
-                f"{path.suffix or 'a file without suffix'}"
+                f"load: {path} must be a folder, a .safetensors or .gguf file, a gemma_pytorch .ckpt or a saved .pt "
+                f"model, got {path.suffix or 'a file without suffix'}"
             )
         return [path]
     for single in ("model.safetensors", "pytorch_model.bin"):
@@ -98,9 +69,11 @@ def checkpoint_files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.ckpt"))
     if len(found) > 1:
         raise TPAError(f"load: {path} holds {len(found)} .ckpt files; name one of them: {found[0].name}, ...")
+    found = found or gguf_files(path)
     if not found:
         raise TPAError(
-            f"load: {path} holds no model.safetensors, no pytorch_model.bin, no index of one of them and no .ckpt file"
+            f"load: {path} holds no model.safetensors, no pytorch_model.bin, no index of one of them, no .ckpt and no "
+            f".gguf file"
         )
     return found
 

@@ -15,7 +15,8 @@ from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
 from ..gemma.pieces import JSON, MODEL
 from ..gemma.tokenizer import Tokenizer
 from ..gemma.weights import EMBED, HEAD, hf_names, is_vision
-from .formats import Entry, check_version, open_checkpoint
+from .entry import QUANTIZED, Entry
+from .formats import check_version, open_checkpoint
 from .names import named_entries, split_qkv
 from .pairs import is_factor
 
@@ -33,6 +34,11 @@ class Found:
     entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
     beside: Beside = field(default_factory=Beside)
     notes: list[str] = field(default_factory=list)  # what was ignored, one line each
+
+    @property
+    def quantized(self) -> bool:
+        """A GGUF: loaded weights are stored in the dtype that they are computed in."""
+        return any(entry.dtype == QUANTIZED for entry in self.entries.values())
 
 
 def inspect(
@@ -126,6 +132,8 @@ def _tokenizer(
 
 def _stored_dtype(path: Path, kinds: set[str]) -> str:
     """The narrowest dtype that holds all weights."""
+    if QUANTIZED in kinds:
+        return "bfloat16"  # what Gemma 3 was trained in: finer than blocks
     allowed = ("float64", "float32", "float16", "bfloat16")
     if unknown := sorted(kinds - set(allowed)):
         raise TPAError(f"load: {path}: weights must be bfloat16, float16, float32 or float64, got {unknown[0]}")

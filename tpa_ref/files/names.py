@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 from ..gemma.weights import HEAD, PROJECTOR, TOWER, VisionWeights, hf_names, is_vision, names_of
-from .formats import Entry
+from .entry import Entry
 
 GEMMA_PYTORCH_VISION = "siglip_vision_model."
 PREFIXES = {  # theirs: ours, the longer one first

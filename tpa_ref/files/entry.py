@@ -1,0 +1,43 @@
+"""What every format comes down to: named tensors that have not been read, and what was found beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+QUANTIZED = "quantized"  # the dtype of every tensor of a GGUF: read as float32, made for no dtype of ours
+
+
+class Container(NamedTuple):
+    """A checkpoint as it was found."""
+
+    entries: dict[str, Entry]  # tensors by the names they have there
+    content: dict[str, Any] | None  # of config.json
+    files: dict[str, bytes]  # what lies beside
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that has not been read: where it lies, and what is done with it, in this order."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Any = None  # a `SafetensorsFile`, `PickledFile` or `GgufFile`
+    key: str = ""
+    scale: Entry | None = None  # multiplies every row
+    transposed: bool = False
+    rows: slice | None = None  # only these
+
+    def read(self, framework: str) -> Any:
+        """An array ("numpy") or a torch tensor ("pt")."""
+        is_numpy, rows = framework == "numpy", self.rows or slice(None)
+        x = self.file.read(self.key, framework, slice(None) if self.transposed else rows)
+        if self.scale is not None:
+            s = self.scale.read(framework)[rows, None]
+            x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
+        if self.transposed:
+            x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
+            x = x[rows]
+        return x
