@@ -159,7 +159,7 @@ def timed(work: Callable, *arguments: Any) -> float:
 
 def greedy_steps(model: Any, cache: Any, token: int) -> None:
     for _ in range(NEW):
-        token = int(model([[token]], cache=cache)[0, -1].argmax())
+        token = int(model([[token]], cache=cache, last_only=True).argmax())
 
 
 run = partial(options.run, main)  # the command `tpa-demo`

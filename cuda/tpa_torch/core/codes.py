@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tpa_ref.core.codes import MAX_WIDTH, digits, odd_compander, packed_bytes, thresholds
+from .lasting import lasting
 
 __all__ = ["MAX_WIDTH", "odd_compander", "packed_bytes"]
 
@@ -46,6 +47,7 @@ class Packing:
 
 
 @lru_cache(maxsize=512)
+@lasting()
 def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
     """What packing and unpacking need of a layer's widths, made once for each device."""
     parts = [
