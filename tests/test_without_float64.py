@@ -8,10 +8,11 @@ import pytest
 from helpers import CALIBRATION, MODES, Bytes, relative
 
 torch = pytest.importorskip("torch")
-import tpa_torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+import tpa_torch
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.files.found import inspect
 from tpa_ref.gemma.generate import Sampling, generate_tokens
@@ -114,7 +115,7 @@ def test_the_stand_in_refuses_float64(stand_in):
 
 
 def everything_on(dense):
-    """Calibrate, convert, measure and generate, every mode and the spectral cache, also with predictions from tokens."""
+    """Calibrate, convert, measure and generate, every mode and the spectral cache, also with predictions."""
     moments = tpa_torch.calibrate(dense, CALIBRATION, max_tokens=100, sensitivity_tokens=100, predict=True)
     choices = [TPAConfig(mode=mode, kv_dtype="int8") for mode in MODES] + [TPAConfig(rate=1.5, context=60)]
     for choice in choices:

@@ -122,8 +122,8 @@ def test_a_prompt_longer_than_a_prefill_chunk(backend):
 @pytest.mark.parametrize("mode", ["dense", *MODES])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
-    """Rows of 3, 40 and 17 tokens (the window is 11), padded on the right, past the window; also with random draws, each
-    row by its own number.
+    """Rows of 3, 40 and 17 tokens (the window is 11), padded on the right, past the window; also with random draws,
+    each row by its number.
     """
     model = helpers.model(backend, dtype="float64")
     if mode != "dense":
@@ -140,8 +140,8 @@ def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
 
 
 def test_equal_prompts_get_different_texts(backend):
-    """At temperature 1 four rows of one prompt are four draws, repeatable, and a row does not depend on how many follow;
-    the first is what the prompt gets alone.
+    """At temperature 1 four rows of one prompt are four draws, repeatable; no row depends on how many follow, and the
+    first is what the prompt gets alone.
     """
     model, ids, sampling = helpers.model(backend), [2, 5, 7], Sampling(1.0, seed=3)
 

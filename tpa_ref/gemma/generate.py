@@ -52,11 +52,15 @@ class Sampling:
             raise TPAError(f"generate: top_p must lie in (0, 1], got {self.top_p}")
 
     def _check_types(self, new: Any) -> None:
-        rules = {"max_new_tokens": (new, Integral), "temperature": (self.temperature, Real), "seed": (self.seed, Integral)}
-        rules |= {"top_k": (self.top_k, Integral | None), "top_p": (self.top_p, Real | None)}
-        for name, (value, kind) in rules.items():
+        for name, value, kind in (
+            ("max_new_tokens", new, Integral),
+            ("temperature", self.temperature, Real),
+            ("top_k", 1 if self.top_k is None else self.top_k, Integral),
+            ("top_p", 1 if self.top_p is None else self.top_p, Real),
+            ("seed", self.seed, Integral),
+        ):
             if not isinstance(value, kind):
-                wanted = "a whole number" if name in ("max_new_tokens", "seed", "top_k") else "a number"
+                wanted = "a whole number" if kind is Integral else "a number"
                 raise TPAError(f"generate: {name} must be {wanted}, got {value!r}")
 
     def generators(self, rows: int) -> list[np.random.Generator]:
