@@ -20,7 +20,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()
+        self._of_thread: Any = threading.local()
         self._constants: dict[tuple, tuple[Any, Any]] = {}
 
     def __reduce__(self) -> tuple[type, tuple]:

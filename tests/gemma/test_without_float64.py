@@ -8,6 +8,7 @@ import pytest
 from helpers import CALIBRATION, MODES, Bytes, relative
 
 torch = pytest.importorskip("torch")
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -23,13 +24,13 @@ from tpa_torch.gemma import backward
 STAND_IN = torch.device("meta")  # a name that PyTorch lets tensors have here, and that no code of ours knows
 
 
-class Elsewhere(torch.Tensor):
+class Elsewhere(Tensor):
     """A tensor that says it is on an Apple GPU; its numbers are held by a tensor of the CPU."""
 
     @staticmethod
     def __new__(cls, held):
         more = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, device=STAND_IN, **more)
+        return Tensor._make_wrapper_subclass(cls, held.shape, device=STAND_IN, **more)
 
     def __init__(self, held):
         self.held = held
@@ -58,7 +59,7 @@ class Computes(TorchDispatchMode):
             changed = kwargs.get("out", args[0])
             assert isinstance(changed, Elsewhere), func
             return changed
-        return tree_map(lambda x: elsewhere(x, func) if isinstance(x, torch.Tensor) else x, out)
+        return tree_map(lambda x: elsewhere(x, func) if isinstance(x, Tensor) else x, out)
 
 
 def elsewhere(x, func):
@@ -75,7 +76,7 @@ class Makes(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.tensor and kwargs.get("device") == STAND_IN:
             return func(*args, **kwargs | {"device": None}).to(STAND_IN)
-        if func is torch.Tensor.tolist:
+        if func is Tensor.tolist:
             return func(args[0].cpu())
         return func(*args, **kwargs)
 
