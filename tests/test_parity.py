@@ -310,6 +310,7 @@ NO_TWIN = {
     "gemma.backward.over_queries": "the same",
     "gemma.backward.rms_norm_backward": "the same",
     "gemma.backward.softmax_backward": "the same",
+    "gemma.model.Model.compare": "blocks of `compare_rows`, which has one",
     "gemma.token_vectors.unit_rows": "`TokenTable` keeps the scales of all rows",
 }
 # Functions, classes and methods that only torch has -> why

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpa_ref.core.codes import MAX_WIDTH, digits, odd_compander, packed_bytes, thresholds
 
-from .lasting import lasting
+from ..lasting import lasting
 
 __all__ = ["MAX_WIDTH", "odd_compander", "packed_bytes"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.lasting import lasting
+from ..lasting import lasting
 
 
 class Scratch:
@@ -30,11 +30,11 @@ class Scratch:
     def __call__(self, name: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """An array with nothing in it, valid until this thread's next call with this name."""
         memory = self._of_thread.__dict__
-        key, size = (name, dtype or like.dtype, like.device), int(torch.Size(shape).numel())
-        held = memory.get(key)
+        # What inference mode made cannot be written to outside of it, and views of other memory are slower in it.
+        key = name, dtype or like.dtype, like.device, torch.is_inference_mode_enabled()
+        size, held = int(torch.Size(shape).numel()), memory.get(key)
         if held is None or held.numel() < size:
-            with lasting():
-                held = memory[key] = torch.empty(size, dtype=key[1], device=like.device)
+            held = memory[key] = torch.empty(size, dtype=key[1], device=like.device)
         return held[:size].view(*shape)
 
     def constant(self, name: str, source: Tensor, make: Callable[[], Any]) -> Any:

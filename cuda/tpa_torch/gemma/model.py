@@ -19,7 +19,6 @@ from tpa_ref.trace import Tracer, no_trace
 
 from ..core import rope
 from ..core.cache import Cache, WholeText
-from ..core.lasting import lasting
 from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
@@ -27,6 +26,7 @@ from ..core.spectral import CodedLatent
 from ..fast import attend, graph, kernels
 from ..fast.linear import linear
 from ..fast.scratch import Scratch
+from ..lasting import lasting
 from . import backward, vision
 from .mlp import mlp
 from .positions import Positions

@@ -25,11 +25,11 @@ from ...core.contextual import Contextual
 from ...core.dense import Dense
 from ...core.fixed_a import FixedA, absorb, mix
 from ...core.fixed_b import FixedB
-from ...core.lasting import lasting
 from ...core.latent import Latent
 from ...core.mode import Mode
 from ...core.pair import Joint
 from ...core.spectral import CodedLatent
+from ...lasting import lasting
 from . import Step
 from .triton_kernels import attend_split, merge_splits
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...core import codes
-from ...core.lasting import lasting
+from ...lasting import lasting
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
