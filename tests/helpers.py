@@ -279,9 +279,9 @@ TEXT = (
 
 
 @functools.cache
-def tokenizer_proto(vocab: int = 300, turns: bool = False) -> bytes:
+def tokenizer_proto(vocab: int = 300, turns: bool = False, dummy_prefix: bool = False) -> bytes:
     """A SentencePiece model with byte fallback and Gemma's special ids. turns: the turn tokens at 105 and 106 as well
-    (101 pieces more, so give a vocabulary of 400).
+    (101 pieces more, so give a vocabulary of 400). dummy_prefix: a space before every text, which Gemma has not.
     """
     import sentencepiece
 
@@ -303,7 +303,7 @@ def tokenizer_proto(vocab: int = 300, turns: bool = False) -> bytes:
         user_defined_symbols=special if turns else [],
         byte_fallback=True,
         remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
+        add_dummy_prefix=dummy_prefix,
         normalization_rule_name="identity",
         num_threads=1,
         minloglevel=2,

@@ -251,7 +251,10 @@ ONCE = {
     "core.divergence": "two lines of `Model.compare`",
     "core.transform": "conversion: once a model, in float64",
     "gemma.config": "no arrays",
+    "gemma.beside": "files",
+    "gemma.chat": "texts",
     "gemma.conversation": "no arrays but token ids",
+    "gemma.pieces": "texts",
     "gemma.generate": "token ids, and logits of the last position",
     "gemma.hf_config": "no arrays",
     "gemma.images": "files into pixels",
@@ -310,6 +313,7 @@ NO_TWIN = {
     "gemma.backward.over_queries": "the same",
     "gemma.backward.rms_norm_backward": "the same",
     "gemma.backward.softmax_backward": "the same",
+    "gemma.model.Model.compare": "blocks of `compare_rows`, which has one",
     "gemma.token_vectors.unit_rows": "`TokenTable` keeps the scales of all rows",
 }
 # Functions, classes and methods that only torch has -> why

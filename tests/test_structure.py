@@ -14,7 +14,7 @@ from helpers import ROOT
 REF, TORCH = ROOT / "tpa_ref", ROOT / "cuda" / "tpa_torch"
 PACKAGES = (REF, TORCH)
 # What may import what: everything that stands before it. "": the modules at the top that build on the folders
-BASE = ("errors", "trace", "atomic")  # which know nothing of the others
+BASE = ("errors", "trace", "atomic", "lasting")  # which know nothing of the others
 ORDER = {
     "tpa_ref": ("core", "gemma", "compress", "files", "", "cli"),
     "tpa_torch": ("core", "fast", "gemma", "files", ""),

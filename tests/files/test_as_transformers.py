@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from tpa_ref.files.found import inspect
 from tpa_ref.gemma.beside import Beside
-from tpa_ref.gemma.chat import chat_tokens
+from tpa_ref.gemma.chat import chat_tokens, prompt_tokens
 from tpa_ref.gemma.conversation import Conversation
-from tpa_ref.gemma.generate import generate, generate_tokens, prompt_tokens
+from tpa_ref.gemma.generate import generate, generate_tokens
 from tpa_ref.gemma.tokenizer import Tokenizer
 from tpa_ref.gemma.weights import EMBED, HEAD
 

@@ -15,7 +15,7 @@ from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma import generate
 from tpa_ref.gemma.beside import Beside
-from tpa_ref.gemma.chat import chat_text
+from tpa_ref.gemma.chat import chat_text, prompt_tokens
 from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.generate import Sampling
 from tpa_ref.gemma.tokenizer import BOS, DEFAULT_STOP, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
@@ -126,16 +126,37 @@ def test_a_prompt_longer_than_a_prefill_chunk(backend):
 @pytest.mark.parametrize("mode", ["dense", *MODES])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_gives_every_row_what_it_gets_alone(backend, mode, temperature):
-    """Rows of 3, 40 and 17 tokens (the window is 11), padded on the right, past the window; also the random draws."""
+    """Rows of 3, 40 and 17 tokens (the window is 11), padded on the right, past the window; also with random draws,
+    each row by its number.
+    """
     model = helpers.model(backend, dtype="float64")
     if mode != "dense":
         model = backend.convert(model, TPAConfig(mode=mode, kv_dtype="int8"))
     rows, sampling = [helpers.tokens(n, seed=n)[0].tolist() for n in (3, 40, 17)], Sampling(temperature, seed=5)
     together = list(generate.generate_rows(model, rows, 12, sampling))
     for row, ids in enumerate(rows):
-        alone = list(generate.generate_tokens(model, ids, 12, sampling))
+        first_rows = [[2]] * row  # whatever they are
+        alone = [step[row] for step in generate.generate_rows(model, [*first_rows, ids], 12, sampling)]
+        alone = [token for token in alone if token is not None]
+        assert temperature or alone == list(generate.generate_tokens(model, ids, 12, sampling))
         assert [step[row] for step in together][: len(alone)] == alone
         assert all(step[row] is None for step in together[len(alone) :])
+
+
+def test_equal_prompts_get_different_texts(backend):
+    """At temperature 1 four rows of one prompt are four draws, repeatable; no row depends on how many follow, and the
+    first is what the prompt gets alone.
+    """
+    model, ids, sampling = helpers.model(backend), [2, 5, 7], Sampling(1.0, seed=3)
+
+    def texts(count):
+        steps = list(generate.generate_rows(model, [ids] * count, 8, sampling))
+        return [tuple(step[row] for step in steps) + (None,) * (8 - len(steps)) for row in range(count)]
+
+    four = texts(4)
+    assert len(set(four)) == 4 and four == texts(4) and four[:2] == texts(2)
+    alone = tuple(generate.generate_tokens(model, ids, 8, sampling))
+    assert four[0][: len(alone)] == alone and set(four[0][len(alone) :]) <= {None}
 
 
 def test_a_batch_goes_on_when_a_row_has_stopped(backend):
@@ -304,9 +325,10 @@ def test_generated_text_is_the_decoded_tokens(backend):
 # ---- streaming ----
 
 
-def streamed(ids):
+def streamed(ids, tokenizer=None):
     steps = ([token] for token in ids)
-    return [piece for _, piece in generate.text_of_rows(Tokenizer(helpers.tokenizer_proto()), 1, steps, DEFAULT_STOP)]
+    tokenizer = tokenizer or Tokenizer(helpers.tokenizer_proto())
+    return [piece for _, piece in generate.text_of_rows(tokenizer, 1, steps, DEFAULT_STOP)]
 
 
 @pytest.mark.parametrize(
@@ -343,11 +365,57 @@ def test_streaming_stops_before_the_stop_token():
     assert "".join(streamed([*ids, EOS, None, None])) == "the list"
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(4, 299).filter(lambda token: token != END_OF_TURN), max_size=12))
-def test_streaming_any_tokens_gives_their_text(ids):
-    """Random tokens, invalid bytes among them: the pieces joined are the decoded whole."""
+BYTES = st.integers(0, 255).map(lambda byte: 4 + byte)  # of this tokenizer: 0 ... 255 behind the special tokens
+LEADS = st.sampled_from([4 + byte for byte in b"\xc3\xe2\xf0\x9f\xa9\xef\xbf\xbd\x80a"])
+CHARACTERS = st.sampled_from("aé€😀\ufffd漢 ").map(lambda text: [4 + byte for byte in text.encode()])
+ANY = st.integers(4, 299)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(ANY.map(lambda x: [x]), BYTES.map(lambda x: [x]), LEADS.map(lambda x: [x]), CHARACTERS)))
+def test_streaming_any_tokens_gives_their_text(parts):
+    """Random tokens, characters in bytes, invalid bytes and bytes of broken characters: the pieces joined are the
+    decoded whole.
+    """
+    ids = [token for part in parts for token in part if token != END_OF_TURN]
     assert "".join(streamed(ids)) == Tokenizer(helpers.tokenizer_proto()).decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["the", " list", "é", "😀", "\ufffd", " ", "\n", "a "]), max_size=12))
+def test_streaming_with_a_tokenizer_that_adds_a_space(words):
+    """SentencePiece's default drops the first space of a text, and of nothing in the middle of it."""
+    tokenizer = Tokenizer(helpers.tokenizer_proto(dummy_prefix=True))
+    ids = tokenizer.encode("".join(words), bos=False)
+    assert "".join(streamed(ids, tokenizer)) == tokenizer.decode(ids) == "".join(words)
+
+
+def test_bytes_that_never_become_a_character_are_shown():
+    """The first of four is no part of a character that a fifth could end."""
+    lead = 4 + 0xF0
+    assert Tokenizer(helpers.tokenizer_proto()).decode([lead]) == "\ufffd"
+    stream = generate.TextStream(Tokenizer(helpers.tokenizer_proto()))
+    assert [stream.push(lead) for _ in range(6)] == ["", "", "", *["\ufffd"] * 3]
+    assert stream.push() == "\ufffd" * 3 and stream.push() == ""
+
+
+@pytest.mark.parametrize("text", ["the list of values\n" * 40, "😀é" * 60, None])
+def test_streaming_takes_work_in_proportion_to_the_text(text):
+    """No more than ten ids are decoded for each token, whatever was said before; also of bytes that are no text."""
+
+    class Counting(Tokenizer):
+        decoded = 0
+
+        def decode(self, ids):
+            self.decoded += len(ids)
+            return super().decode(ids)
+
+    tokenizer = Counting(helpers.tokenizer_proto())
+    ids = [4 + 0xF0] * 300 if text is None else tokenizer.encode(text, bos=False)
+    stream = generate.TextStream(tokenizer)
+    pieces = [*map(stream.push, ids), stream.push()]
+    assert len(ids) > 150 and tokenizer.decoded <= 10 * len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
 
 
 # ---- chat ----
@@ -372,7 +440,7 @@ def test_chat_template_text_by_hand():
 def test_chat_tokens_have_bos_once_and_the_turn_tokens():
     """BOS first and nowhere else; 105 and 106 are single tokens."""
     tokenizer = Tokenizer(helpers.tokenizer_proto(400, turns=True))
-    ids = generate.prompt_tokens(found(tokenizer), "the list", chat=True)
+    ids = prompt_tokens(found(tokenizer), "the list", chat=True)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert [token for token in ids if token in (START_OF_TURN, END_OF_TURN)] == [105, 106, 105]
     assert ids[1] == START_OF_TURN
@@ -382,7 +450,7 @@ def test_chat_tokens_have_bos_once_and_the_turn_tokens():
 def test_plain_prompts_have_bos_once():
     """Without it Gemma's predictions mean nothing; twice is as bad."""
     tokenizer = Tokenizer(helpers.tokenizer_proto())
-    ids = generate.prompt_tokens(found(tokenizer), "the list", chat=False)
+    ids = prompt_tokens(found(tokenizer), "the list", chat=False)
     assert ids[0] == BOS and ids.count(BOS) == 1
     assert tokenizer.decode(ids[1:]) == "the list"
     assert tokenizer.encode("the list", bos=False) == ids[1:]
@@ -458,4 +526,56 @@ def test_a_given_cache_that_is_too_small_is_refused(backend):
     """A cache for 4 tokens and a prompt of 6."""
     model = helpers.model(backend)
     cache = model.new_cache(max_len=4)
-    refused(lambda: list(generate.generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4")
+    refused(lambda: list(generate.generate_tokens(model, [2] * 6, 3, cache=cache)), "max_len 4", 6, 3)
+    assert cache.lengths_b.tolist() == [0]
+
+
+def test_what_a_cache_holds_already_counts(backend):
+    """Room and positions are checked before anything is computed; the last new token needs none in the cache."""
+    model = helpers.model(backend)
+    cache = model.new_cache(max_len=20)
+    model.hidden(helpers.tokens(10), cache=cache)
+    refused(lambda: next(generate.generate_tokens(model, [5] * 4, 8, cache=cache)), 10, 4, 8, "max_len 20")
+    assert cache.lengths_b.tolist() == [10]
+    assert len(list(generate.generate_tokens(model, [5] * 4, 7, cache=cache))) <= 7
+    cache = model.new_cache(max_len=999)
+    model.hidden(helpers.tokens(100), cache=cache)
+    refused(lambda: next(generate.generate_tokens(model, [5] * 4, 25, cache=cache)), 100, 4, 25, 128)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda b, m: b.generate(m, None), ("prompt", "text", "NoneType")),
+        (lambda b, m: b.generate(m, 7), ("prompt", "text", "int")),
+        (lambda b, m: b.generate(m, ["the list"]), ("prompt", "text", "list")),
+        (lambda b, m: b.generate(m, b"the list"), ("prompt", "text", "bytes")),
+        (lambda b, m: b.generate_batch(m, "the list"), ("prompts", "list of texts", "str")),
+        (lambda b, m: b.generate_batch(m, None), ("prompts", "list of texts", "NoneType")),
+        (lambda b, m: b.generate_batch(m, []), ("prompts", "at least one", 0)),
+        (lambda b, m: b.generate_batch(m, ["the list", None]), ("prompt", "text", "NoneType")),
+        (lambda b, m: b.generate(m, "the", cache={}), ("new_cache()", "dict")),
+        (lambda b, m: b.generate(m, "the", max_new_tokens=None), ("max_new_tokens", "whole number", None)),
+        (lambda b, m: b.generate(m, "the", max_new_tokens=2.5), ("max_new_tokens", "whole number", 2.5)),
+        (lambda b, m: b.generate(m, "the", temperature=None), ("temperature", "number", None)),
+        (lambda b, m: b.generate(m, "the", temperature="1"), ("temperature", "number", "'1'")),
+        (lambda b, m: b.generate(m, "the", temperature=1, top_k=2.5), ("top_k", "whole number", 2.5)),
+        (lambda b, m: b.generate(m, "the", temperature=1, top_p="x"), ("top_p", "number", "'x'")),
+        (lambda b, m: b.generate(m, "the", seed=0.5), ("seed", "whole number", 0.5)),
+        (lambda b, m: generate.generate_tokens(m, np.array([1, 2.5])), ("ids", "whole numbers", 2.5)),
+        (lambda b, m: generate.generate_tokens(m, ([1], [2, 3])), ("ids", "whole numbers")),
+        (lambda b, m: generate.generate_tokens(m, None), ("ids", "whole numbers", None)),
+        (lambda b, m: generate.generate_tokens(m, "abc"), ("ids", "whole numbers", "'abc'")),
+        (lambda b, m: generate.generate_rows(m, []), ("row", 0)),
+        (lambda b, m: [m([[1, 2], [3]])], ("one length", "lengths_b")),
+        (lambda b, m: [m(None)], ("whole numbers",)),
+        (lambda b, m: [m([["a"]])], ("whole numbers",)),
+        (lambda b, m: [m([[1, 2]], lengths_b=[1.5])], ("one number a row", 1.5)),
+        (lambda b, m: [b.evaluate(m, m, None)], ("text", "NoneType")),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(backend, call, words):
+    """One line that says what is wanted and what was given, no traceback out of the middle."""
+    model = helpers.model(backend)
+    model.tokenizer = Tokenizer(helpers.tokenizer_proto())
+    refused(lambda: list(call(backend, model)), *words)

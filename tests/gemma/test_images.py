@@ -279,18 +279,18 @@ def test_generate_with_images(backend, checkpoint):
     model = backend.load(checkpoint)
     images = helpers.pixels(2)
 
-    def ask(prompt, **more):
-        return "".join(backend.generate(model, prompt, 12, temperature=1.0, **more))
+    def ask(prompt, temperature=1.0, **more):
+        return "".join(backend.generate(model, prompt, 12, temperature, **more))
 
     alone = ask("the list", images=images, chat=True)
     assert alone != ask("the list", images=-np.ones_like(images), chat=True)
     placed = f"{START_OF_IMAGE}{START_OF_IMAGE}the list"
     assert alone == ask(placed, images=images, chat=True) != ask("the list", chat=True)
     rows = ["", ""]
-    options = {"temperature": 1.0, "chat": True, "images": images}
+    options = {"temperature": 0.0, "chat": True, "images": images}
     for row, piece in backend.generate_batch(model, ["the list", "return"], 12, **options):
         rows[row] += piece
-    assert rows == [alone, ask("return", images=images, chat=True)]
+    assert rows == [ask(prompt, **options) for prompt in ("the list", "return")]
     refused(lambda: ask(f"{START_OF_IMAGE} the list", images=images), "got 1 for 2 images")
     refused(lambda: ask(f"{START_OF_IMAGE} the list"), "got 1 for 0 images")
     text_only = helpers.model(backend)

@@ -21,7 +21,8 @@ from ..compress.evaluate import evaluate
 from ..errors import TPAError
 from ..files.checkpoint import check_output, save
 from ..gemma import memory
-from ..gemma.generate import generate, prefill, prompt_tokens
+from ..gemma.chat import prompt_tokens
+from ..gemma.generate import generate, prefill
 from ..gemma.texts import read_text
 from ..gemma.tokenizer import BOS
 from . import options, report
@@ -159,7 +160,7 @@ def timed(work: Callable, *arguments: Any) -> float:
 
 def greedy_steps(model: Any, cache: Any, token: int) -> None:
     for _ in range(NEW):
-        token = int(model([[token]], cache=cache)[0, -1].argmax())
+        token = int(model([[token]], cache=cache, last_only=True).argmax())
 
 
 run = partial(options.run, main)  # the command `tpa-demo`

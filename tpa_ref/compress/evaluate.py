@@ -15,7 +15,6 @@ from ..gemma.tokenizer import BOS
 from . import recall
 
 DISTANCES = (150, 300, 500, 700, 900)  # tokens between a fact and the question, beyond the tiny model's window of 128
-CHUNK = 256  # positions whose logits are held at once: a vocabulary of 262,144 makes them large
 
 
 def evaluate(
@@ -39,11 +38,8 @@ def evaluate(
         if len(window) < 2:
             continue
         tokens_bq = np.array([window])
-        hidden_dense, hidden_tpa = dense.hidden(tokens_bq), tpa.hidden(tokens_bq)
-        for start in range(0, len(window), CHUNK):
-            part, following_q = slice(start, start + CHUNK), tokens_bq[0, start + 1 : start + 1 + CHUNK]
-            compared = dense.compare(hidden_dense[:, part], tpa, hidden_tpa[:, part], following_q)
-            found.append(compared | {"position": start + np.arange(len(compared["kl"]))})
+        compared = dense.compare(dense.hidden(tokens_bq), tpa, tpa.hidden(tokens_bq), tokens_bq[0, 1:])
+        found.append(compared | {"position": np.arange(len(window))})
     if not found:
         raise TPAError("evaluate: the text must have at least two tokens")
     figures = summary({name: np.concatenate([part[name] for part in found]) for name in found[0]})

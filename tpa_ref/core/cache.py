@@ -10,6 +10,7 @@ rings beside the coded one. A query then reads up to three segments of keys, eac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,6 +222,20 @@ class Cache:
         """Forget everything; the memory stays allocated."""
         self.lengths_b = np.zeros(self.batch, np.int64)
         self._highest_b = np.zeros(self.batch, np.int64)  # how far each ring was ever written
+
+    def copy(self) -> Cache:
+        """An independent cache of the same model with the same contents: many texts can begin with one prefix."""
+        return deepcopy(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """Pairs are constants of the model, which knows its caches by them: shared, unless the model is copied too."""
+        for pair in (*self.pairs, *(ring.pair for layer in self.layers for ring in layer.rings.values())):
+            memo.setdefault(id(pair), pair)
+        made = object.__new__(type(self))
+        vars(made).update(deepcopy(vars(self), memo))
+        return made
 
     def _new_layer(self, pair: Pair, window: int | None) -> LayerCache:
         kept = self.exact.kept(pair, window, self.max_len)

@@ -1,4 +1,4 @@
-"""From a conversation to text: the model's own template, or Gemma's."""
+"""From prompts and conversations to token ids: the model's own chat template, or Gemma's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import TPAError
 from .beside import Beside
-from .tokenizer import START_OF_TURN, Tokenizer
+from .tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer, place_images
 
 Turns = Sequence[tuple[str, str]]  # (role, text); roles are system, user, and model or assistant
 
@@ -38,6 +38,35 @@ def split_system(turns: Turns) -> tuple[str | None, list[tuple[str, str]]]:
         if role != expected:
             raise TPAError(f"chat: roles must alternate, turn {number} must be {expected!r}, got {role!r}")
     return system, turns
+
+
+def prompt_tokens(
+    model: Any, prompt: str, chat: bool, images: int = 0, system: str | None = None, bos: bool = True
+) -> list[int]:
+    """The prompt, or the chat template around it, with the tokens of so many images in it. bos: it begins the text.
+
+    model: also a `Found`, which has the same tokenizer, config and files.
+    """
+    check_system(system, chat)
+    if not prompt.strip():
+        raise TPAError("generate: the prompt must not be empty")
+    vision = model.config.vision
+    prompt = place_images(prompt, images) if vision else prompt
+    if not chat:
+        return model.tokenizer.encode(prompt, bos, vision)
+    turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
+    ids = chat_tokens(model.tokenizer, model.beside, turns, vision)
+    return ids if bos or ids[:1] != [BOS] else ids[1:]
+
+
+def check_system(system: str | None, chat: bool) -> None:
+    if system is not None and not chat:
+        raise TPAError("generate: a system text belongs to a chat, but chat (--chat) is not asked for")
+
+
+def stop_tokens(model: Any, chat: bool) -> frozenset[int]:
+    """Ids that end a text: what the model's files say, and in a chat the end of a turn."""
+    return model.beside.stop_tokens | ({END_OF_TURN} if chat else set())
 
 
 def chat_tokens(tokenizer: Tokenizer, beside: Beside, turns: Turns, vision: Any = None) -> list[int]:

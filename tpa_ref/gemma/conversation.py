@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from .chat import next_turn
-from .generate import GREEDY, Sampling, TextStream, check_system, generate_tokens, prompt_tokens, stop_tokens
+from .chat import check_system, next_turn, prompt_tokens, stop_tokens
+from .generate import GREEDY, Sampling, TextStream, generate_tokens
 from .tokenizer import place_images, require_tokenizer
 from .vision import as_pixels, check_pixels, require_vision
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from ..errors import TPAError
 from . import vision
-from .chat import chat_tokens
-from .tokenizer import END_OF_TURN, place_images, require_tokenizer
+from .chat import prompt_tokens, stop_tokens
+from .tokenizer import require_tokenizer
 
 PREFILL_CHUNK = 512
 
@@ -19,7 +20,8 @@ PREFILL_CHUNK = 512
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0: the most likely token. Otherwise one drawn from softmax(logits / temperature) after both cuts:
-    top_k keeps the k most likely; top_p the fewest most likely ones whose probabilities reach p.
+    top_k keeps the k most likely; top_p the fewest most likely ones whose probabilities reach p. seed: of the random
+    numbers; every row of a batch has its own.
     """
 
     temperature: float = 0.0
@@ -27,15 +29,19 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
 
-    def check(self, config: Any, prompt: int, new: int) -> None:
-        """Every rule on the arguments of `generate`, for a prompt of so many tokens and so many new ones."""
+    def check(self, config: Any, prompt: int, new: int, held: int = 0) -> None:
+        """Every rule on the arguments of `generate`: for so many tokens in the cache, of the prompt and new ones."""
+        self._check_types(new)
         if prompt < 1:
             raise TPAError("generate: the prompt must have at least one token, got 0")
         if new < 1:
             raise TPAError(f"generate: max_new_tokens must be >= 1, got {new}")
         most = config.max_positions
-        if prompt + new > most:
-            raise TPAError(f"generate: prompt of {prompt} and {new} new tokens exceed the model's {most} positions")
+        if held + prompt + new > most:
+            before = f"{held} tokens in the cache, " if held else ""
+            raise TPAError(
+                f"generate: {before}prompt of {prompt} and {new} new tokens exceed the model's {most} positions"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise TPAError(f"generate: temperature must be a number >= 0, got {self.temperature}")
         if not 0 <= self.seed < 2**63:
@@ -44,6 +50,24 @@ class Sampling:
             raise TPAError(f"generate: top_k must be >= 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise TPAError(f"generate: top_p must lie in (0, 1], got {self.top_p}")
+
+    def _check_types(self, new: Any) -> None:
+        for name, value, kind in (
+            ("max_new_tokens", new, Integral),
+            ("temperature", self.temperature, Real),
+            ("top_k", 1 if self.top_k is None else self.top_k, Integral),
+            ("top_p", 1 if self.top_p is None else self.top_p, Real),
+            ("seed", self.seed, Integral),
+        ):
+            if not isinstance(value, kind):
+                wanted = "a whole number" if kind is Integral else "a number"
+                raise TPAError(f"generate: {name} must be {wanted}, got {value!r}")
+
+    def generators(self, rows: int) -> list[np.random.Generator]:
+        """Random numbers of every row of a batch: its own, and the same whatever other rows there are. Those of the
+        first row are those of a prompt alone.
+        """
+        return [np.random.default_rng([self.seed, row]) for row in range(rows)]
 
     def choose(self, logits_v: np.ndarray, rng: np.random.Generator) -> int:
         """One token.
@@ -84,7 +108,8 @@ def generate(
     (`Beside.stop_tokens`).
 
     chat: put the prompt into the chat template as the user's turn, behind a `system` text if there is one. images:
-    pixels [i,c,x,y] (`images.read_images`); each goes where the prompt has a <start_of_image>, or all before it.
+    pixels [i,c,x,y] (`images.read_images`); each goes where the prompt has a <start_of_image>, or all before it. cache:
+    what it holds is the beginning of the text; the prompt follows as it is, with BOS only before a cache's first text.
     """
     how = temperature, top_k, top_p, seed, chat, cache
     for _, piece in generate_batch(model, [prompt], max_new_tokens, *how, images=images, system=system):
@@ -105,16 +130,20 @@ def generate_batch(
     images: Any = None,
     system: str | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Several prompts at once: (number of the prompt, piece of its text). Each gets what it would get alone.
+    """Several prompts at once: (number of the prompt, piece of its text). At temperature 0 each gets what it would get
+    alone; above, it has random numbers of its own by its number, so that equal prompts get different texts, which do
+    not depend on how many follow. The first prompt gets what it would get alone.
 
     progress: wraps the chunks of the prefill, for instance `tqdm.tqdm`. images: every prompt gets all of them.
     """
+    prompts = list_of_texts(prompts)
     tokenizer = require_tokenizer(model, "generate")
+    bos = begins_text(held_before(model, cache, len(prompts)))
     images = vision.as_pixels(images)
     shown = 0 if images is None else len(images)
     if shown:
         vision.require_vision(model.config)
-    rows = [prompt_tokens(model, prompt, chat, shown, system) for prompt in prompts]
+    rows = [prompt_tokens(model, prompt, chat, shown, system, bos) for prompt in prompts]
     stop = stop_tokens(model, chat)
     images = None if images is None else np.concatenate([images] * len(rows))
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -148,12 +177,19 @@ def generate_rows(
     stop: frozenset[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Step by step the next token of every row of ids, None for a row that has stopped. Rows are padded on the right;
-    every row has its own random numbers, the same as if it were alone. images: of all rows, one row after another.
-    stop: ids that end a row (default: the model's).
+    every row has its own random numbers (`Sampling.generators`). images: of all rows, one row after another. stop: ids
+    that end a row (default: the model's).
     """
     stop = model.beside.stop_tokens if stop is None else stop
-    for ids in rows:
-        sampling.check(model.config, len(ids), max_new_tokens)
+    rows = [whole_numbers(ids) for ids in rows]
+    held_b = held_before(model, cache, len(rows))
+    for ids, held in zip(rows, held_b, strict=True):
+        sampling.check(model.config, len(ids), max_new_tokens, held)
+        if cache is not None and held + len(ids) + max_new_tokens - 1 > cache.max_len:  # the last one is never fed
+            raise TPAError(
+                f"generate: {held} tokens in the cache, prompt of {len(ids)} and {max_new_tokens} new tokens do not "
+                f"fit: the cache was made for max_len {cache.max_len}"
+            )
     if cache is None:
         cache = model.new_cache(len(rows), max(map(len, rows)) + max_new_tokens)
     L_bv = prefill(model, rows, cache, progress, images)
@@ -165,7 +201,7 @@ def steps(
     model: Any, cache: Any, L_bv: np.ndarray, count: int, sampling: Sampling, stop: frozenset[int]
 ) -> Iterator[list[int | None]]:
     """From the logits after the prompts: choose a token a row, feed it, and so on."""
-    rngs = [np.random.default_rng(sampling.seed) for _ in L_bv]
+    rngs = sampling.generators(len(L_bv))
     runs_b = np.ones(len(L_bv), bool)
     for step in range(count):
         tokens = [sampling.choose(L_v, rng) if runs else None for L_v, rng, runs in zip(L_bv, rngs, runs_b)]
@@ -236,20 +272,33 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TextStream:
-    """Token ids in, pieces of text out, as soon as each is complete (a character may take several tokens)."""
+    """Token ids in, pieces of text out, as soon as each is complete: a character may take several tokens, one for each
+    of its up to four bytes.
+
+    While a character is not complete, each of its bytes decodes to one U+FFFD. Only the tokens of such bytes are kept,
+    and the token before them: some tokenizers treat the first token of a text in a way of its own.
+    """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self._ids: list[int] = []
-        self._shown = ""
+        self._text = ""  # of these ids
+        self._shown = 0  # how many characters of it have been returned
 
-    def push(self, *tokens: int) -> str:
+    def push(self, token: int | None = None) -> str:
         """The text that one more token completes, empty in the middle of a character; without a token what is left."""
-        self._ids += tokens
+        before = len(self._text)
+        self._ids += [] if token is None else [token]
         text = self.tokenizer.decode(self._ids)
-        if tokens and text.endswith("\ufffd"):
-            return ""
-        piece, self._shown = text[len(self._shown) :], text
+        unfinished = token is not None and text.endswith("\ufffd") and len(text) == before + 1
+        kept = min(3, len(text) - self._shown) if unfinished else 0  # a fourth byte would have ended the character
+        piece = text[self._shown : len(text) - kept]
+        if piece:
+            self._ids = self._ids[-1 - kept :]
+            text = self.tokenizer.decode(self._ids)
+        elif not kept:  # a token without a text
+            self._ids = self._ids[:1]
+        self._text, self._shown = text, len(text) - kept
         return piece
 
 
@@ -267,27 +316,43 @@ def text_of_rows(
             yield row, piece
 
 
-def prompt_tokens(model: Any, prompt: str, chat: bool, images: int = 0, system: str | None = None) -> list[int]:
-    """BOS and the prompt, or the chat template around it, with the tokens of so many images in it.
-
-    model: also a `Found`, which has the same tokenizer, config and files.
-    """
-    check_system(system, chat)
-    if not prompt.strip():
-        raise TPAError("generate: the prompt must not be empty")
-    shown = model.config.vision
-    prompt = place_images(prompt, images) if shown else prompt
-    if not chat:
-        return model.tokenizer.encode(prompt, vision=shown)
-    turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
-    return chat_tokens(model.tokenizer, model.beside, turns, shown)
+def list_of_texts(prompts: Any) -> list[str]:
+    """Several prompts as a list; one text alone, none at all, or anything that is no text is refused."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise TPAError(f"generate: prompts must be a list of texts, got {type(prompts).__name__}")
+    prompts = list(prompts)
+    if not prompts:
+        raise TPAError("generate: prompts must hold at least one text, got 0")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TPAError(f"generate: the prompt must be a text (str), got {type(prompt).__name__}")
+    return prompts
 
 
-def check_system(system: str | None, chat: bool) -> None:
-    if system is not None and not chat:
-        raise TPAError("generate: a system text belongs to a chat, but chat (--chat) is not asked for")
+def whole_numbers(ids: Any) -> list[int]:
+    """The ids of one row as a list."""
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # rows of different length
+        found = np.array(None)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        got = " ".join(repr(ids).split())
+        raise TPAError(f"generate: the ids of a row must be a list of whole numbers, got {got:.60}")
+    return found.tolist()
 
 
-def stop_tokens(model: Any, chat: bool) -> frozenset[int]:
-    """Ids that end a text: what the model's files say, and in a chat the end of a turn."""
-    return model.beside.stop_tokens | ({END_OF_TURN} if chat else set())
+def held_before(model: Any, cache: Any, rows: int) -> list[int]:
+    """How many tokens of every row a cache holds already."""
+    if rows < 1:
+        raise TPAError("generate: at least one row of ids is needed, got 0")
+    if cache is None:
+        return [0] * rows
+    model.check_cache(cache, rows)
+    return cache.lengths_b.tolist()
+
+
+def begins_text(held: Sequence[int]) -> bool:
+    """Does the text of every row begin now, with BOS?"""
+    if any(held) != all(held):
+        raise TPAError(f"generate: either all rows of the cache must be empty or none, got lengths {list(held)}")
+    return not any(held)

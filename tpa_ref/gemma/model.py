@@ -70,16 +70,24 @@ class Model:
         self.notes: list[str] = []  # what the conversion had to clamp, one line each
 
     def __call__(
-        self, tokens_bq: Any, cache: Any = None, lengths_b: Any = None, images: Any = None, trace: Tracer = no_trace
+        self,
+        tokens_bq: Any,
+        cache: Any = None,
+        lengths_b: Any = None,
+        images: Any = None,
+        trace: Tracer = no_trace,
+        last_only: bool = False,
     ) -> Any:
         """Logits [b,q,v] in float32 (float64 in a float64 model) for tokens [b,q].
 
         With a cache the tokens are appended to what it holds; call again with the next ones. `lengths_b` [b]: only the
         first so many tokens of each row count, the rest is padding on the right. `images` [i,c,x,y]: pixels in -1 ... 1
         (`images.read_images`), in the order of their placeholders in the tokens, row by row; all placeholders of an
-        image come in one call.
+        image come in one call. last_only: logits [b,1,v] after each row's last token alone; those of 2,048 positions
+        and a vocabulary of 262,144 take 2 GiB.
         """
-        return self.logits(self.hidden(tokens_bq, cache, lengths_b, images, trace), trace)
+        x_bqm = self.hidden(tokens_bq, cache, lengths_b, images, trace)
+        return self.logits(last_states(x_bqm, lengths_b) if last_only else x_bqm, trace)
 
     def hidden(
         self, tokens_bq: Any, cache: Any = None, lengths_b: Any = None, images: Any = None, trace: Tracer = no_trace
@@ -218,6 +226,8 @@ class Model:
 
     def check_cache(self, cache: Any, batch: int) -> None:
         """A cache belongs to one model (its numbers mean nothing to other constant factors) and one batch size."""
+        if not isinstance(cache, Cache):
+            raise TPAError(f"model: a cache is made with new_cache(), got {type(cache).__name__}")
         if cache.batch != batch:
             raise TPAError(f"model: the cache was made for batch {cache.batch}, got tokens of batch {batch}")
         if len(self.pairs) != len(cache.pairs) or any(a is not b for a, b in zip(self.pairs, cache.pairs)):
@@ -284,6 +294,14 @@ class Model:
         """Predictions of this model and another from their final states, one number per position: kl (nats), same (is
         the most likely token the same?), and -log p of the tokens that follow: nll, nll_other.
         """
+        found = []
+        for start in range(0, x_bqm.shape[1], backward.ROWS):
+            here = slice(start, start + backward.ROWS)
+            found.append(self.compare_rows(x_bqm[:, here], other, y_bqm[:, here], following_q[here]))
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def compare_rows(self, x_bqm: Any, other: Model, y_bqm: Any, following_q: np.ndarray) -> dict[str, np.ndarray]:
+        """`compare` of so few positions that the logits of all of them are made at once."""
         P_bqv = divergence.log_softmax(self.logits(x_bqm))
         Q_bqv = divergence.log_softmax(other.logits(y_bqm))
         step_q = np.arange(len(following_q))
@@ -299,10 +317,25 @@ class Model:
         return None
 
 
+def last_states(x_bqm: Any, lengths_b: Any = None) -> Any:
+    """The state of each row's last token, [b,q,m] -> [b,1,m]; of a row without tokens, of its first padding."""
+    if lengths_b is None:
+        return x_bqm[:, -1:]
+    ends_b = np.maximum(on_host(lengths_b), 1) - 1
+    return x_bqm[np.arange(len(ends_b)), ends_b][:, None]
+
+
+def on_host(numbers: Any) -> np.ndarray:
+    """Numbers of any kind as an array of NumPy; rows of different length are refused."""
+    try:
+        return np.asarray(numbers.detach().cpu() if hasattr(numbers, "detach") else numbers)
+    except ValueError:
+        raise TPAError("model: all rows of tokens must have one length; pad them, and give lengths_b") from None
+
+
 def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[np.ndarray, np.ndarray | None]:
     """Tokens as an array [b,q] with every id in the vocabulary, lengths as an array [b] or None."""
-    tokens_bq, lengths_b = (x.detach().cpu() if hasattr(x, "detach") else x for x in (tokens_bq, lengths_b))
-    tokens_bq = np.asarray(tokens_bq)
+    tokens_bq = on_host(tokens_bq)
     if tokens_bq.ndim != 2 or tokens_bq.shape[1] == 0 or tokens_bq.dtype.kind not in "iu":
         raise TPAError(
             f"model: tokens must be whole numbers of shape [b, q >= 1], got {tokens_bq.dtype} {tokens_bq.shape}"
@@ -313,8 +346,9 @@ def check_tokens(tokens_bq: Any, lengths_b: Any, config: GemmaConfig) -> tuple[n
         raise TPAError(f"model: token ids must lie in 0 ... {config.vocab_size - 1}, got {wrong[0]}")
     if lengths_b is None:
         return tokens_bq, None
-    lengths_b = np.asarray(lengths_b)
+    lengths_b = on_host(lengths_b)
     b, q = tokens_bq.shape
-    if lengths_b.shape != (b,) or lengths_b.min() < 0 or lengths_b.max() > q:
+    wrong_kind = lengths_b.shape != (b,) or lengths_b.dtype.kind not in "iu"
+    if wrong_kind or lengths_b.min(initial=0) < 0 or lengths_b.max(initial=0) > q:
         raise TPAError(f"model: lengths must be one number a row in 0 ... {q}, got {lengths_b.tolist()}")
     return tokens_bq, lengths_b

@@ -12,6 +12,8 @@ from .tokenizer import BOS, require_tokenizer
 
 def read_text(text_or_path: str | Path) -> str:
     """A text, or the content of the UTF-8 file of that name. A single line that names a file is taken as a path."""
+    if not isinstance(text_or_path, str | Path):
+        raise TPAError(f"text: a text or a path is needed, got {type(text_or_path).__name__}")
     if isinstance(text_or_path, Path) or ("\n" not in text_or_path and len(text_or_path) < 4096):
         path = Path(text_or_path)
         try:

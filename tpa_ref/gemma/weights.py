@@ -226,10 +226,11 @@ class LayersOnDisk(Sequence):
     def __getitem__(self, layer: int) -> Any:  # type: ignore[override]
         if not 0 <= layer < len(self):
             raise IndexError(layer)
-        if self._held is None or self._held[0] != layer:
-            self._held = None  # let go of the old one before reading the next
-            self._held = layer, self._read(layer)
-        return self._held[1]
+        held = self._held
+        if held is None or held[0] != layer:
+            self._held = held = None  # let go of the old one before reading the next
+            self._held = held = layer, self._read(layer)
+        return held[1]  # what was read here, whatever another thread has read meanwhile
 
     def _read(self, layer: int) -> Any:
         return self.kind(**split(self.tensors, self.kind, f"{self.prefix}{layer}.", self.sizes))

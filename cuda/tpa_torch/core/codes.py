@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tpa_ref.core.codes import MAX_WIDTH, digits, odd_compander, packed_bytes, thresholds
 
+from ..lasting import lasting
+
 __all__ = ["MAX_WIDTH", "odd_compander", "packed_bytes"]
 
 FEW_TOKENS = 8
@@ -46,6 +48,7 @@ class Packing:
 
 
 @lru_cache(maxsize=512)
+@lasting()
 def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
     """What packing and unpacking need of a layer's widths, made once for each device."""
     parts = [

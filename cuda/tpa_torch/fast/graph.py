@@ -7,6 +7,7 @@ token. Elsewhere the same step runs as it is written, which is how it is tested.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from ..core.mode import Mode
 from . import kernels
 from .attend import plainly
 
+CAPTURING = threading.Lock()  # of several threads one at a time: it begins by waiting for the whole device
 SQUARINGS = 12  # the Gram matrix to the power 2^12: neighbours a hundredth apart are e^-40 of each other
 
 
@@ -219,14 +221,14 @@ def slot_positions(length_b: Tensor, slots: int) -> Tensor:
 # ---- the next token, on the device ----
 
 
-def uniform_numbers(sampling: Sampling, steps: int, device: torch.device) -> Tensor:
-    """One number in [0, 1) a step, drawn before the first: every row has the same, as if it were alone."""
-    rng = torch.Generator().manual_seed(sampling.seed)
-    return torch.rand(steps, generator=rng, dtype=torch.float64).float().clamp(max=1 - 2**-24).to(device)
+def uniform_numbers(sampling: Sampling, steps: int, rows: int, device: torch.device) -> Tensor:
+    """One number in [0, 1) a step and row [t,b], drawn before the first: those that `Sampling.choose` would draw."""
+    u_tb = np.stack([rng.random(steps) for rng in sampling.generators(rows)], -1)
+    return torch.from_numpy(u_tb.astype(np.float32)).clamp(max=1 - 2**-24).to(device)
 
 
-def choose(sampling: Sampling, L_bv: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row [b]: where the cumulated probability of the kept ones passes the uniform number."""
+def choose(sampling: Sampling, L_bv: Tensor, uniform_b1: Tensor) -> Tensor:
+    """One token a row [b]: where the cumulated probability of the kept ones passes the row's uniform number."""
     if sampling.temperature == 0:
         return L_bv.argmax(-1)
     count = L_bv.shape[-1] if sampling.top_k is None else min(sampling.top_k, L_bv.shape[-1])
@@ -237,7 +239,7 @@ def choose(sampling: Sampling, L_bv: Tensor, uniform: Tensor) -> Tensor:
         P_bv = torch.where(before_bv < sampling.top_p - 1e-7, P_bv, 0.0)
         P_bv[:, 0].clamp_(min=1e-30)
     total_bv = P_bv.cumsum(-1)
-    passed_bv = total_bv <= uniform * total_bv[:, -1:]
+    passed_bv = total_bv <= uniform_b1 * total_bv[:, -1:]
     return order_bv.gather(-1, passed_bv.sum(-1, keepdim=True).clamp(max=count - 1))[:, 0]
 
 
@@ -263,7 +265,7 @@ class GraphDecoder:
         self.embed_factor = model.embed_factor
         stop = model.beside.stop_tokens if stop is None else stop
         self.stop_s = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
-        self.uniform_t = uniform_numbers(self.sampling, steps, device)
+        self.uniform_tb = uniform_numbers(self.sampling, steps, cache.batch, device)
         self.time = torch.zeros(1, dtype=torch.int64, device=device)
         self.position_b = torch.from_numpy(np.array(cache.lengths_b, np.int64)).to(device)
         self.token_b = torch.full((cache.batch,), -1, dtype=torch.int64, device=device)
@@ -309,7 +311,7 @@ class GraphDecoder:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with CAPTURING, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self._step()
 
     def _step(self) -> None:
@@ -332,10 +334,10 @@ class GraphDecoder:
         """Choose the next tokens; a row that stopped says -1, and one that says <eos> or <end_of_turn> now stops."""
         if self.model.config.vision is not None:  # the placeholder of an image is no word
             L_bv[:, self.model.config.vision.image_token].fill_(-torch.inf)
-        chosen_b = choose(self.sampling, L_bv, self.uniform_t[self.time])
+        chosen_b = choose(self.sampling, L_bv, self.uniform_tb[self.time].mT)
         self.token_b.copy_(torch.where(self.runs_b, chosen_b, -1))
         self.runs_b.logical_and_((self.token_b[:, None] != self.stop_s).all(-1))
-        self.time.add_(1).clamp_(max=len(self.uniform_t) - 1)
+        self.time.add_(1).clamp_(max=len(self.uniform_tb) - 1)
 
 
 # ---- for `generate` ----

@@ -52,10 +52,11 @@ def logits_backward(model: Any, x_bqm: Tensor, rng: np.random.Generator) -> Tens
 
 def draw(P_bqv: Tensor, rng: np.random.Generator) -> Tensor:
     """One token a position, by its probability: [b,q,v] -> [b,q]."""
-    wide = torch.float32 if P_bqv.device.type == "mps" else torch.float64
-    sums_bqv = P_bqv.to(wide).cumsum(-1)
+    device = P_bqv.device
+    P_bqv = P_bqv if device.type == "cuda" else P_bqv.cpu()  # Apple GPUs know no float64
+    sums_bqv = P_bqv.double().cumsum(-1)
     level_bq1 = torch.from_numpy(rng.random(tuple(P_bqv.shape[:2]))).to(sums_bqv)[..., None] * sums_bqv[..., -1:]
-    return (sums_bqv < level_bq1).sum(-1).clamp(max=P_bqv.shape[-1] - 1)
+    return (sums_bqv < level_bq1).sum(-1).clamp(max=P_bqv.shape[-1] - 1).to(device)
 
 
 def second_moment(X_bkgd: Tensor) -> Tensor:

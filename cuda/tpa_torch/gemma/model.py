@@ -26,6 +26,7 @@ from ..core.spectral import CodedLatent
 from ..fast import attend, graph, kernels
 from ..fast.linear import linear
 from ..fast.scratch import Scratch
+from ..lasting import lasting
 from . import backward, vision
 from .mlp import mlp
 from .positions import Positions
@@ -100,7 +101,8 @@ class Model(reference.Model):
     def token_table(self) -> TokenTable:
         """The embedding table as token vectors, prepared once."""
         if self._token_table is None:
-            self._token_table = TokenTable(self.weights.embed_vm, self.embed_factor)
+            with lasting():
+                self._token_table = TokenTable(self.weights.embed_vm, self.embed_factor)
         return self._token_table
 
     def token_vectors(self, text_bt: np.ndarray, positions_bk: np.ndarray) -> Tensor:
@@ -109,24 +111,29 @@ class Model(reference.Model):
 
     def rope_table(self, is_global: bool, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin [T >= length, d/2] of a kind of layers as the kernels read them, each contiguous."""
-        turns_tp = self.rope_turns(is_global, length)
-        if is_global not in self._tables or len(self._tables[is_global][0]) != len(turns_tp):
-            self._tables[is_global] = turns_tp.real.contiguous(), turns_tp.imag.contiguous()
-        return self._tables[is_global]
+        turns_tp, tables = self.rope_turns(is_global, length), self._tables.get(is_global)
+        if tables is None or len(tables[0]) < len(turns_tp):
+            with lasting():
+                tables = turns_tp.real.contiguous(), turns_tp.imag.contiguous()
+            self._tables[is_global] = tables
+        return tables
 
-    @torch.inference_mode(False)
     def rope_turns(self, is_global: bool, length: int) -> Tensor:
         """cos + i sin [T >= length, d/2] of a kind of layers, made once and doubled when a text outgrows them.
 
-        Never inference tensors, whoever asks first: calibration goes backwards through the same tables.
+        What is returned is what was found or made here: another thread may put a shorter table in its place meanwhile.
         """
-        if is_global not in self._turns or len(self._turns[is_global]) < length:
-            size = max(256, 1 << (length - 1).bit_length())
-            rotations = self.config.rope(is_global)
-            cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *rotations)
-            work = torch.complex128 if self.dtype == "float64" else torch.complex64
-            self._turns[is_global] = torch.complex(cos[0], sin[0]).to(self.device, work)
-        return self._turns[is_global]
+        turns = self._turns.get(is_global)
+        if turns is None or len(turns) < length:
+            with lasting():
+                turns = self._new_turns(is_global, max(256, 1 << (length - 1).bit_length()))
+            self._turns[is_global] = turns
+        return turns
+
+    def _new_turns(self, is_global: bool, size: int) -> Tensor:
+        cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *self.config.rope(is_global))
+        work = torch.complex128 if self.dtype == "float64" else torch.complex64
+        return torch.complex(cos[0], sin[0]).to(work).to(self.device)  # not every device knows float64
 
     # ---- caches ----
 
@@ -175,7 +182,7 @@ class Model(reference.Model):
         return self.double(Z_bkz[0].sum(0)), self.double(Z_bkz[0].mT @ Z_bkz[0])
 
     @inference
-    def compare(self, x_bqm: Tensor, other: Any, y_bqm: Tensor, following_q: np.ndarray) -> dict[str, np.ndarray]:
+    def compare_rows(self, x_bqm: Tensor, other: Any, y_bqm: Tensor, following_q: np.ndarray) -> dict[str, np.ndarray]:
         P_bqv, Q_bqv = (torch.log_softmax(L_bqv, -1) for L_bqv in (self.logits(x_bqm), other.logits(y_bqm)))
         following = torch.from_numpy(following_q).to(self.device)[:, None]
         found = {

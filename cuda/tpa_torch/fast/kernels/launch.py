@@ -29,6 +29,7 @@ from ...core.latent import Latent
 from ...core.mode import Mode
 from ...core.pair import Joint
 from ...core.spectral import CodedLatent
+from ...lasting import lasting
 from . import Step
 from .triton_kernels import attend_split, merge_splits
 
@@ -159,7 +160,8 @@ def cast(array: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return array
     known = _known.setdefault(array, {})
     if dtype not in known:
-        known[dtype] = array.to(dtype).contiguous()
+        with lasting():
+            known[dtype] = array.to(dtype).contiguous()
     return known[dtype]
 
 
@@ -191,6 +193,7 @@ def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointe
 
 
 @lru_cache(maxsize=512)
+@lasting()
 def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the bits of each coefficient are, and its levels.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...core import codes
+from ...lasting import lasting
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -291,6 +292,7 @@ _COEFFICIENT = np.dtype(
 
 
 @lru_cache(maxsize=512)
+@lasting()
 def _coefficients(widths: tuple[int, ...]) -> Tensor:
     """Where the digits of each coefficient lie, as `cpu.cpp` reads it; a tensor of bytes."""
     found = np.zeros(len(widths), _COEFFICIENT)
@@ -310,6 +312,7 @@ def _coefficients(widths: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=1)
+@lasting()
 def _tables() -> tuple[Tensor, Tensor]:
     """t (1 + kappa t^2), the levels of every width without their scales, in float32 and in bfloat16 [9,256]."""
     tables = torch.zeros(codes.MAX_WIDTH + 1, 256)
