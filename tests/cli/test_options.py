@@ -54,15 +54,29 @@ def found(variant, stored):
         ("4b", "bfloat16", "torch", "cuda", "bfloat16", MANY, 1, 32_768),
     ],
 )
-def test_defaults(variant, stored, backend, device, dtype, expected, rounds, context):
+def test_defaults(variant, stored, backend, device, dtype, expected, rounds, context, monkeypatch):
     """By size, device and how the weights are stored."""
     args = Namespace(backend=backend)
+    monkeypatch.setattr(options, "multiplies_bfloat16", lambda: True)
     options.fill_defaults(args, demo.USES, found(variant, stored), device)
     assert vars(args) == expected | {"backend": backend, "dtype": dtype, "timing_rounds": rounds, "context": context}
 
 
-def test_what_is_given_wins_and_the_rest_is_printed():
+@pytest.mark.parametrize(
+    ("variant", "device", "dtype"),
+    [("270m", "cpu", "float32"), ("4b", "cpu", "bfloat16"), ("270m", "cuda", "bfloat16")],
+)
+def test_a_cpu_without_bfloat16(variant, device, dtype, monkeypatch):
+    """Computes in float32 what fits in memory so; a GPU does not care."""
+    args = Namespace(backend="torch")
+    monkeypatch.setattr(options, "multiplies_bfloat16", lambda: False)
+    options.fill_defaults(args, ("dtype",), found(variant, "bfloat16"), device)
+    assert args.dtype == dtype
+
+
+def test_what_is_given_wins_and_the_rest_is_printed(monkeypatch):
     """Zero counts as given."""
+    monkeypatch.setattr(options, "multiplies_bfloat16", lambda: True)
     args = Namespace(backend="torch", dtype=None, calibration_tokens=None, eval_tokens=100, recall_prompts=0)
     uses = ("dtype", "calibration_tokens", "eval_tokens", "recall_prompts")
     line = options.fill_defaults(args, uses, found("270m", "bfloat16"), "cpu")

@@ -18,15 +18,17 @@ from ..files.found import Found
 from ..gemma.config import VARIANTS
 from ..gemma.generate import Sampling
 from ..gemma.memory import parameter_count
+from .machine import multiplies_bfloat16
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent  # of a clone
 TINY = PACKAGE / "tiny" if (PACKAGE / "tiny").is_dir() else ROOT / "assets" / "tiny-gemma3"  # installed, or a clone
 LARGE = 100_000_000  # parameters from which on a CPU gets smaller defaults, to finish in minutes
+VERY_LARGE = 2_000_000_000  # parameters from which on memory matters more than what a CPU is fast in
 
 # Help texts that are long
 CHECKPOINT = "checkpoint: Hugging Face folder, gemma_pytorch .ckpt or folder, .safetensors"
-DTYPE = "compute dtype (default: float32; bfloat16 from 100 M parameters on, if the weights are stored in it)"
+DTYPE = "compute dtype (default: float32; bfloat16 for large models stored in it, where the device is fast in it)"
 PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 512, no images)"
 CALIBRATION = "text for the model constants (default: the shipped one); 'none': from the weights alone"
 
@@ -164,7 +166,8 @@ def fill_defaults(args: argparse.Namespace, names: Sequence[str], found: Found, 
     """Give the options that are not given what suits the model's size and the device; the line that says which."""
     large = parameter_count(found.config) > LARGE
     slow = large and device == "cpu"
-    narrow = large and args.backend == "torch" and found.stored_dtype == "bfloat16"
+    fast = device != "cpu" or multiplies_bfloat16() or parameter_count(found.config) > VERY_LARGE
+    narrow = large and fast and args.backend == "torch" and found.stored_dtype == "bfloat16"
     defaults: dict[str, Any] = {
         "dtype": "bfloat16" if narrow else "float32",
         "calibration_tokens": 4096 if slow else 32_768,

@@ -50,13 +50,21 @@ def logits_backward(model: Any, x_bqm: Tensor, rng: np.random.Generator) -> Tens
     return torch.cat(gradients, 1)
 
 
+BLOCK = 512  # tokens whose probabilities are added up first
+
+
 def draw(P_bqv: Tensor, rng: np.random.Generator) -> Tensor:
-    """One token a position, by its probability: [b,q,v] -> [b,q]."""
+    """One token a position, by its probability: [b,q,v] -> [b,q]. First a block of tokens, then a token in it."""
     device = P_bqv.device
     P_bqv = P_bqv if device.type == "cuda" else P_bqv.cpu()  # Apple GPUs know no float64
-    sums_bqv = P_bqv.double().cumsum(-1)
-    level_bq1 = torch.from_numpy(rng.random(tuple(P_bqv.shape[:2]))).to(sums_bqv)[..., None] * sums_bqv[..., -1:]
-    return (sums_bqv < level_bq1).sum(-1).clamp(max=P_bqv.shape[-1] - 1).to(device)
+    P_bqns = F.pad(P_bqv, (0, -P_bqv.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums_bqn = P_bqns.sum(-1).double().cumsum(-1)
+    level_bq1 = torch.from_numpy(rng.random(tuple(P_bqv.shape[:2]))).to(sums_bqn)[..., None] * sums_bqn[..., -1:]
+    block_bq1 = (sums_bqn < level_bq1).sum(-1, keepdim=True).clamp(max=P_bqns.shape[2] - 1)
+    P_bqs = P_bqns.take_along_dim(block_bq1[..., None], 2)[:, :, 0].double()
+    inside_bqs = sums_bqn.gather(-1, block_bq1) - P_bqs.sum(-1, keepdim=True) + P_bqs.cumsum(-1)
+    y_bq = block_bq1[..., 0] * BLOCK + (inside_bqs < level_bq1).sum(-1).clamp(max=BLOCK - 1)
+    return y_bq.clamp(max=P_bqv.shape[-1] - 1).to(device)
 
 
 def second_moment(X_bkgd: Tensor) -> Tensor:
