@@ -52,7 +52,7 @@ def plot_recall(axis: Any, quality: dict[str, Any], window: int) -> None:
     axis.text(window, 3, " window", color="#666666", fontsize=8)
     axis.set(xlabel="distance of the fact (tokens)", ylabel="answered right (%)", ylim=(0, 105), xlim=(0, None))
     axis.set_title(f"Recall; KL {quality['kl']:.4f} nats, top-1 {100 * quality['top1']:.1f} %")
-    axis.legend(frameon=False, loc="center right")
+    axis.legend(frameon=False)
 
 
 def plot_speed(axis: Any, speed: dict[str, dict[str, float]]) -> None:
