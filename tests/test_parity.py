@@ -251,7 +251,7 @@ ONCE = {
     "core.divergence": "two lines of `Model.compare`",
     "core.transform": "conversion: once a model, in float64",
     "gemma.config": "no arrays",
-    "gemma.beside": "files",
+    "gemma.side_files": "files",
     "gemma.chat": "texts",
     "gemma.conversation": "no arrays but token ids",
     "gemma.pieces": "texts",

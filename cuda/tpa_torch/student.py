@@ -80,7 +80,7 @@ class Student:
         tpa, layers = self.tpa, range(self.tpa.config.num_layers)
         weights = replace(tpa.weights, layers=[self.block(layer) for layer in layers])
         pairs = [self.pair(layer) for layer in layers]
-        kept = tpa.query_factors, tpa.stored_dtype, tpa.beside
+        kept = tpa.query_factors, tpa.stored_dtype, tpa.side_files
         made = type(tpa)(tpa.config, weights, tpa.tokenizer, tpa.tpa, pairs, *kept)
         made.choices = tpa.choices
         return made

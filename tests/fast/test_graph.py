@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tpa_torch
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.gemma import generate
-from tpa_ref.gemma.beside import Beside
+from tpa_ref.gemma.side_files import SideFiles
 from tpa_torch.core.contextual import Contextual
 from tpa_torch.fast import graph
 from tpa_torch.gemma.model import StaticModel
@@ -42,7 +42,7 @@ def model_of(name):
 
 
 def stop_at(monkeypatch, stop):
-    monkeypatch.setattr(Beside, "stop_tokens", frozenset(stop))
+    monkeypatch.setattr(SideFiles, "stop_tokens", frozenset(stop))
 
 
 def never_stop(monkeypatch):
@@ -59,7 +59,7 @@ def static_steps(model, rows, count, sampling=None):
     """(steps on static buffers, their cache)."""
     L_bv, cache = prefilled(model, rows)
     return graph.stream(
-        StaticModel(model), cache, L_bv, count, sampling or graph.Sampling(), model.beside.stop_tokens
+        StaticModel(model), cache, L_bv, count, sampling or graph.Sampling(), model.side_files.stop_tokens
     ), cache
 
 

@@ -5,8 +5,10 @@ and nothing of it lost when the model is saved or exported.
 from __future__ import annotations
 
 import builtins
+import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -14,13 +16,13 @@ import pytest
 from helpers import TOLERANCE, refused, relative, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from tpa_ref.files.found import inspect
-from tpa_ref.gemma.beside import Beside
-from tpa_ref.gemma.chat import chat_tokens, prompt_tokens
+from tpa_ref.gemma.chat import chat_tokens, prompt_tokens, stop_tokens
 from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.generate import generate, generate_tokens
+from tpa_ref.gemma.side_files import SideFiles
 from tpa_ref.gemma.tokenizer import Tokenizer
 from tpa_ref.gemma.weights import EMBED, HEAD
 
@@ -271,14 +273,22 @@ def test_generation_stops_where_the_files_say(backend, tmp_path, said):
     model = backend.load(folder)
     assert list(generate_tokens(model, prompt, 12)) == got and len(got) <= 5
     saved = backend.load(backend.save(backend.convert(model, backend.TPAConfig(mode="fixed-a")), tmp_path / "saved"))
-    assert saved.beside.stop_tokens == model.beside.stop_tokens
+    assert saved.side_files.stop_tokens == model.side_files.stop_tokens
 
 
-def test_without_a_word_gemma_s_two_ids_end_a_text():
-    """And a generation_config.json that says none leaves it to config.json."""
-    assert Beside().stop_tokens == {1, 106}
+def test_where_no_file_says_what_ends_a_text(backend, tmp_path):
+    """<eos>, the default of Gemma's config, where there is a config.json; Gemma's two ids without one; a generation_config.json
+    that says none leaves it to config.json. Saving changes none of it.
+    """
+    assert SideFiles().stop_tokens == {1, 106}
+    folder = edit(folder_of(tmp_path / "model"), eos_token_id=None)
+    model = backend.load(folder)
+    assert model.side_files.stop_tokens == {1}
+    assert backend.load(backend.save(model, tmp_path / "saved")).side_files.stop_tokens == {1}
+    model.side_files = SideFiles()
+    assert backend.load(backend.save(model, tmp_path / "again")).side_files.stop_tokens == {1, 106}
     files = {"generation_config.json": b'{"top_k": 64}', "config.json": b'{"text_config": {"eos_token_id": 7}}'}
-    assert Beside(files).stop_tokens == {7}
+    assert SideFiles(files).stop_tokens == {7}
 
 
 @pytest.mark.parametrize("value", ["a", [1, "a"], [1, -2], 1.5, {"a": 1}, True])
@@ -348,10 +358,9 @@ def test_any_text_has_the_ids_of_transformers(tokenizers, text):
     assert tokenizer.encode(text, bos=False) == expected(text, add_special_tokens=False).input_ids
 
 
-def tokenizer_of(folder, held={}):  # noqa: B006 (made once)
-    if folder not in held:
-        held[folder] = transformers.GemmaTokenizer.from_pretrained(folder)
-    return held[folder]
+@functools.cache
+def tokenizer_of(folder):
+    return transformers.GemmaTokenizer.from_pretrained(folder)
 
 
 def test_tokens_that_were_added_to_a_tokenizer_model(tokenizers, tmp_path):
@@ -363,10 +372,15 @@ def test_tokens_that_were_added_to_a_tokenizer_model(tokenizers, tmp_path):
     ):
         folder = with_tokenizer(tmp_path / name, tokenizers / "model")
         (folder / name).write_text(json.dumps(content))
-        tokenizer = inspect(folder).tokenizer
-        ids = tokenizer.encode("<|im_start|>the<|im_end|>", bos=False)
-        assert ids[0] == 400 and ids[-1] == 401 and len(ids) > 2
-        assert tokenizer.decode([*ids, 511, 10**6]) == "<|im_start|>the<|im_end|>"
+        given = tmp_path / f"{name}.model"
+        shutil.copy(folder / "tokenizer.model", given)
+        for tokenizer in (inspect(folder).tokenizer, inspect(folder, tokenizer=given).tokenizer):
+            ids = tokenizer.encode("<|im_start|>the<|im_end|>", bos=False)
+            assert ids[0] == 400 and ids[-1] == 401 and len(ids) > 2
+            assert tokenizer.decode([*ids, 511, 10**6]) == "<|im_start|>the<|im_end|>"
+        decoder = {str(token): {"content": text, "special": True} for text, token in added.items()}
+        edit(folder, "tokenizer_config.json", added_tokens_decoder=decoder)
+        assert inspect(folder).tokenizer.decode(ids) == "the"
 
 
 def without_library(monkeypatch, name):
@@ -390,10 +404,9 @@ def test_without_the_tokenizers_library(tokenizers, tmp_path, monkeypatch):
     alone = with_tokenizer(tmp_path / "alone", tokenizers / "json")
     without_library(monkeypatch, "tokenizers")
     assert inspect(same).tokenizer.encode("<start_of_turn>", bos=False) == [105]
-    for folder in (lacking, alone):
-        if folder is lacking:
-            (folder / "tokenizer_config.json").unlink()
-        refused(lambda folder=folder: inspect(folder), "tokenizers", "pip install")
+    (lacking / "tokenizer_config.json").unlink()
+    refused(lambda: inspect(lacking), "tokenizers", "pip install")
+    refused(lambda: inspect(alone), "tokenizers", "pip install")
 
 
 @settings(max_examples=40, deadline=None)
@@ -426,6 +439,16 @@ def test_resized_embeddings(backend, tokenizers, tmp_path, rows):
         ask()
 
 
+def test_what_ends_a_turn(tokenizers):
+    """<end_of_turn> ends one where the template has it; 106 is just a token elsewhere."""
+    tokenizer = Tokenizer({"tokenizer.json": (tokenizers / "added" / "tokenizer.json").read_bytes()})
+    for template, expected in ((None, {1, 106}), (GEMMA, {1, 106}), (CHATML, {1})):
+        files = {"config.json": b'{"eos_token_id": 1}'}
+        files |= {} if template is None else {"chat_template.jinja": template.encode()}
+        model = SimpleNamespace(tokenizer=tokenizer, side_files=SideFiles(files))
+        assert stop_tokens(model, chat=True) == expected and stop_tokens(model, chat=False) == {1}
+
+
 def test_a_tokenizer_without_gemma_s_turns_cannot_chat(backend, tmp_path):
     """A line at the loader, and one where a chat is asked for."""
     folder = folder_of(tmp_path / "model", tokenizer=helpers.tokenizer_proto())
@@ -449,7 +472,7 @@ def test_a_conversation_has_the_ids_of_transformers(tokenizers, template, turns)
     """System text as it is, other texts stripped, roles by either name; the model's own template where it has one."""
     files = {} if template is None else {"chat_template.jinja": template.encode()}
     content = (tokenizers / "added" / "tokenizer.json").read_bytes()
-    got = chat_tokens(Tokenizer({"tokenizer.json": content}), Beside(files), turns)
+    got = chat_tokens(Tokenizer({"tokenizer.json": content}), SideFiles(files), turns)
     expected = tokenizer_of(tokenizers / "added").apply_chat_template(
         as_messages(turns),
         chat_template=template or GEMMA,
@@ -467,7 +490,7 @@ def test_where_a_template_lies(where):
     content = {"chat_template": named if where == "named" else CHATML}
     name = "tokenizer_config.json" if where == "named" else where
     files = {name: CHATML.encode() if where.endswith("jinja") else json.dumps(content).encode()}
-    assert Beside(files).chat_template == CHATML
+    assert SideFiles(files).chat_template == CHATML
 
 
 @pytest.mark.parametrize(
@@ -476,8 +499,8 @@ def test_where_a_template_lies(where):
 def test_a_template_that_cannot_be_used_is_one_line(tokenizers, template):
     """Refusals of the template itself, faults in it, and what the sandbox forbids."""
     content = (tokenizers / "json" / "tokenizer.json").read_bytes()
-    beside = Beside({"chat_template.jinja": template.encode()})
-    refused(lambda: chat_tokens(Tokenizer({"tokenizer.json": content}), beside, TURNS[1:2]), "chat template")
+    side_files = SideFiles({"chat_template.jinja": template.encode()})
+    refused(lambda: chat_tokens(Tokenizer({"tokenizer.json": content}), side_files, TURNS[1:2]), "chat template")
 
 
 @pytest.mark.parametrize("kind", ["json", "added"], ids=["gemma", "chatml"])
@@ -557,7 +580,19 @@ def test_everything_beside_the_weights_goes_along(backend, tokenizers, tmp_path,
     hf = transformers.GemmaTokenizer.from_pretrained(target)
     assert hf(TEXTS[2]).input_ids == tokenizer_of(tokenizers / "both")(TEXTS[2]).input_ids
     again = backend.load(target)
-    assert again.beside.chat_template == CHATML and again.beside.stop_tokens == {1, 106, 50}
+    assert again.side_files.chat_template == CHATML and again.side_files.stop_tokens == {1, 106, 50}
+
+
+def test_the_checkpoint_of_somebody_else_is_not_replaced(backend, tokenizers, tmp_path):
+    """A folder of Hugging Face looks like one of ours; only what was saved here, or is empty, may be replaced."""
+    model = backend.load(with_tokenizer(tmp_path / "model", tokenizers / "json"))
+    before = sorted((tmp_path / "model").iterdir())
+    refused(lambda: backend.save(model, tmp_path / "model"), "config.json", "not saved by this program")
+    refused(lambda: backend.export(tmp_path / "model", tmp_path / "model"), "model")
+    assert sorted((tmp_path / "model").iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        backend.save(model, tmp_path / "empty")
 
 
 def test_saving_again_replaces_what_was_beside(backend, tokenizers, tmp_path):
@@ -565,4 +600,3 @@ def test_saving_again_replaces_what_was_beside(backend, tokenizers, tmp_path):
     target = backend.save(backend.load(with_tokenizer(tmp_path / "a", tokenizers / "added")), tmp_path / "saved")
     backend.save(backend.load(folder_of(tmp_path / "b")), target)
     assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors"]
-    save_file(helpers.tensors(helpers.config()), target / "model.safetensors")

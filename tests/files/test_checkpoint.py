@@ -125,7 +125,8 @@ def test_a_saved_dense_folder_is_a_hugging_face_checkpoint(tmp_path, folder):
     path = tpa_ref.save(tpa_ref.load(folder), tmp_path / "saved")
     held = load_file(path / "model.safetensors")
     assert {name: value.shape for name, value in held.items()} == hf_names(helpers.config())
-    assert json.loads((path / "config.json").read_text()) == helpers.config().to_hf() | {"torch_dtype": "float32"}
+    ours = {"torch_dtype": "float32", "saved_by": "tpa-gemma3"}
+    assert json.loads((path / "config.json").read_text()) == helpers.config().to_hf() | ours
     assert (path / "tokenizer.model").read_bytes() == helpers.tokenizer_proto()
     with safe_open(path / "model.safetensors", "numpy") as handle:
         assert handle.metadata() == {"format": "pt"}  # transformers insists on it
@@ -224,7 +225,7 @@ def test_a_folder_that_is_not_a_saved_model_is_not_replaced(backend, tmp_path, f
     """Nobody's files are removed; an empty folder is taken."""
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"x")
-    refused_save(backend, folder, tmp_path / "holiday", tmp_path, "save", "holiday", "not a saved model")
+    refused_save(backend, folder, tmp_path / "holiday", tmp_path, "save", "holiday", "not saved by this program")
     (tmp_path / "notes").write_text("mine")
     refused_save(backend, folder, tmp_path / "notes", tmp_path, "save", "notes")
     (tmp_path / "empty").mkdir()
@@ -313,8 +314,8 @@ def test_a_missing_path_is_named(backend, tmp_path):
     for name in ("nothing", "nothing.pt", "nothing.safetensors", "x" * 300, "a\0b", "two\nlines"):
         refused(lambda name=name: backend.load(tmp_path / name), "load")
     refused(lambda: backend.load(tmp_path / "nothing"), tmp_path / "nothing")
-    (tmp_path / "model.gguf").write_bytes(b"x")
-    refused(lambda: backend.load(tmp_path / "model.gguf"), "load", ".gguf", ".safetensors", ".pt")
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    refused(lambda: backend.load(tmp_path / "model.onnx"), "load", ".gguf", ".safetensors", ".pt")
 
 
 def test_a_folder_without_config_or_without_weights(backend, tmp_path, folder):
@@ -746,10 +747,10 @@ WRONG_CONTENTS = {
     "config is a number": lambda content: content | {"config": 3},
     "config is None": lambda content: content | {"config": None},
     "config is no JSON": lambda content: content | {"config": "{"},
-    "files are a number": lambda content: content | {"beside": 3},
-    "a file is a string": lambda content: content | {"beside": {"tokenizer.model": "bytes"}},
+    "files are a number": lambda content: content | {"files": 3},
+    "a file is a string": lambda content: content | {"files": {"tokenizer.model": "bytes"}},
     "a file is of floats": lambda content: (
-        content | {"beside": {"tokenizer.model": content["tensors"]["model.norm.weight"]}}
+        content | {"files": {"tokenizer.model": content["tensors"]["model.norm.weight"]}}
     ),
     "format is a list": lambda content: content | {"format": ["tpa-gemma3"]},
     "version is a string": lambda content: content | {"version": "1.0"},

@@ -289,7 +289,7 @@ def test_a_model_without_windows():
 
 def test_what_is_said_of_texts(made):
     """Ends of texts and the chat template are used, and kept."""
-    beside = inspect(made[0]).beside
+    beside = inspect(made[0]).side_files
     assert beside.stop_tokens == {1, 106} and beside.config["bos_token_id"] == 2
     assert beside.chat_template == "{{ messages }}"
 
@@ -452,19 +452,27 @@ def test_images(backend, seeing, tmp_path, swapped, by_folder):
 
 
 def test_wrong_towers(seeing, tmp_path):
-    """Two of them, one alone, one of another model."""
+    """One alone, one of another kind, a model in its place."""
     _, named, config = seeing
     folder = tmp_path / "model"
     write_seeing(folder, named, config)
     tower = folder / "mmproj-model-f32.gguf"
     refused(lambda: inspect(tower), "image tower", "model's .gguf")
-    (folder / "mmproj-2.gguf").write_bytes(tower.read_bytes())
-    refused(lambda: inspect(folder / "model.gguf"), "2 image towers", "mmproj-2.gguf")
-    (folder / "mmproj-2.gguf").unlink()
     tower.write_bytes(tower.read_bytes().replace(b"gemma3", b"llava9"))
     refused(lambda: inspect(folder), "'gemma3' projector", "'llava9'")
     tower.write_bytes((folder / "model.gguf").read_bytes())
     refused(lambda: inspect(folder), "twice")
+
+
+def test_several_towers_in_a_folder(seeing, tmp_path):
+    """Of one tower in several precisions the finest is read; that of another model is left alone."""
+    _, named, config = seeing
+    folder = tmp_path / "model"
+    write_seeing(folder, named, config)
+    (folder / "mmproj-0.gguf").write_bytes((folder / "mmproj-model-f32.gguf").read_bytes()[:5000])
+    assert inspect(folder / "model.gguf").config.vision == config.vision
+    write(folder / "small.gguf", helpers.config(vocab_size=VOCAB, hidden_size=32))
+    assert inspect(folder / "small.gguf").config.vision is None
 
 
 # ---- conversion and export ----

@@ -19,8 +19,8 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (project / "sub").mkdir(parents=True)
     (project / "config.json").write_text("{}")
     (project / "sub" / "thesis.txt").write_text("x")
-    refused(lambda: check_output(project), "sub", "not a saved model")
-    refused(lambda: tpa_ref.save(helpers.model(tpa_ref), project), "not a saved model")
+    refused(lambda: check_output(project), "sub", "not saved by this program")
+    refused(lambda: tpa_ref.save(helpers.model(tpa_ref), project), "not saved by this program")
     assert (project / "sub" / "thesis.txt").read_text() == "x"
 
 

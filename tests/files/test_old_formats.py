@@ -93,7 +93,7 @@ def test_saved_again_it_is_of_today_and_the_same(backend, tmp_path, name, suffix
     np.testing.assert_array_equal(helpers.logits(again, IDS), helpers.logits(model, IDS))
     held = load_file(path if suffix else path / "model.safetensors")
     before = load_file(saved(name))
-    assert held.keys() - {"beside.tokenizer.model"} == before.keys()
+    assert held.keys() - {"file.tokenizer.model"} == before.keys()
     assert all(np.array_equal(held[key], before[key]) for key in before)
 
 
@@ -110,7 +110,7 @@ def test_other_versions_are_refused(backend, tmp_path, version, age, place):
         said |= {"config": json.dumps(config)}
     path = tmp_path / "other.safetensors"
     save_file(load_file(saved("v3_mixed")), path, said)
-    refused(lambda: backend.load(path), path, f"version {version} by {age} release", "reads 2 and 3 and 4")
+    refused(lambda: backend.load(path), path, f"version {version} by {age} release", "reads 2, 3, 4")
 
 
 def test_bases_exchanged_between_k_and_v_are_another_model(tmp_path):

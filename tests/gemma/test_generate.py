@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tpa_ref.compress.config import TPAConfig
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma import generate
-from tpa_ref.gemma.beside import Beside
 from tpa_ref.gemma.chat import chat_text, prompt_tokens
 from tpa_ref.gemma.conversation import Conversation
 from tpa_ref.gemma.generate import Sampling
+from tpa_ref.gemma.side_files import SideFiles
 from tpa_ref.gemma.tokenizer import BOS, DEFAULT_STOP, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
 
 P = np.array([0.1, 0.4, 0.3, 0.2])  # order of likelihood: 1, 2, 3, 0
@@ -278,7 +278,7 @@ class Scripted:
     """A model that says given tokens, whatever it reads, and counts its forward passes."""
 
     def __init__(self, script):
-        self.config, self.beside, self.script, self.passes = helpers.config(), Beside(), script, 0
+        self.config, self.side_files, self.script, self.passes = helpers.config(), SideFiles(), script, 0
 
     def new_cache(self, batch, max_len):
         return None
@@ -423,7 +423,7 @@ def test_streaming_takes_work_in_proportion_to_the_text(text):
 
 def found(tokenizer):
     """What `prompt_tokens` asks a model for."""
-    return SimpleNamespace(tokenizer=tokenizer, config=helpers.config(), beside=Beside())
+    return SimpleNamespace(tokenizer=tokenizer, config=helpers.config(), side_files=SideFiles())
 
 
 def test_chat_template_text_by_hand():

@@ -13,17 +13,17 @@ from helpers import ROOT, relative, to_numpy
 
 import gemma_table
 import tpa_ref
+from get_gemma import TARGET as GEMMA
 from tpa_ref.gemma.generate import generate_tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import tpa_torch
 
-GEMMA = ROOT / "models" / "gemma-3-270m.gguf"
+pytestmark = pytest.mark.skipif(not GEMMA.is_file(), reason="no real weights here: make test-gemma fetches them")
 TEXT = (ROOT / "assets" / "tiny-gemma3" / "evaluation.txt").read_text(encoding="utf-8")[:1600]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Photosynthesis is the process by which"]
 NEW = 16
-COMMITTED = json.loads((ROOT / "results" / "gemma_settings.json").read_text())["tested"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_greedy_text_and_where_it_stops(models, theirs, backend, prompt):
         said = theirs.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0, len(ids) :].tolist()
     assert list(generate_tokens(model, ids, NEW)) == said
     stops = theirs.generation_config.eos_token_id
-    assert model.beside.stop_tokens == set(stops if isinstance(stops, list) else [stops])
+    assert model.side_files.stop_tokens == set(stops if isinstance(stops, list) else [stops])
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,10 @@ def calibrated():
 
 @pytest.mark.parametrize("name", list(gemma_table.SETTINGS))
 def test_kl_of_every_setting(calibrated, name):
-    """Not above the committed figure by more than codes differ between machines; nor far below it, which would mean
-    that something else is measured.
+    """Within 0.8 to 1.1 of the committed KL: rounding differs between machines; far below would mean measuring
+    something else.
     """
+    committed = json.loads((ROOT / "results" / "gemma_settings.json").read_text())["tested"][name]
     found = gemma_table.measure(*calibrated, name, gemma_table.TESTED["evaluation"], gemma_table.TESTED["recall"])
-    assert found["ratio"] == pytest.approx(COMMITTED[name]["ratio"], rel=0.01)
-    assert 0.8 * COMMITTED[name]["kl"] < found["kl"] < 1.1 * COMMITTED[name]["kl"]
+    assert found["ratio"] == pytest.approx(committed["ratio"], rel=0.01)
+    assert 0.8 * committed["kl"] < found["kl"] < 1.1 * committed["kl"]

@@ -27,7 +27,7 @@ LARGE = 100_000_000  # parameters from which on a CPU gets smaller defaults, to 
 VERY_LARGE = 2_000_000_000  # parameters from which on memory matters more than what a CPU is fast in
 
 # Help texts that are long
-CHECKPOINT = "checkpoint: Hugging Face folder, gemma_pytorch .ckpt or folder, .safetensors"
+CHECKPOINT = "checkpoint: Hugging Face folder, .gguf, gemma_pytorch .ckpt or folder, .safetensors"
 DTYPE = "compute dtype (default: float32; bfloat16 for large models stored in it, where the device is fast in it)"
 PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 512, no images)"
 CALIBRATION = "text for the model constants (default: the shipped one); 'none': from the weights alone"

@@ -55,7 +55,7 @@ def begin_conversion(model: Any, tpa: Any = None) -> Any:
     exact = any(side.dtype == "float32" for side in sides)
     g, d = model.config.num_kv_heads, model.config.head_dim
     pairs = [model.Pair.dense(g, d, full_precision(model) if exact else "bfloat16")] * model.config.num_layers
-    kept = model.stored_dtype, model.beside
+    kept = model.stored_dtype, model.side_files
     converted = type(model)(model.config, model.weights, model.tokenizer, tpa, pairs, None, *kept)
     converted.choices, converted.notes = list(choices), notes + q_notes
     return converted

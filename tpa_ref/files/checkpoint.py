@@ -3,7 +3,7 @@
 A saved model is one of
     folder          config.json, model.safetensors (or shards with an index), tokenizer and whatever lay beside
     *.safetensors   one file: config in its metadata, the files of a folder as tensors of bytes
-    *.pt            {format, version, config, beside, tensors}, read with weights_only=True (needs torch)
+    *.pt            {format, version, config, files, tensors}, read with weights_only=True (needs torch)
 Its config.json is the Hugging Face one plus the key "tpa": version, TPAConfig and how every layer caches K and V.
 """
 
@@ -23,16 +23,17 @@ from safetensors.numpy import save_file
 from ..atomic import replacing
 from ..compress.config import TPAConfig
 from ..errors import TPAError
-from ..gemma.beside import KEPT
 from ..gemma.config import GemmaConfig
+from ..gemma.hf_config import SAVED_BY
 from ..gemma.model import Model
 from ..gemma.pieces import JSON, MODEL
+from ..gemma.side_files import KEPT
 from ..gemma.weights import EMBED, HEAD, VISION_BLOCKS, from_named, hf_names, joined, joined_vision, stored_name
-from .formats import BESIDE, FORMAT, VERSION
+from .formats import FORMAT, SIDE_FILE, VERSION
 from .found import Found, inspect
 from .pairs import describe, is_basis, named_arrays, saved_pair
 
-BESIDE_WEIGHTS = {*KEPT, JSON, MODEL, "model.safetensors.index.json"}  # in a saved folder
+SAVED_NAMES = {*KEPT, JSON, MODEL, "model.safetensors.index.json"}  # in a saved folder
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
 
@@ -49,9 +50,10 @@ def load(
 
     variant: 270m, 1b, 4b, 12b, 27b, to be checked against what is found; where there is no config.json it is guessed
     from the tensors. config: a GemmaConfig, or the path of a Hugging Face config.json, for sizes that were never
-    published. tokenizer: path of a tokenizer.model. dtype: what is computed in; bf16 files are widened. progress: wraps
-    the tensors being read, for instance `tqdm.tqdm`. on_disk: every block is read anew whenever it is needed, so that
-    no more than one is in memory. A multimodal checkpoint comes with its image tower where config and tensors have one.
+    published. tokenizer: path of a tokenizer.model or tokenizer.json. dtype: what is computed in; bf16 files are
+    widened. progress: wraps the tensors being read, for instance `tqdm.tqdm`. on_disk: every block is read anew
+    whenever it is needed, so that no more than one is in memory. A multimodal checkpoint comes with its image tower
+    where config and tensors have one.
     """
     if dtype not in ("float32", "float64"):
         raise TPAError(f"load: dtype of the NumPy backend must be one of float32, float64, got {dtype!r}")
@@ -85,7 +87,7 @@ class Loader(dict[str, Any]):
     def model(self, progress: Callable = iter, on_disk: bool = False) -> Any:
         """The model, with its TPA factors if it was saved with some."""
         config, saved = self.found.config, self.found.tpa
-        blocks = ("model.layers.", VISION_BLOCKS) if on_disk else "none"
+        blocks = ("model.layers.", VISION_BLOCKS) if on_disk else ()
         for name in progress([name for name in self.found.entries if not name.startswith(blocks)]):
             self[name] = self.read(name)
         tpa, pairs, queries = None, None, None
@@ -99,9 +101,10 @@ class Loader(dict[str, Any]):
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
                 raise TPAError(f"load: the saved TPA entry is unreadable: {problem}") from None
         weights = from_named(self, config, on_disk)
-        found, computed = self.found, "float32" if self.dtype == "float64" else self.dtype
-        kept = computed if found.quantized else found.stored_dtype, found.beside
-        made = self.model_class(config, weights, found.tokenizer, tpa, pairs, queries, *kept)
+        found, stored = self.found, self.found.stored_dtype
+        if found.quantized:
+            stored = "float32" if self.dtype == "float64" else self.dtype
+        made = self.model_class(config, weights, found.tokenizer, tpa, pairs, queries, stored, found.side_files)
         made.notes = list(found.notes)
         if tpa is not None:
             made.choices = list(tpa.resolve(config)[0])
@@ -138,8 +141,8 @@ def save(model: Any, path: str | Path) -> Path:
 def save_safetensors(model: Any, target: Path) -> None:
     """One file with everything in its metadata."""
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config_json(model)}
-    beside = {BESIDE + name: np.frombuffer(content, np.uint8) for name, content in files_beside(model).items()}
-    save_file(arrays(model) | beside, target, metadata)
+    held = {SIDE_FILE + name: np.frombuffer(content, np.uint8) for name, content in side_files_of(model).items()}
+    save_file(arrays(model) | held, target, metadata)
 
 
 def save_folder(model: Any, target: Path) -> None:
@@ -152,7 +155,7 @@ def save_folder(model: Any, target: Path) -> None:
         for number in range(shard_count(model.config)):
             save_file(shard(model, number), target / shard_name(number, model.config), {"format": "pt"})
         write_index(target)
-    write_beside(model, target)
+    write_side_files(model, target)
 
 
 def save_pt(model: Any, target: Path) -> None:
@@ -165,10 +168,10 @@ def save_pt(model: Any, target: Path) -> None:
     for name, x in arrays(model).items():
         is_bfloat16 = x.dtype == "bfloat16"  # which torch does not take from NumPy
         tensors[name] = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(x)
-    files = files_beside(model).items()
-    beside = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files}
+    files = side_files_of(model).items()
+    held = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files}
     content = {"format": FORMAT, "version": VERSION, "config": config_json(model)}
-    torch.save(content | {"beside": beside, "tensors": tensors}, target)
+    torch.save(content | {"files": held, "tensors": tensors}, target)
 
 
 def arrays(model: Any) -> dict[str, np.ndarray]:
@@ -213,7 +216,8 @@ def shard(model: Any, number: int) -> dict[str, np.ndarray]:
 
 def config_json(model: Any) -> str:
     """The config.json of a saved model."""
-    content = model.config.to_hf(model.beside.config) | {"torch_dtype": model.stored_dtype}
+    content = model.config.to_hf(model.side_files.config)
+    content |= {"torch_dtype": model.stored_dtype, SAVED_BY: FORMAT}
     if model.tpa is not None:
         factors = [describe(pair) for pair in model.pairs]
         content["tpa"] = {"version": VERSION, "config": model.tpa.to_dict(), "factors": factors}
@@ -233,15 +237,15 @@ def write_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def files_beside(model: Any) -> dict[str, bytes]:
-    """The files that lie beside the weights of a model, but for config.json."""
-    files = dict(model.beside.files) | (model.tokenizer.files if model.tokenizer else {})
-    return {name: content for name, content in files.items() if content and name != "config.json"}
+def side_files_of(model: Any) -> dict[str, bytes]:
+    """The small files that are saved with a model, but for config.json."""
+    files = dict(model.side_files.files) | (model.tokenizer.files if model.tokenizer else {})
+    return {name: content for name, content in files.items() if name != "config.json"}
 
 
-def write_beside(model: Any, folder: Path) -> None:
-    """Everything beside the weights; config.json last, since it says that all is there."""
-    for name, content in files_beside(model).items():
+def write_side_files(model: Any, folder: Path) -> None:
+    """All side files; config.json last, since it says that everything is there."""
+    for name, content in side_files_of(model).items():
         (folder / name).write_bytes(content)
     (folder / "config.tmp").write_text(config_json(model), encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")
@@ -264,21 +268,34 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
         raise TPAError(f"save: the folder of {path} does not exist: {parent}")
     if not os.access(parent, os.W_OK):
         raise TPAError(f"save: no permission to write in {parent}")
+    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        raise TPAError(f"save: {path} is the checkpoint that is read; choose another place")
     if path.suffix and path.is_dir():
         raise TPAError(f"save: {path} is a folder, a file was expected")
     if not path.suffix and path.exists():
         other = path if path.is_file() else next((file for file in path.iterdir() if not is_model_file(file)), None)
+        if other is None and not is_ours(path):
+            other = path / "config.json"  # of somebody else's checkpoint
         if other is not None:
             raise TPAError(
-                f"save: {path} exists and is not a saved model (it holds {other.name}); "
+                f"save: {path} exists and was not saved by this program (it holds {other.name}); "
                 f"choose another place or remove it"
             )
-    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
-        raise TPAError(f"save: {path} is the checkpoint that is read; choose another place")
     return path
+
+
+def is_ours(folder: Path) -> bool:
+    """Was this folder saved by this program? An empty one is nobody's."""
+    try:
+        content = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        return not any(folder.iterdir())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and (content.get(SAVED_BY) == FORMAT or "tpa" in content)
 
 
 def is_model_file(file: Path) -> bool:
     """Is this one of the files that `save` and `export` write?"""
     weights = file.name.startswith("model") and file.suffix == ".safetensors"
-    return file.is_file() and (weights or file.name in BESIDE_WEIGHTS)
+    return file.is_file() and (weights or file.name in SAVED_NAMES)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-QUANTIZED = "quantized"  # the dtype of every tensor of a GGUF: read as float32, made for no dtype of ours
+QUANTIZED = "quantized"  # the dtype of every tensor of a GGUF, which is read as float32
 
 
 class Container(NamedTuple):
@@ -27,17 +27,16 @@ class Entry:
     file: Any = None  # a `SafetensorsFile`, `PickledFile` or `GgufFile`
     key: str = ""
     scale: Entry | None = None  # multiplies every row
-    transposed: bool = False
     rows: slice | None = None  # only these
+    transposed: bool = False  # whole ones only
 
     def read(self, framework: str) -> Any:
         """An array ("numpy") or a torch tensor ("pt")."""
         is_numpy, rows = framework == "numpy", self.rows or slice(None)
-        x = self.file.read(self.key, framework, slice(None) if self.transposed else rows)
+        x = self.file.read(self.key, framework, rows)
         if self.scale is not None:
             s = self.scale.read(framework)[rows, None]
             x = x.astype(np.float32) * s.astype(np.float32) if is_numpy else x.float() * s.float()
         if self.transposed:
             x = np.ascontiguousarray(x.T) if is_numpy else x.T.contiguous()
-            x = x[rows]
         return x

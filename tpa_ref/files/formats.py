@@ -25,15 +25,15 @@ import ml_dtypes
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TPAError
-from ..gemma.beside import KEPT
 from ..gemma.pieces import JSON, MODEL
+from ..gemma.side_files import KEPT
 from .entry import Container, Entry
 from .gguf_format import gguf_files, open_gguf
 
 FORMAT, VERSION = "tpa-gemma3", 4  # of models saved by this program
 # In 2 nothing was predicted, and K and V had codes of their own; in 3 only the tokenizer was kept of what lies beside.
 READABLE = ("2", "3", "4")
-BESIDE = "beside."  # in a single file: tensors of bytes, the files that lie beside the weights in a folder
+SIDE_FILE = "file."  # in a single file: tensors of bytes, the files that lie beside the weights in a folder
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 
 
@@ -136,8 +136,8 @@ def _open_safetensors(files: list[Path]) -> Container:
     if metadata.get("format") != FORMAT:
         return Container(entries, *_beside(files[0].parent))
     check_version(files[0], metadata.get("version"))
-    inside = {name: entries.pop(name) for name in list(entries) if name.startswith(BESIDE)}
-    held = {name.removeprefix(BESIDE): entry.read("numpy").tobytes() for name, entry in inside.items()}
+    inside = {name: entries.pop(name) for name in list(entries) if name.startswith(SIDE_FILE)}
+    held = {name.removeprefix(SIDE_FILE): entry.read("numpy").tobytes() for name, entry in inside.items()}
     held["config.json"] = metadata.get("config", "").encode()
     if proto := metadata.get("tokenizer"):  # before version 4
         try:
@@ -177,12 +177,12 @@ def _open_pickles(files: list[Path]) -> Container:
             if key in entries:
                 raise TPAError(f"load: {key} is held twice, in {file.name} and in a shard before it")
             entries[key] = entry
-    content, held_beside = _beside(files[0].parent)
+    content, side_files = _beside(files[0].parent)
     # What lies beside a .ckpt may describe something else; a Hugging Face config says what it is.
     is_hf = content is not None and ("model_type" in content or "text_config" in content)
     if not is_hf:
-        held_beside.pop("config.json", None)
-    return Container(entries, content if is_hf else None, held_beside)
+        side_files.pop("config.json", None)
+    return Container(entries, content if is_hf else None, side_files)
 
 
 def _load_pickle(file: Path) -> dict[Any, Any]:
@@ -224,11 +224,11 @@ def _tensor_entries(file: Path, held: dict[Any, Any]) -> dict[str, Entry]:
 def _saved_pt(file: Path, content: dict[Any, Any]) -> Container:
     check_version(file, content.get("version"))
     held, proto, config = (content.get(name) for name in ("tensors", "tokenizer", "config"))
-    beside = content.get("beside", {} if proto is None else {MODEL: proto})  # proto: before version 4
-    if not (isinstance(held, dict) and isinstance(config, str) and isinstance(beside, dict)):
+    held_files = content.get("files", {} if proto is None else {MODEL: proto})  # proto: before version 4
+    if not (isinstance(held, dict) and isinstance(config, str) and isinstance(held_files, dict)):
         raise TPAError(f"load: {file} must hold a config text, files as tensors of bytes, and named dense tensors")
     files = {"config.json": config.encode()}
-    for name, x in beside.items():
+    for name, x in held_files.items():
         if not (isinstance(name, str) and str(getattr(x, "dtype", "")) == "torch.uint8" and x.device.type == "cpu"):
             raise TPAError(f"load: files inside {file} must be tensors of bytes, got {str(name)[:60]!r}")
         files[name] = x.numpy().tobytes()
@@ -268,6 +268,5 @@ def check_version(path: Path, version: Any) -> None:
     if str(version) not in READABLE:
         age = "a newer" if str(version).isdecimal() and int(version) > VERSION else "another"
         raise TPAError(
-            f"load: {path} was saved in format version {version} by {age} release, "
-            f"this one reads {' and '.join(READABLE)}"
+            f"load: {path} was saved in format version {version} by {age} release, this one reads {', '.join(READABLE)}"
         )

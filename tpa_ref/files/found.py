@@ -1,4 +1,4 @@
-"""A checkpoint that is looked at and checked before a tensor is read: config, tokenizer, names, shapes."""
+"""A checkpoint that is looked at and checked before it is loaded: config, tokenizer, names, shapes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from ..gemma.beside import Beside
 from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
 from ..gemma.pieces import JSON, MODEL
+from ..gemma.side_files import SideFiles
 from ..gemma.tokenizer import Tokenizer
 from ..gemma.weights import EMBED, HEAD, hf_names, is_vision
 from .entry import QUANTIZED, Entry
@@ -32,7 +32,7 @@ class Found:
     tokenizer: Tokenizer | None
     stored_dtype: str
     entries: dict[str, Entry]  # by the names of `hf_names`, and tpa.* of a saved model
-    beside: Beside = field(default_factory=Beside)
+    side_files: SideFiles = field(default_factory=SideFiles)
     notes: list[str] = field(default_factory=list)  # what was ignored, one line each
 
     @property
@@ -47,12 +47,16 @@ def inspect(
     config: GemmaConfig | str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> Found:
-    """Recognise the format, read config and tokenizer, and check every tensor's name and shape, without reading one."""
+    """Recognise the format, read config and tokenizer, and check every tensor's name and shape. Only a head of
+    its own is read, to be compared with the embedding table."""
     path = Path(path)
     if variant is not None and variant not in VARIANTS:
         raise TPAError(f"load: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     held, content, files = open_checkpoint(path)
     entries, notes = named_entries(held), _ignored(path, held)
+    if isinstance(config, (str, Path)):
+        GemmaConfig.from_hf(config)  # which says what is wrong with it
+        files["config.json"] = Path(config).read_bytes()
     config = _choose_config(path, variant, content if config is None else config, entries)
     entries, config, untied = _tied(path, entries, config)
     # An image tower that only the config or only the file knows of is left out.
@@ -66,12 +70,14 @@ def inspect(
         if not isinstance(saved_tpa, dict):
             raise TPAError(f"load: the tpa entry of {path} must be an object, got {type(saved_tpa).__name__}")
         check_version(path, saved_tpa.get("version"))
+        if str(saved_tpa.get("version")) in ("2", "3"):  # whose config.json said nothing that the model had said
+            files.pop("config.json", None)
     entries, problems = split_qkv(entries, config)
     _check_tensors(path, entries, config, bool(saved_tpa), problems)
-    beside = Beside({name: content for name, content in files.items() if name not in (JSON, MODEL)})
-    beside.check()
-    chosen, more = _tokenizer(path, tokenizer, files, beside, config)
-    return Found(config, saved_tpa, chosen, stored_dtype, entries, beside, notes + untied + more)
+    side_files = SideFiles({name: content for name, content in files.items() if name not in (JSON, MODEL)})
+    side_files.check()
+    chosen, more = _tokenizer(path, tokenizer, files, side_files, config)
+    return Found(config, saved_tpa, chosen, stored_dtype, entries, side_files, notes + untied + more)
 
 
 def _ignored(path: Path, held: dict[str, Entry]) -> list[str]:
@@ -112,13 +118,14 @@ def same_numbers(a: Entry, b: Entry) -> bool:
 
 
 def _tokenizer(
-    path: Path, given: str | Path | None, files: dict[str, bytes], beside: Beside, config: GemmaConfig
+    path: Path, given: str | Path | None, files: dict[str, bytes], side_files: SideFiles, config: GemmaConfig
 ) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer given or found, checked against the vocabulary; what is odd about it."""
     own = {name: content for name, content in files.items() if name in (JSON, MODEL)}
     if given is None and not own:
         return None, []
-    chosen = Tokenizer.from_file(given) if given else Tokenizer(own, str(path), beside.added_tokens)
+    known = side_files.added_tokens, side_files.hidden_tokens
+    chosen = Tokenizer.from_file(given, *known) if given else Tokenizer(own, str(path), *known)
     pieces, rows = chosen.vocab_size, config.vocab_size
     if not pieces <= rows <= 2 * pieces:
         raise TPAError(

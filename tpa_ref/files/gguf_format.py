@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import TPAError
 from ..gemma.pieces import MODEL
-from ..gemma.weights import EMBED, PROJECTOR, TOWER, VISION_BLOCKS
+from ..gemma.weights import EMBED, HEAD, PROJECTOR, TOWER, VISION_BLOCKS
 from .entry import QUANTIZED, Container, Entry
 from .gguf_config import read_config
 from .gguf_header import Header, Tensor, read_header
@@ -30,9 +30,9 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 CHUNK = 2**20  # so many numbers are widened at once
 
 NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    "token_embd.weight": EMBED,
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": HEAD,
     "v.patch_embd.weight": f"{TOWER}embeddings.patch_embedding.weight",
     "v.patch_embd.bias": f"{TOWER}embeddings.patch_embedding.bias",
     "v.position_embd.weight": f"{TOWER}embeddings.position_embedding.weight",
@@ -79,13 +79,12 @@ def gguf_files(path: Path) -> list[Path]:
     models = [file for file in (found if path.is_dir() else [path]) if not is_tower(file)]
     if not models and not towers:
         return []
-    if len(towers) > 1:
-        raise TPAError(f"load: {folder} holds {len(towers)} image towers; leave one of them: {towers[0].name}, ...")
     if not models:
         raise TPAError(f"load: {towers[0]} is an image tower; give the model's .gguf, which is read with it")
     if len(different := {PART.sub(r"\1-of-\3", file.name) for file in models}) > 1:
         raise TPAError(f"load: {folder} holds {len(different)} .gguf models; name one of them: {models[0].name}, ...")
-    return parts_of(models[0]) + towers
+    # The same tower often lies there in several precisions: the finest is taken.
+    return parts_of(models[0]) + sorted(towers, key=lambda file: -file.stat().st_size)[:1]
 
 
 def is_tower(file: Path) -> bool:
@@ -182,10 +181,10 @@ def import_gguf(path: Path) -> Any:
     return gguf
 
 
-def our_name(key: str) -> str:
+def hf_name(key: str) -> str:
     """The name of `weights.hf_names`; what has none keeps its own, and is reported as unexpected.
 
-    >>> our_name("blk.3.attn_q.weight"), our_name("v.blk.0.ln1.bias")
+    >>> hf_name("blk.3.attn_q.weight"), hf_name("v.blk.0.ln1.bias")
     ('model.layers.3.self_attn.q_proj.weight', 'vision_tower.vision_model.encoder.layers.0.layer_norm1.bias')
     """
     found = re.fullmatch(r"(v\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", key)
@@ -203,7 +202,7 @@ def _entries(headers: list[Header]) -> dict[str, Entry]:
         for key, tensor in header.tensors.items():
             if not can_widen(tensor.kind):
                 raise TPAError(f"load: {key!r} of {header.path} is {tensor.kind.name}, which gguf cannot widen")
-            name = our_name(_unswapped(key, header.tensors))
+            name = hf_name(_unswapped(key, header.tensors))
             if name in entries:
                 raise TPAError(f"load: {name} is held twice, in {entries[name].file.path.name} and {file.path}")
             entries[name] = Entry(tensor.shape, QUANTIZED, file, key)
@@ -222,6 +221,12 @@ def _unswapped(key: str, tensors: dict[str, Tensor]) -> str:
     return f"{block}.ffn_{end.replace('up', 'down') if 'up' in end else end.replace('down', 'up')}"
 
 
+def _belongs(tower: Header, model: Header) -> bool:
+    """Does an image tower project into this model, and not into another one in the same folder?"""
+    projection = tower.tensors.get("mm.input_projection.weight")
+    return projection is None or model.values.get("gemma3.embedding_length") in projection.shape
+
+
 # ---- both ----
 
 
@@ -230,6 +235,7 @@ def open_gguf(files: list[Path]) -> Container:
     gguf = import_gguf(files[0])
     headers = [read_header(file, gguf) for file in files]
     parts = [header for header in headers if not is_tower(header.path)]
+    headers = parts + [header for header in headers if is_tower(header.path) and _belongs(header, parts[0])]
     _check_parts(parts)
     entries = _entries(headers)
     embedding = entries.get(EMBED)

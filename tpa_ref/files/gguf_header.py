@@ -159,6 +159,8 @@ def _tensor(
     numbers, bytes_each = gguf.GGML_QUANT_SIZES[known]
     if not all(shape) or shape[-1] % numbers:
         raise TPAError(f"load: rows of {name!r} in {path} must be blocks of {numbers}, got the shape {shape}")
+    if len(shape) == 1 and numbers > 1:
+        raise TPAError(f"load: {name!r} of {path} is a vector, which must not be in blocks, got {known.name}")
     start += offset
     stop = start + math.prod(shape) // numbers * bytes_each
     if stop > size:

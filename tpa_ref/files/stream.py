@@ -38,7 +38,17 @@ from ..gemma.config import GemmaConfig
 from ..gemma.texts import read_text, text_windows
 from ..gemma.weights import is_vision, stored_name
 from . import formats
-from .checkpoint import BESIDE_WEIGHTS, check_output, load, shard, shard_count, shard_name, write_beside, write_index
+from .checkpoint import (
+    SAVED_NAMES,
+    check_output,
+    load,
+    shard,
+    shard_count,
+    shard_name,
+    side_files_of,
+    write_index,
+    write_side_files,
+)
 from .found import inspect
 from .pairs import describe, saved_pair
 
@@ -102,7 +112,7 @@ def write_files(
     if config.vision:
         write_shard(folder, converted, config.num_layers + 1)
     write_index(folder)
-    write_beside(converted, folder)
+    write_side_files(converted, folder)
 
 
 def write_shard(folder: Path, model: Any, number: int) -> None:
@@ -201,6 +211,7 @@ def recipe(path: str | Path, converted: Any, calibration: Any, max_tokens: int) 
         "config": converted.config.to_hf(),
         "tpa": converted.tpa.to_dict(),
         "dtype": converted.dtype,
+        "side files": {name: hashlib.sha256(x).hexdigest() for name, x in side_files_of(converted).items()},
         "calibration": hashlib.sha256(b"\0".join(said)).hexdigest() if said else None,
     }
     return json.dumps(content)
@@ -238,7 +249,7 @@ def resume_folder(folder: Path, recipe: str) -> None:
 def finish_folder(folder: Path, target: Path, config: GemmaConfig) -> None:
     """Only the model's files stay, and the folder takes the target's name."""
     kept = {shard_name(number, config) for number in range(shard_count(config))}
-    kept |= BESIDE_WEIGHTS
+    kept |= SAVED_NAMES
     # What only the work needed goes, and what a killed library left half-written; without its recipe no folder is
     # resumed, so that goes last.
     for file in sorted(folder.iterdir(), key=lambda file: file.name == RECIPE):
@@ -282,5 +293,5 @@ def export(path: str | Path, target: str | Path, progress: Callable = iter) -> P
             }
             save_file(arrays, temporary / shard_name(number, config), {"format": "pt"})
         write_index(temporary)
-        write_beside(replace(found, tpa=None), temporary)
+        write_side_files(replace(found, tpa=None), temporary)
     return target

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import TPAError
-from .beside import Beside
+from .side_files import SideFiles
 from .tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer, place_images
 
 Turns = Sequence[tuple[str, str]]  # (role, text); roles are system, user, and model or assistant
@@ -43,9 +43,9 @@ def split_system(turns: Turns) -> tuple[str | None, list[tuple[str, str]]]:
 def prompt_tokens(
     model: Any, prompt: str, chat: bool, images: int = 0, system: str | None = None, bos: bool = True
 ) -> list[int]:
-    """The prompt, or the chat template around it, with the tokens of so many images in it. bos: it begins the text.
+    """Token ids of the prompt, in the chat template if `chat`, with placeholders for its images. bos: start with BOS.
 
-    model: also a `Found`, which has the same tokenizer, config and files.
+    model: anything with a tokenizer, a config and side files.
     """
     check_system(system, chat)
     if not prompt.strip():
@@ -55,7 +55,7 @@ def prompt_tokens(
     if not chat:
         return model.tokenizer.encode(prompt, bos, vision)
     turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
-    ids = chat_tokens(model.tokenizer, model.beside, turns, vision)
+    ids = chat_tokens(model.tokenizer, model.side_files, turns, vision)
     return ids if bos or ids[:1] != [BOS] else ids[1:]
 
 
@@ -65,34 +65,36 @@ def check_system(system: str | None, chat: bool) -> None:
 
 
 def stop_tokens(model: Any, chat: bool) -> frozenset[int]:
-    """Ids that end a text: what the model's files say, and in a chat the end of a turn."""
-    return model.beside.stop_tokens | ({END_OF_TURN} if chat else set())
+    """Ids that end a text: what the model's files say, and in a chat with Gemma's turns the end of one."""
+    template = model.side_files.chat_template or "<end_of_turn>"
+    turns = chat and model.tokenizer.marks_turns and "<end_of_turn>" in template
+    return model.side_files.stop_tokens | ({END_OF_TURN} if turns else set())
 
 
-def chat_tokens(tokenizer: Tokenizer, beside: Beside, turns: Turns, vision: Any = None) -> list[int]:
+def chat_tokens(tokenizer: Tokenizer, side_files: SideFiles, turns: Turns, vision: Any = None) -> list[int]:
     """Token ids of a whole conversation, up to where the model's answer begins."""
-    if uses_gemma(beside):
+    if uses_gemma_template(side_files):
         if not tokenizer.marks_turns:
             got = tokenizer.encode("<start_of_turn>", bos=False)
             raise TPAError(f"chat: <start_of_turn> must be the one token {START_OF_TURN} of the tokenizer, got {got}")
         return tokenizer.encode(chat_text(turns), vision=vision)
-    return tokenizer.encode(own_text(beside, turns), bos=False, vision=vision)  # the template has it, or means none
+    return tokenizer.encode(rendered(side_files, turns), bos=False, vision=vision)  # the template has it, or means none
 
 
-def uses_gemma(beside: Beside) -> bool:
-    """Is there no template but Gemma's? (Without Jinja a template with Gemma's turns is taken for Gemma's.)"""
-    if beside.chat_template is None:
+def uses_gemma_template(side_files: SideFiles) -> bool:
+    """True without a template of its own, or, where Jinja is missing, if that has Gemma's turns."""
+    if side_files.chat_template is None:
         return True
     try:
         import jinja2  # noqa: F401
     except ImportError:
-        if "<start_of_turn>" in beside.chat_template:
+        if "<start_of_turn>" in side_files.chat_template:
             return True
         raise TPAError("chat: the model has its own chat template, which needs jinja2: pip install jinja2") from None
     return False
 
 
-def own_text(beside: Beside, turns: Turns) -> str:
+def rendered(side_files: SideFiles, turns: Turns) -> str:
     """A conversation by the template that came with the model, in Jinja's sandbox, as `transformers` renders it."""
     import jinja2
     from jinja2.ext import loopcontrols
@@ -106,18 +108,18 @@ def own_text(beside: Beside, turns: Turns) -> str:
     environment.globals["raise_exception"] = refuse
     messages = [{"role": "assistant" if role == "model" else role, "content": text} for role, text in turns]
     try:
-        template = environment.from_string(beside.chat_template or "")
-        return template.render(messages=messages, add_generation_prompt=True, **beside.special_tokens)
+        template = environment.from_string(side_files.chat_template or "")
+        return template.render(messages=messages, add_generation_prompt=True, **side_files.special_tokens)
     except Exception as problem:  # a template can raise anything
         line = str(problem).split("\n", 1)[0][:120]
         raise TPAError(f"chat: the model's chat template cannot be used: {line}") from None
 
 
-def next_turn(tokenizer: Tokenizer, beside: Beside, turns: Turns, text: str, vision: Any = None) -> list[int]:
+def next_turn(tokenizer: Tokenizer, side_files: SideFiles, turns: Turns, text: str, vision: Any = None) -> list[int]:
     """Token ids of one more user text: what closes the model's answer, the last of `turns`, and what follows it."""
-    if uses_gemma(beside):
+    if uses_gemma_template(side_files):
         return tokenizer.encode(f"<end_of_turn>\n{chat_text([('user', text)])}", bos=False, vision=vision)
-    before, whole = own_text(beside, turns[:-1]), own_text(beside, [*turns, ("user", text)])
+    before, whole = rendered(side_files, turns[:-1]), rendered(side_files, [*turns, ("user", text)])
     answer = turns[-1][1].strip()
     start = whole.find(answer, len(before)) if whole.startswith(before) else -1
     if start < 0:

@@ -17,7 +17,7 @@ from .vision import as_pixels, check_pixels, require_vision
 class Conversation:
     """A model that is talked to. The cache keeps every turn; `undo` takes the last one back.
 
-    max_len: tokens the cache has room for. chat: wrap every text in Gemma's chat template; without it texts simply
+    max_len: tokens the cache has room for. chat: wrap every text in the model's chat template; without it texts simply
     follow each other. system: what the model is told before the first text.
     """
 
@@ -102,5 +102,5 @@ class Conversation:
         vision = self.model.config.vision
         text = place_images(text, images) if vision else text
         if self.chat:
-            return next_turn(self.tokenizer, self.model.beside, self._with_system(self.said), text, vision)
+            return next_turn(self.tokenizer, self.model.side_files, self._with_system(self.said), text, vision)
         return self.tokenizer.encode(text, bos=False, vision=vision)

@@ -105,7 +105,7 @@ def generate(
     system: str | None = None,
 ) -> Iterator[str]:
     """Stream the continuation of `prompt` as pieces of text. temperature 0 is greedy. Stops where the model's files say
-    (`Beside.stop_tokens`).
+    (`SideFiles.stop_tokens`).
 
     chat: put the prompt into the chat template as the user's turn, behind a `system` text if there is one. images:
     pixels [i,c,x,y] (`images.read_images`); each goes where the prompt has a <start_of_image>, or all before it. cache:
@@ -180,7 +180,7 @@ def generate_rows(
     every row has its own random numbers (`Sampling.generators`). images: of all rows, one row after another. stop: ids
     that end a row (default: the model's).
     """
-    stop = model.beside.stop_tokens if stop is None else stop
+    stop = model.side_files.stop_tokens if stop is None else stop
     rows = [whole_numbers(ids) for ids in rows]
     held_b = held_before(model, cache, len(rows))
     for ids, held in zip(rows, held_b, strict=True):

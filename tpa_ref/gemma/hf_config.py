@@ -181,22 +181,26 @@ def _name_variant(config: GemmaConfig) -> str:
 
 # ---- writing ----
 
+SAVED_BY = "saved_by"  # the key that says that a folder is ours, and may be replaced
+
 # Keys of an original config.json that are written from the `GemmaConfig`, or that its weights no longer fit; all others
 # (token ids, names, whatever another program put there) are carried over.
 OURS = {
     "tpa", "torch_dtype", "dtype", "architectures", "model_type", "text_config", "vision_config", "layer_types",
     "sliding_window_pattern", "_sliding_window_pattern", "quantization_config", "tie_word_embeddings",
-    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", *(key for _, key, _ in TEXT),
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", SAVED_BY, *(key for _, key, _ in TEXT),
 }  # fmt: skip
-TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+TOKENS = {"pad_token_id": 0, "eos_token_id": [1, 106], "bos_token_id": 2}
 
 
 def to_hf(config: GemmaConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
     """The content of a config.json. original: the one that the model came with, for what is not ours."""
     original = original or {}
     was_text = original.get("text_config")
-    text = TOKENS | _carried(was_text if isinstance(was_text, dict) else original) | _text_to_hf(config)
+    text = {} if original else dict(TOKENS)
+    text |= _carried(was_text if isinstance(was_text, dict) else original) | _text_to_hf(config)
     if config.vision is None:
+        text |= {key: original[key] for key in TOKENS if original.get(key) is not None}
         return {"architectures": ["Gemma3ForCausalLM"]} | text | {"torch_dtype": "bfloat16"}
     tower = {"model_type": "siglip_vision_model", "hidden_act": GELU, "vision_use_head": False}
     beside = {key: value for key, value in _carried(original).items() if was_text is not None or key not in text}

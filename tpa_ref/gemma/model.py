@@ -25,10 +25,10 @@ from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..trace import Tracer, Watch, no_trace, scoped
 from . import backward, vision
-from .beside import Beside
 from .config import GemmaConfig
 from .mlp import mlp
 from .positions import Positions
+from .side_files import SideFiles
 from .token_vectors import id_dtype, numbered, unit_rows, with_previous
 from .tokenizer import Tokenizer
 from .weights import LayerWeights, Weights
@@ -58,11 +58,11 @@ class Model:
         pairs: Sequence[Any] | None = None,
         query_factors: Sequence[QueryFactors | None] | None = None,
         stored_dtype: str = "float32",
-        beside: Beside | None = None,
+        side_files: SideFiles | None = None,
     ):
         self.config, self.weights, self.tokenizer, self.tpa = config, weights, tokenizer, tpa
         self.dtype = str(weights.embed_vm.dtype).removeprefix("torch.")
-        self.stored_dtype, self.beside = stored_dtype, beside or Beside()
+        self.stored_dtype, self.side_files = stored_dtype, side_files or SideFiles()
         dense = self.Pair.dense(config.num_kv_heads, config.head_dim, self.dtype)
         self.pairs = list(pairs or [dense] * config.num_layers)
         self.query_factors = list(query_factors or [None] * config.num_layers)

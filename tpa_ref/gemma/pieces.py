@@ -1,4 +1,4 @@
-"""The two files a tokenizer comes in, each behind the same three: `size`, `encode` and `decode`.
+"""The two tokenizer file formats, with one interface.
 
     tokenizer.json    read with the `tokenizers` library, as `transformers` does
     tokenizer.model   read with SentencePiece
@@ -28,19 +28,19 @@ class Pieces(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def read_pieces(files: Mapping[str, bytes], added: Mapping[str, int], source: str) -> Pieces:
+def read_pieces(files: Mapping[str, bytes], source: str, added: Mapping[str, int], hidden: frozenset[int]) -> Pieces:
     """The tokenizer in some files; tokenizer.json decides where it is there, as in `transformers`.
 
-    added: tokens beside those of a tokenizer.model. Without the `tokenizers` library tokenizer.model does where both
-    know the same added tokens.
+    added: tokens beside those of a tokenizer.model; hidden: ids that are no part of its texts. Without the `tokenizers`
+    library tokenizer.model is used if it encodes every added token alike.
     """
     if JSON not in files:
-        return SentencePieces(files[MODEL], added, source)
+        return SentencePieces(files[MODEL], source, added, hidden)
     try:
         import tokenizers  # noqa: F401
     except ImportError:
         if MODEL in files:
-            pieces = SentencePieces(files[MODEL], added, source)
+            pieces = SentencePieces(files[MODEL], source, added, hidden)
             if all(pieces.encode(text) == [token] for text, token in json_added(files[JSON], source).items()):
                 return pieces
         raise TPAError(
@@ -53,7 +53,7 @@ def read_pieces(files: Mapping[str, bytes], added: Mapping[str, int], source: st
 class SentencePieces:
     """A tokenizer.model."""
 
-    def __init__(self, proto: bytes, added: Mapping[str, int] | None = None, source: str = MODEL):
+    def __init__(self, proto: bytes, source: str, added: Mapping[str, int], hidden: frozenset[int]):
         import sentencepiece  # imported here: logits need no tokenizer
 
         try:
@@ -62,10 +62,11 @@ class SentencePieces:
             raise TPAError(f"tokenizer: {source} is not a SentencePiece model") from None
         read = self._pieces
         self.size: int = read.vocab_size()
-        # SentencePiece does not look for these in a text, and they are no text.
-        self._special = {read.pad_id(), read.eos_id(), read.bos_id(), read.unk_id()} - {-1}
-        self._whole = {read.id_to_piece(token): token for token in self._special} | dict(added or {})
-        self._added = {token: text for text, token in (added or {}).items() if token >= self.size}
+        # SentencePiece recognises these in no text, and decodes them to nothing useful.
+        special = {read.pad_id(), read.eos_id(), read.bos_id(), read.unk_id()} - {-1}
+        self._hidden = hidden | special
+        self._whole = {read.id_to_piece(token): token for token in special} | dict(added)
+        self._added = {token: text for text, token in added.items() if token >= self.size}
         # Capturing, so that what is split at stays; the longest first
         longest_first = sorted(self._whole, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
@@ -79,7 +80,7 @@ class SentencePieces:
     def decode(self, ids: Sequence[int]) -> str:
         """The text; special tokens, and ids that mean nothing, are left out."""
         parts, run = [], []
-        for token in [*(token for token in ids if token not in self._special), -1]:
+        for token in [*(token for token in ids if token not in self._hidden), -1]:
             if 0 <= token < self.size:
                 run.append(token)
             else:

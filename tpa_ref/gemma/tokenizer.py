@@ -24,22 +24,27 @@ class Tokenizer:
         files: bytes | Mapping[str, bytes],
         source: str = "tokenizer.model",
         added: Mapping[str, int] | None = None,
+        hidden: frozenset[int] = frozenset(),
     ):
-        """files: a tokenizer.model, or several files by name. added: tokens beside those of a tokenizer.model."""
+        """files: a tokenizer.model, or several files by name. added: tokens beside those of a tokenizer.model; hidden:
+        ids that are no part of its texts.
+        """
         self.files = {MODEL: files} if isinstance(files, bytes) else dict(files)
-        self._pieces = read_pieces(self.files, added or {}, source)
+        self._pieces = read_pieces(self.files, source, added or {}, hidden)
         self.vocab_size = self._pieces.size
         self.marks_turns = self._pieces.encode("<start_of_turn>") == [START_OF_TURN]
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Tokenizer:
+    def from_file(
+        cls, path: str | Path, added: Mapping[str, int] | None = None, hidden: frozenset[int] = frozenset()
+    ) -> Tokenizer:
         """From a tokenizer.model or a tokenizer.json."""
         path = Path(path)
         try:
             content = path.read_bytes()
         except OSError as problem:
             raise TPAError(f"tokenizer: cannot read {path}: {problem.strerror or problem}") from None
-        return cls({JSON if path.suffix == ".json" else MODEL: content}, str(path))
+        return cls({JSON if path.suffix == ".json" else MODEL: content}, str(path), added, hidden)
 
     def encode(self, text: str, bos: bool = True, vision: VisionConfig | None = None) -> list[int]:
         """Token ids of plain text, BOS first: without it Gemma's predictions are meaningless.

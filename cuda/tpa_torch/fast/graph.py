@@ -263,7 +263,7 @@ class GraphDecoder:
         self.static = StaticCache(cache, getattr(torch, model.dtype))
         device = model.device
         self.embed_factor = model.embed_factor
-        stop = model.beside.stop_tokens if stop is None else stop
+        stop = model.side_files.stop_tokens if stop is None else stop
         self.stop_s = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
         self.uniform_tb = uniform_numbers(self.sampling, steps, cache.batch, device)
         self.time = torch.zeros(1, dtype=torch.int64, device=device)

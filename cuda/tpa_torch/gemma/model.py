@@ -207,7 +207,7 @@ class StaticModel(Model):
     def __init__(self, model: Model):
         super().__init__(
             model.config, model.weights, model.tokenizer, model.tpa, model.pairs, model.query_factors,
-            model.stored_dtype, model.beside,
+            model.stored_dtype, model.side_files,
         )  # fmt: skip
         self._turns, self._tables = model._turns, model._tables
 

@@ -1,4 +1,4 @@
-"""The files beside the weights that say how a model is used: where it stops, its chat template, added tokens.
+"""The small files beside the weights that say how a model is used: stop tokens, chat template, added tokens.
 
 They are kept as they are, and go along wherever a model is saved or exported.
 """
@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import TPAError
-from .tokenizer import DEFAULT_STOP
+from .tokenizer import DEFAULT_STOP, EOS
 
 KEPT = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -21,10 +21,10 @@ KEPT = (
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideFiles:
     """Files by name.
 
-    >>> Beside({"generation_config.json": b'{"eos_token_id": [1, 50]}'}).stop_tokens == {1, 50}
+    >>> SideFiles({"generation_config.json": b'{"eos_token_id": [1, 50]}'}).stop_tokens == {1, 50}
     True
     """
 
@@ -32,7 +32,7 @@ class Beside:
 
     def check(self) -> None:
         """Read everything that is used, so that what is damaged shows at once."""
-        _ = self.stop_tokens, self.chat_template, self.added_tokens, self.special_tokens
+        _ = self.stop_tokens, self.chat_template, self.added_tokens, self.hidden_tokens, self.special_tokens
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Beside:
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """Ids that end a text, as `transformers` finds them; Gemma's two where no file says any."""
+        """Ids that end a text, as `transformers` finds them: 1 if config.json names none; Gemma's two without one."""
         text = self.config.get("text_config")
         for content in (self._json("generation_config.json"), self.config, text if isinstance(text, dict) else {}):
             found = content.get("eos_token_id")
@@ -51,7 +51,7 @@ class Beside:
             if not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
                 raise TPAError(f"load: eos_token_id must be a token id or a list of them, got {str(found)[:60]}")
             return frozenset(tokens)
-        return DEFAULT_STOP
+        return frozenset({EOS}) if self.config else DEFAULT_STOP
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -71,11 +71,19 @@ class Beside:
     def added_tokens(self) -> dict[str, int]:
         """Tokens that a tokenizer.model does not have: text -> id."""
         found: dict[Any, Any] = dict(self._json("added_tokens.json"))
-        decoder = self._json("tokenizer_config.json").get("added_tokens_decoder")
-        for token, entry in decoder.items() if isinstance(decoder, dict) else ():
-            if isinstance(entry, dict) and str(token).isdecimal():
-                found[entry.get("content")] = int(token)
+        found |= {entry.get("content"): token for token, entry in self._decoder()}
         return {text: token for text, token in found.items() if isinstance(text, str) and text and type(token) is int}
+
+    @cached_property
+    def hidden_tokens(self) -> frozenset[int]:
+        """Ids that tokenizer_config.json calls special: no part of a decoded text."""
+        return frozenset(token for token, entry in self._decoder() if entry.get("special") is True)
+
+    def _decoder(self) -> list[tuple[int, dict[str, Any]]]:
+        """The added tokens of tokenizer_config.json."""
+        found = self._json("tokenizer_config.json").get("added_tokens_decoder")
+        entries = found.items() if isinstance(found, dict) else ()
+        return [(int(token), entry) for token, entry in entries if token.isdecimal() and isinstance(entry, dict)]
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
