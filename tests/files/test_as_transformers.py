@@ -277,8 +277,8 @@ def test_generation_stops_where_the_files_say(backend, tmp_path, said):
 
 
 def test_where_no_file_says_what_ends_a_text(backend, tmp_path):
-    """<eos>, the default of Gemma's config, where there is a config.json; Gemma's two ids without one; a generation_config.json
-    that says none leaves it to config.json. Saving changes none of it.
+    """<eos>, the default of Gemma's config, where there is a config.json; Gemma's two ids without one. A
+    generation_config.json that says none leaves it to config.json. Saving changes none of it.
     """
     assert SideFiles().stop_tokens == {1, 106}
     folder = edit(folder_of(tmp_path / "model"), eos_token_id=None)

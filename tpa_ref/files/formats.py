@@ -1,6 +1,6 @@
 """The formats Gemma 3 is shared in, brought to one table of named tensors. Nothing is read before it is asked for.
 
-    Hugging Face            model.safetensors, or shards and model.safetensors.index.json; memory-mapped
+    Hugging Face            model.safetensors, or shards and their index; memory-mapped. pytorch_model.bin likewise
     google/gemma_pytorch    *.ckpt, or shards and pytorch_model.bin.index.json; torch.load(weights_only=True, mmap=True)
       its int8 variant      the same, int8 `weight` with a `weight_scaler` per row
     GGUF                    *.gguf of llama.cpp, quantized or not, in one part or several (see `gguf_format`)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig
+from ..gemma.config import VARIANTS, GemmaConfig, VisionConfig, published
 from ..gemma.pieces import JSON, MODEL
 from ..gemma.side_files import SideFiles
 from ..gemma.tokenizer import Tokenizer
@@ -155,12 +155,11 @@ def _choose_config(path: Path, variant: str | None, config: Any, entries: dict[s
     embedding = entries.get(EMBED) or entries.get(HEAD)
     rows, width = embedding.shape if embedding and len(embedding.shape) == 2 else (0, 0)
     size = max(numbers, default=-1) + 1, width
-    published = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}
     if config is not None:
         chosen = config if isinstance(config, GemmaConfig) else GemmaConfig.from_hf(config)
         size = chosen.num_layers, chosen.hidden_size
-    elif size in published:  # with the published image tower, or none
-        chosen = replace(published[size], vision=VisionConfig() if any(map(is_vision, entries)) else None)
+    elif (named := published(*size)) is not None:  # with the published image tower, or none
+        chosen = replace(named, vision=VisionConfig() if any(map(is_vision, entries)) else None)
     elif variant is None:
         raise TPAError(
             f"load: {path} comes without config.json and its {size[0]} layers of width {width} are no published "

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from ..gemma.config import LAYERS_PER_GLOBAL, VARIANTS, GemmaConfig
+from ..gemma.config import LAYERS_PER_GLOBAL, GemmaConfig, published
 from .gguf_header import Header
 
 LAYERS_OF_27B = 62
-PUBLISHED = {(made.num_layers, made.hidden_size): made for made in map(GemmaConfig.of_variant, VARIANTS)}
 
 
 def read_config(model: Header, towers: list[Header], rows: int) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def _text_config(header: Header, rows: int) -> dict[str, Any]:
         "rms_norm_eps": decimal(number("attention.layer_norm_rms_epsilon", 1e-6)),
         "rope_theta": number("rope.freq_base", 1e6),
         "rope_local_base_freq": number("rope.freq_base_swa", 1e4),
-        "rope_scaling": _rope_scaling(header, PUBLISHED.get((layers, width))),
+        "rope_scaling": _rope_scaling(header, published(layers, width)),
         "attn_logit_softcapping": number("attn_logit_softcapping", 0) or None,
         "final_logit_softcapping": number("final_logit_softcapping", 0) or None,
     }
@@ -78,10 +77,10 @@ def _layer_types(header: Header) -> dict[str, Any]:
     return {"sliding_window_pattern": header.number(key, LAYERS_PER_GLOBAL)}
 
 
-def _rope_scaling(header: Header, published: GemmaConfig | None) -> dict[str, Any] | None:
+def _rope_scaling(header: Header, named: GemmaConfig | None) -> dict[str, Any] | None:
     """The linear scaling of global layers."""
     kind = header.text("gemma3.rope.scaling.type", "linear")
-    default = header.number("gemma3.rope.scale_linear", published.rope_scale_global if published else 1.0)
+    default = header.number("gemma3.rope.scale_linear", named.rope_scale_global if named else 1.0)
     factor = header.number("gemma3.rope.scaling.factor", default)
     return None if kind == "none" else {"rope_type": kind, "factor": factor or 1.0}
 

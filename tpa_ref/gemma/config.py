@@ -215,6 +215,16 @@ class GemmaConfig:
         return hf_config.to_hf(self, original)
 
 
+def published(num_layers: int, hidden_size: int) -> GemmaConfig | None:
+    """The published size with so many layers of this width.
+
+    >>> published(26, 1152).variant
+    '1b'
+    """
+    sizes = map(GemmaConfig.of_variant, VARIANTS)
+    return next((made for made in sizes if (made.num_layers, made.hidden_size) == (num_layers, hidden_size)), None)
+
+
 def _check_numbers(config: Any, where: str) -> None:
     """Every int and float field of a config is a positive number of its type, and is brought to it."""
     for field in dataclasses.fields(config):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TPAError
-from .config import LAYERS_PER_GLOBAL, VARIANTS, GemmaConfig, VisionConfig, layer_pattern
+from .config import LAYERS_PER_GLOBAL, GemmaConfig, VisionConfig, layer_pattern, published
 
 MAX_LAYERS = 10_000  # anything above is a damaged config
 GELU = "gelu_pytorch_tanh"
@@ -81,7 +81,8 @@ def from_hf(config: str | Path | dict[str, Any]) -> GemmaConfig:
         found = _read(content, text, where)
     except (TypeError, ValueError, AttributeError, OverflowError, MemoryError) as problem:
         raise TPAError(f"{where}: a value has the wrong type or size: {problem}") from None
-    return dataclasses.replace(found, variant=_name_variant(found))
+    named = published(found.num_layers, found.hidden_size)
+    return dataclasses.replace(found, variant=named.variant if named else "custom")
 
 
 def _read(content: dict[str, Any], text: dict[str, Any], where: str) -> GemmaConfig:
@@ -171,12 +172,6 @@ def _read_vision(content: dict[str, Any], where: str) -> VisionConfig | None:
         value = content.get(key, content.get(key.replace("_index", "_id")))
         fields[field] = default if value is None else value
     return VisionConfig(**fields)
-
-
-def _name_variant(config: GemmaConfig) -> str:
-    """The published name whose layer count and width this config has, else 'custom'."""
-    sizes = {(made.num_layers, made.hidden_size): made.variant for made in map(GemmaConfig.of_variant, VARIANTS)}
-    return sizes.get((config.num_layers, config.hidden_size), "custom")
 
 
 # ---- writing ----
