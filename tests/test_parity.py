@@ -159,7 +159,7 @@ def test_constant_factors_and_their_error(twins, mode):
 class Bytes:
     """A tokenizer that needs no file: byte b is token 3 + b."""
 
-    vocab_size, proto = 300, b""
+    vocab_size, bos = 300, 2
 
     def encode(self, text, bos=True):
         return [2] * bos + [3 + byte for byte in text.encode()]

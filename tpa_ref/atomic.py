@@ -25,9 +25,16 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
+            if path.is_dir() and not temporary.is_dir():
+                raise TPAError(f"save: {path} is a folder, a file was expected")
             if path.is_dir():
                 path.rename(holder / "replaced")
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if (holder / "replaced").is_dir():
+                    (holder / "replaced").rename(path)
+                raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from tpa_ref.files.found import inspect
 from tpa_ref.gemma.chat import chat_tokens, prompt_tokens, stop_tokens
 from tpa_ref.gemma.conversation import Conversation
-from tpa_ref.gemma.generate import generate, generate_tokens
+from tpa_ref.gemma.generate import TextStream, generate, generate_tokens
 from tpa_ref.gemma.side_files import SideFiles
 from tpa_ref.gemma.tokenizer import Tokenizer
 from tpa_ref.gemma.weights import EMBED, HEAD
@@ -457,6 +457,62 @@ def test_a_tokenizer_without_gemma_s_turns_cannot_chat(backend, tmp_path):
     refused(lambda: list(generate(model, "the list", chat=True)), "<start_of_turn>", "105")
 
 
+def changed(tokenizers, kind, **changes):
+    """A tokenizer.json with other entries, as a `Tokenizer`."""
+    content = json.loads((tokenizers / kind / "tokenizer.json").read_text()) | changes
+    return Tokenizer({"tokenizer.json": json.dumps(content).encode()})
+
+
+def test_what_training_left_in_a_tokenizer_is_not_obeyed(tokenizers):
+    """Truncation and padding of tokenizer.json, which `transformers` switches off."""
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    tokenizer = changed(tokenizers, "json", truncation=cut, padding=fill | {"pad_type_id": 0, "pad_token": "<pad>"})
+    expected = tokenizer_of(tokenizers / "json")
+    for text in ("the", TEXTS[3]):
+        assert tokenizer.encode(text, bos=False) == expected(text, add_special_tokens=False).input_ids
+
+
+def test_tokens_that_only_tokenizer_config_adds(tokenizers, tmp_path):
+    """Beside a tokenizer.json as beside a tokenizer.model."""
+    folder = with_tokenizer(tmp_path / "model", tokenizers / "json")
+    edit(folder, "tokenizer_config.json", added_tokens_decoder={"401": {"content": "<new>", "special": True}})
+    tokenizer = inspect(folder).tokenizer
+    assert tokenizer.encode("<new>", bos=False) == [401] and tokenizer.decode([401]) == ""
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.sampled_from("the 你好üß🎉😀\n<"), max_size=20))
+def test_streamed_text_is_the_decoded_whole(tokenizers, text):
+    """Characters of several bytes next to each other, in both formats."""
+    for kind, name in (("json", "tokenizer.json"), ("model", "tokenizer.model")):
+        tokenizer = tokenizer_from(tokenizers / kind / name)
+        stream = TextStream(tokenizer)
+        ids = tokenizer.encode(text, bos=False)
+        assert "".join(map(stream.push, ids)) + stream.push() == tokenizer.decode(ids) == text
+
+
+tokenizer_from = functools.cache(Tokenizer.from_file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\0"])
+def test_a_tokenizer_model_without_a_model(tmp_path, content):
+    """A broken download."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    refused(lambda: Tokenizer.from_file(tmp_path / "tokenizer.model"), "tokenizer.model", "SentencePiece")
+
+
+def test_every_text_begins_with_the_tokenizers_own_bos(backend, tmp_path):
+    """Which is not 2 everywhere."""
+    proto = helpers.tokenizer_proto().replace(b"<bos>", b"<BOS>")
+    assert Tokenizer(proto).encode("the")[0] == Tokenizer(proto).bos == 2
+    sentencepiece = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model = sentencepiece.ModelProto.FromString(helpers.tokenizer_proto())
+    model.trainer_spec.bos_id, model.trainer_spec.eos_id = 1, 2
+    model.pieces[1].piece, model.pieces[2].piece = "<bos>", "<eos>"
+    assert Tokenizer(model.SerializeToString()).encode("the")[0] == 1
+
+
 # ---- chats ----
 
 TURNS = [("system", " Be\nbrief. "), ("user", " the list "), ("assistant", "a dict "), ("user", "and more\n")]
@@ -481,6 +537,60 @@ def test_a_conversation_has_the_ids_of_transformers(tokenizers, template, turns)
         return_dict=False,
     )
     assert got == expected
+
+
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and not loop.last %}<think>no</think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+ODD = (
+    "{% if tools is not none %}tools{% endif %}{% if documents is none %}none{% endif %}"
+    "{{ messages | tojson(indent=2) }}"
+    "{{ messages[0]['content'] | tojson(ensure_ascii=True) }}{% generation %}{{ messages[-1]['content'] }}"
+    "{% endgeneration %}{{ strftime_now('%Y') }}{{ eos_token }}{{ bos_token }}"
+)
+
+
+@pytest.mark.parametrize("template", [THINKS, ODD], ids=["thinks", "odd"])
+def test_what_templates_of_other_people_use(tokenizers, tmp_path, template):
+    """tools, documents, dates, marks of what is trained on, JSON with options, tokens of special_tokens_map.json."""
+    shutil.copytree(tokenizers / "added", tmp_path / "folder")
+    folder = edit(tmp_path / "folder", "tokenizer_config.json", eos_token="<|im_end|>")
+    (folder / "chat_template.jinja").write_text(template)
+    read = transformers.GemmaTokenizer.from_pretrained(folder)
+    expected = read.apply_chat_template(as_messages(TURNS), add_generation_prompt=True, return_dict=False)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    got = chat_tokens(Tokenizer({"tokenizer.json": files["tokenizer.json"]}), SideFiles(files), TURNS)
+    assert got == expected
+    assert SideFiles({"special_tokens_map.json": b'{"eos_token": {"content": "x"}}'}).special_tokens["eos_token"] == "x"
+    assert "bos_token" not in SideFiles({"tokenizer_config.json": b'{"bos_token": null}'}).special_tokens
+
+
+def test_a_template_that_shows_earlier_turns_in_another_way(backend, tokenizers, tmp_path):
+    """The whole conversation is read anew, and taking a turn back leaves no trace."""
+    model = backend.load(with_tokenizer(tmp_path / "model", tokenizers / "added"))
+    model.side_files = SideFiles({"chat_template.jinja": THINKS.encode()})
+    talking, clean = (Conversation(model, 128, max_new_tokens=3) for _ in range(2))
+    for text in ("a", "b"):
+        said = "".join(talking.say(text))
+        assert said == "".join(clean.say(text))
+        turns = [*talking.said[:-1]]
+        asked = chat_tokens(model.tokenizer, model.side_files, turns)
+        assert talking.ids[: len(asked)] == asked
+        list(talking.say("c"))
+        assert talking.undo() and talking.ids == clean.ids and talking.said == clean.said
+
+
+def test_a_turn_that_fails_is_taken_back(backend, tokenizers, tmp_path):
+    """A token without an embedding row: the next turn works."""
+    folder = with_tokenizer(tmp_path / "model", tokenizers / "added", vocab_size=450)
+    talking = Conversation(backend.load(folder), 120, max_new_tokens=4)
+    list(talking.say("the list"))
+    before = list(talking.ids), list(talking.said)
+    refused(lambda: list(talking.say("<word89>")), "493")
+    assert (talking.ids, talking.said) == before
+    list(talking.say("a dict"))
 
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])
@@ -514,7 +624,7 @@ def test_turns_that_follow_are_those_of_the_whole_conversation(backend, tokenize
         talking.stop = stops
         asked = [list(talking.ids)]
         for text in ("the list", " a dict"):
-            asked.append([*talking.ids, *talking._turn(text)])
+            asked.append(talking._asked(text))
             list(talking.say(text))
             assert talking.ids[: len(asked[-1])] == asked[-1]
         answers = [text for role, text in talking.said if role == "model"]

@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, refused
 
 import tpa_ref
+from tpa_ref.atomic import replacing
 from tpa_ref.files.checkpoint import check_output
 from tpa_ref.files.stream import alone
 
@@ -35,6 +36,45 @@ def test_the_source_is_never_replaced(tmp_path, call):
     before = sorted((file.name, file.read_bytes()) for file in source.iterdir())
     refused(lambda: getattr(tpa_ref, call)(source, source), "is the checkpoint that is read")
     assert sorted((file.name, file.read_bytes()) for file in source.iterdir()) == before
+
+
+def test_nor_a_file_or_a_folder_of_the_source(tmp_path):
+    source = helpers.write_folder(tmp_path / "source")
+    before = sorted((file.name, file.read_bytes()) for file in source.iterdir())
+    for read, target in (
+        (source, source / "model.safetensors"),
+        (source / "model.safetensors", source),
+        (source / "model.safetensors", tmp_path),
+    ):
+        refused(lambda read=read, target=target: check_output(target, read), "is the checkpoint that is read")
+    assert sorted((file.name, file.read_bytes()) for file in source.iterdir()) == before
+    assert check_output(source / "model_tpa.safetensors", source)
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    """Nor is it lost when its replacement fails to appear."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("x")
+
+    def replace_by_file():
+        with replacing(folder) as temporary:
+            temporary.write_text("y")
+
+    def replace_by_nothing():
+        with replacing(folder):
+            pass
+
+    refused(replace_by_file, "is a folder")
+    refused(replace_by_nothing, "mine")
+    assert (folder / "thesis.txt").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_single_files_side_by_side_are_no_saved_folder(tmp_path):
+    for name in ("model_a.safetensors", "model_b.safetensors"):
+        tpa_ref.save(helpers.model(tpa_ref), tmp_path / name)
+    refused(lambda: tpa_ref.save(helpers.model(tpa_ref), tmp_path), "not saved by this program")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):

@@ -197,7 +197,7 @@ def test_a_conversation_is_one_long_text(backend, chat):
     talking.stop = frozenset()
     for text in ("the list", "a dict"):
         list(talking.say(text))
-    asked = [*talking.ids, *talking._turn("and more")]
+    asked = talking._asked("and more")
     list(talking.say("and more"))
     answer = talking.ids[len(asked) :]
     assert talking.ids[: len(asked)] == asked
@@ -401,7 +401,7 @@ def test_bytes_that_never_become_a_character_are_shown():
 
 @pytest.mark.parametrize("text", ["the list of values\n" * 40, "😀é" * 60, None])
 def test_streaming_takes_work_in_proportion_to_the_text(text):
-    """No more than ten ids are decoded for each token, whatever was said before; also of bytes that are no text."""
+    """No more than a dozen ids are decoded for each token, whatever was said before; also of bytes that are no text."""
 
     class Counting(Tokenizer):
         decoded = 0
@@ -414,7 +414,7 @@ def test_streaming_takes_work_in_proportion_to_the_text(text):
     ids = [4 + 0xF0] * 300 if text is None else tokenizer.encode(text, bos=False)
     stream = generate.TextStream(tokenizer)
     pieces = [*map(stream.push, ids), stream.push()]
-    assert len(ids) > 150 and tokenizer.decoded <= 10 * len(ids)
+    assert len(ids) > 150 and tokenizer.decoded <= 12 * len(ids)
     assert "".join(pieces) == tokenizer.decode(ids)
 
 

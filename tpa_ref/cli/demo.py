@@ -24,7 +24,6 @@ from ..gemma import memory
 from ..gemma.chat import prompt_tokens
 from ..gemma.generate import generate, prefill
 from ..gemma.texts import read_text
-from ..gemma.tokenizer import BOS
 from . import options, report
 from .steps import Converted, Work
 
@@ -137,7 +136,7 @@ def measure(work: Work, dense: Any, done: Converted, text: str) -> dict[str, Any
 def measure_speed(dense: Any, tpa: Any, text: str, rounds: int) -> tuple[dict[str, dict[str, float]], Any]:
     """(tokens per second of both, the filled TPA cache): prefill of real text, then greedy steps; medians."""
     length = min(2048, dense.config.max_positions - NEW, dense.config.max_positions // 2)
-    ids = [BOS, *dense.tokenizer.encode(text[: 16 * length], bos=False)][:length]
+    ids = dense.tokenizer.encode(text[: 16 * length])[:length]
     seconds: dict[str, list[tuple[float, float]]] = {"dense": [], "tpa": []}
     for _ in range(rounds):
         for name, model in (("dense", dense), ("tpa", tpa)):

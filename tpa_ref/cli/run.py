@@ -24,11 +24,13 @@ from ..errors import TPAError
 from ..files.checkpoint import check_output, save
 from ..files.stream import export
 from ..gemma import memory
+from ..gemma.chat import check_system, prompt_tokens
 from ..gemma.config import GemmaConfig
 from ..gemma.conversation import Conversation
 from ..gemma.generate import generate_batch
 from ..gemma.images import mark_images, read_images
 from ..gemma.texts import read_text
+from ..gemma.tokenizer import require_tokenizer
 from ..gemma.vision import require_vision
 from . import options, report
 from .steps import Work
@@ -85,9 +87,12 @@ def main() -> None:
     work = Work(args, args.load_tpa or args.ckpt or str(options.TINY), ("dtype", "context", *converts))
     images = Images(work.config, args.pan_and_scan, args.image)  # what is wrong with them shows before minutes of work
     options.sampling(args).check(work.config, 1, args.max_new_tokens)
+    check_texts(work, prompts, images)
     work.introduce()
     if args.export:
-        print(f"dense model written to {export(work.source, args.export, options.progress_bar('exporting'))}")
+        what = args.variant, args.config, args.tokenizer
+        written = export(work.source, args.export, options.progress_bar("exporting"), *what)
+        print(f"dense model written to {written}")
     if args.to_folder:
         work = saved_folder(work)
     if prompts:
@@ -96,6 +101,17 @@ def main() -> None:
         talk(model_with_cache(work), args, images)
     elif args.save_tpa and not args.to_folder:
         model_with_cache(work)
+
+
+def check_texts(work: Work, prompts: list[str], images: Images) -> None:
+    """Refuse prompts, or a chat, that this model can do nothing with."""
+    args, found = work.args, work.found
+    check_system(args.system, args.chat)
+    if not prompts and (args.save_tpa or args.export):
+        return
+    require_tokenizer(found, "generate")
+    for prompt in prompts or ["a"]:
+        prompt_tokens(found, images.mark(prompt), args.chat, len(images.pixels), args.system)
 
 
 def saved_folder(work: Work) -> Work:

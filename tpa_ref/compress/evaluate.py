@@ -11,7 +11,6 @@ import numpy as np
 
 from ..errors import TPAError
 from ..gemma.texts import read_text, text_windows
-from ..gemma.tokenizer import BOS
 from . import recall
 
 DISTANCES = (150, 300, 500, 700, 900)  # tokens between a fact and the question, beyond the tiny model's window of 128
@@ -89,7 +88,7 @@ def recall_accuracy(
         right = 0
         for _ in range(prompts):
             prompt, answer = recall.prompt_and_answer(rng, model.tokenizer, list(filler), distance)
-            hidden = model.hidden(np.array([[BOS, *prompt, *answer]]))[:, -len(answer) - 1 : -1]
+            hidden = model.hidden(np.array([[model.tokenizer.bos, *prompt, *answer]]))[:, -len(answer) - 1 : -1]
             said = model.to_numpy(model.logits(hidden)[0].argmax(-1))
             right += bool((said == np.array(answer)).all())
         accuracy[distance] = right / prompts

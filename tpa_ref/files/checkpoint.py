@@ -268,8 +268,8 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
         raise TPAError(f"save: the folder of {path} does not exist: {parent}")
     if not os.access(parent, os.W_OK):
         raise TPAError(f"save: no permission to write in {parent}")
-    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
-        raise TPAError(f"save: {path} is the checkpoint that is read; choose another place")
+    if source is not None and path.exists() and os.path.exists(source) and is_part_of(path, Path(source)):
+        raise TPAError(f"save: {path} is the checkpoint that is read, or a part of it; choose another place")
     if path.suffix and path.is_dir():
         raise TPAError(f"save: {path} is a folder, a file was expected")
     if not path.suffix and path.exists():
@@ -282,6 +282,12 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
                 f"choose another place or remove it"
             )
     return path
+
+
+def is_part_of(path: Path, source: Path) -> bool:
+    """Is a place the checkpoint that is read, a folder that holds it, or a file of it?"""
+    place, read = path.resolve(), source.resolve()
+    return place == read or place in read.parents or (read.is_dir() and place.is_file() and place.parent == read)
 
 
 def is_ours(folder: Path) -> bool:

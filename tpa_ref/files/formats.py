@@ -43,7 +43,7 @@ def open_checkpoint(path: Path) -> Container:
         raise TPAError(f"load: no such file or folder: {path}")
     try:
         files = checkpoint_files(path)
-        opened = {".safetensors": _open_safetensors, ".gguf": open_gguf}.get(files[0].suffix, _open_pickles)
+        opened = {".safetensors": _open_safetensors, ".gguf": open_gguf}.get(files[0].suffix.lower(), _open_pickles)
         return opened(files)
     except OSError as problem:
         raise TPAError(f"load: cannot read {path}: {problem.strerror or problem}") from None
@@ -52,7 +52,7 @@ def open_checkpoint(path: Path) -> Container:
 def checkpoint_files(path: Path) -> list[Path]:
     """The files that hold the tensors: the one named, or those of a folder."""
     if not path.is_dir():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return gguf_files(path)
         if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
             raise TPAError(
@@ -254,7 +254,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse_json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text.decode() if isinstance(text, bytes) else text)
+        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except UnicodeDecodeError:
         raise TPAError(f"load: {path} is not UTF-8 text") from None
     except (ValueError, RecursionError) as problem:

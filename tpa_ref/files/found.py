@@ -132,7 +132,7 @@ def _tokenizer(
             f"load: the tokenizer must fit the embedding, which may have rows to spare, "
             f"got {pieces} tokens for {rows} rows"
         )
-    if chosen.marks_turns:
+    if chosen.marks_turns or side_files.chat_template is not None:
         return chosen, []
     return chosen, ["<start_of_turn> is not one token of this tokenizer: no chat in Gemma's template"]
 

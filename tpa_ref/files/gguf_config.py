@@ -35,8 +35,11 @@ def _text_config(header: Header, rows: int) -> dict[str, Any]:
     def number(key: str, default: float | None = None) -> Any:
         return header.number(f"gemma3.{key}", default)
 
+    head_dim = number("attention.key_length")
+    if (turned := number("rope.dimension_count", head_dim)) != head_dim:
+        raise TPAError(f"load: RoPE of {header.path} must turn all {head_dim} features of a head, got {turned}")
     layers, width, heads = map(number, ("block_count", "embedding_length", "attention.head_count"))
-    head_dim, context = map(number, ("attention.key_length", "context_length"))
+    context = number("context_length")
     return {
         "model_type": "gemma3_text",
         "vocab_size": rows,

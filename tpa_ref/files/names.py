@@ -24,6 +24,9 @@ PREFIXES = {  # theirs: ours, the longer one first
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "embedder.": "model.embed_tokens.",
+    "embed_tokens.": "model.embed_tokens.",  # saved without a head
+    "layers.": "model.layers.",
+    "norm.": "model.norm.",
     "text_token_embedder.": "model.embed_tokens.",
 }
 GEMMA_PYTORCH_TEXT = {  # within a name; what is not here has the name that it has in Hugging Face's files

@@ -276,12 +276,19 @@ def shard_of(name: str, config: GemmaConfig) -> int:
     return int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
 
 
-def export(path: str | Path, target: str | Path, progress: Callable = iter) -> Path:
+def export(
+    path: str | Path,
+    target: str | Path,
+    progress: Callable = iter,
+    variant: str | None = None,
+    config: GemmaConfig | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> Path:
     """A saved TPA model, or a checkpoint of any format, as a dense Hugging Face folder: one file a layer, and an index.
 
     A conversion leaves the weights as they are, so what comes out is the model that went in.
     """
-    found, target = inspect(path), check_folder(target, path)
+    found, target = inspect(path, variant, config, tokenizer), check_folder(target, path)
     config = found.config
     with replacing(target) as temporary:
         temporary.mkdir()

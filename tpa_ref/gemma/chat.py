@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
 from typing import Any
 
 from ..errors import TPAError
 from .side_files import SideFiles
-from .tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer, place_images
+from .tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer, place_images
 
 Turns = Sequence[tuple[str, str]]  # (role, text); roles are system, user, and model or assistant
 
@@ -56,7 +58,7 @@ def prompt_tokens(
         return model.tokenizer.encode(prompt, bos, vision)
     turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
     ids = chat_tokens(model.tokenizer, model.side_files, turns, vision)
-    return ids if bos or ids[:1] != [BOS] else ids[1:]
+    return ids if bos or ids[:1] != [model.tokenizer.bos] else ids[1:]
 
 
 def check_system(system: str | None, chat: bool) -> None:
@@ -94,34 +96,58 @@ def uses_gemma_template(side_files: SideFiles) -> bool:
     return False
 
 
-def rendered(side_files: SideFiles, turns: Turns) -> str:
-    """A conversation by the template that came with the model, in Jinja's sandbox, as `transformers` renders it."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def rendered(side_files: SideFiles, turns: Turns, answers: bool = True) -> str:
+    """A conversation by the template that came with the model, as `transformers` renders it.
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
-    environment.globals["raise_exception"] = refuse
+    answers: end where the model's answer begins.
+    """
     messages = [{"role": "assistant" if role == "model" else role, "content": text} for role, text in turns]
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answers}
     try:
-        template = environment.from_string(side_files.chat_template or "")
-        return template.render(messages=messages, add_generation_prompt=True, **side_files.special_tokens)
+        return environment().from_string(side_files.chat_template or "").render(**given, **side_files.special_tokens)
     except Exception as problem:  # a template can raise anything
         line = str(problem).split("\n", 1)[0][:120]
         raise TPAError(f"chat: the model's chat template cannot be used: {line}") from None
 
 
-def next_turn(tokenizer: Tokenizer, side_files: SideFiles, turns: Turns, text: str, vision: Any = None) -> list[int]:
-    """Token ids of one more user text: what closes the model's answer, the last of `turns`, and what follows it."""
+@cache
+def environment() -> Any:
+    """Jinja's sandbox, with what `transformers` adds to it."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what a model is trained on: no difference here."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    made.filters["tojson"] = tojson
+    made.globals |= {"raise_exception": refuse, "strftime_now": lambda format: datetime.now().strftime(format)}
+    return made
+
+
+def next_turn(
+    tokenizer: Tokenizer, side_files: SideFiles, turns: Turns, text: str, vision: Any = None
+) -> list[int] | None:
+    """Token ids of one more user text: what closes the model's answer, the last of `turns`, and what follows it. None
+    where the template shows earlier turns in another way than before.
+    """
     if uses_gemma_template(side_files):
         return tokenizer.encode(f"<end_of_turn>\n{chat_text([('user', text)])}", bos=False, vision=vision)
-    before, whole = rendered(side_files, turns[:-1]), rendered(side_files, [*turns, ("user", text)])
-    answer = turns[-1][1].strip()
-    start = whole.find(answer, len(before)) if whole.startswith(before) else -1
-    if start < 0:
-        raise TPAError("chat: the model's chat template rewrites earlier turns; begin again with /reset")
-    return tokenizer.encode(whole[start + len(answer) :], bos=False, vision=vision)
+    asked, closed = rendered(side_files, turns[:-1]), rendered(side_files, turns, answers=False)
+    whole, answer = rendered(side_files, [*turns, ("user", text)]), turns[-1][1].strip()
+    if not (answer and closed.startswith(asked + answer) and whole.startswith(closed)):
+        return None
+    return tokenizer.encode(whole[len(asked + answer) :], bos=False, vision=vision)

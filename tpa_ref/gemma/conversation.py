@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TPAError
-from .chat import check_system, next_turn, prompt_tokens, stop_tokens
+from .chat import chat_tokens, check_system, next_turn, prompt_tokens, stop_tokens
 from .generate import GREEDY, Sampling, TextStream, generate_tokens
 from .tokenizer import place_images, require_tokenizer
 from .vision import as_pixels, check_pixels, require_vision
@@ -38,69 +38,84 @@ class Conversation:
         self.cache = model.new_cache(1, self.max_len)
         self.ids: list[int] = []  # everything said; the cache holds the beginning of it
         self.said: list[tuple[str, str]] = []  # the same as (role, text)
-        self._turns: list[int] = []  # where each turn began
+        self._before: list[tuple[list[int], list[tuple[str, str]]]] = []  # both, before each turn
         self._images: list[np.ndarray] = []  # every image shown, [c,x,y]
 
     def say(self, text: str, images: Any = None) -> Iterator[str]:
         """Stream the model's answer to one more text, and to images [i,c,x,y] in it or before it."""
         shown = [] if images is None else list(check_pixels(as_pixels(images), require_vision(self.model.config)))
-        asked = self._turn(text, len(shown))
-        if len(self.ids) + len(asked) + self.max_new_tokens > self.max_len:
+        asked = self._asked(text, len(shown))
+        if len(asked) + self.max_new_tokens > self.max_len:
             raise TPAError(
-                f"chat: {len(self.ids)} tokens said, {len(asked)} new and {self.max_new_tokens} of the answer exceed "
-                f"the {self.max_len} of the cache; begin again with /reset"
+                f"chat: {len(self.ids)} tokens said, {len(asked) - len(self.ids)} new and {self.max_new_tokens} of the "
+                f"answer exceed the {self.max_len} of the cache; begin again with /reset"
             )
-        self._turns.append(len(self.ids))
-        self.ids += asked
+        self._keep(asked)
+        self._before.append((self.ids, self.said))
+        self.ids, self.said = asked, [*self.said, ("user", text), ("model", "")]
         self._images += shown
         pending = self.ids[int(self.cache.lengths_b[0]) :]
         count = self._images_in(pending)
         seen = np.stack(self._images[-count:]) if count else None
-        stream = TextStream(self.tokenizer)
-        answer: list[str] = []
         steps = generate_tokens(self.model, pending, self.max_new_tokens, self.sampling, self.cache, seen, self.stop)
         try:
-            for token in steps:
-                if token not in self.stop:  # what ends a turn belongs to the next one
-                    self.ids.append(token)
-                    answer.append(stream.push(token))
-                    yield answer[-1]
-            answer.append(stream.push())
-            yield answer[-1]
-        finally:
-            self.said += [("user", text), ("model", "".join(answer))]
+            yield from self._answer(steps)
+        except TPAError:
+            self.undo()
+            raise
+
+    def _answer(self, steps: Iterator[int]) -> Iterator[str]:
+        """Tokens as pieces of text. What ends a turn belongs to the next one."""
+        stream = TextStream(self.tokenizer)
+        for token in steps:
+            if token not in self.stop:
+                self.ids.append(token)
+                yield self._said(stream.push(token))
+        yield self._said(stream.push())
+
+    def _said(self, piece: str) -> str:
+        self.said[-1] = "model", self.said[-1][1] + piece
+        return piece
 
     def undo(self) -> bool:
         """Take the last turn back; False where there is none. Past the window its text must be read anew."""
-        if not self._turns:
+        if not self._before:
             return False
-        self.ids, self.said = self.ids[: self._turns.pop()], self.said[:-2]
-        del self._images[self._images_in(self.ids) :]
+        ids, said = self._before.pop()
+        self._keep(ids)
+        self.ids, self.said = ids, said
+        del self._images[self._images_in(ids) :]
+        return True
+
+    def _keep(self, ids: list[int]) -> None:
+        """The cache forgets what does not begin a text of these ids."""
+        shared = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
         try:
-            self.cache.truncate(len(self.ids))
+            self.cache.truncate(shared)
         except TPAError:  # window layers have overwritten what they would need
             self.cache.reset()
-        return True
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ids, self.said, self._turns, self._images = [], [], [], []
+        self.ids, self.said, self._before, self._images = [], [], [], []
         self.cache.reset()
 
     def _images_in(self, ids: list[int]) -> int:
         vision = self.model.config.vision
         return ids.count(vision.image_token) // vision.tokens_per_image if vision else 0
 
-    def _with_system(self, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        return turns if self.system is None else [("system", self.system), *turns]
-
-    def _turn(self, text: str, images: int = 0) -> list[int]:
+    def _asked(self, text: str, images: int = 0) -> list[int]:
+        """The ids of everything said and of one more text, up to where the model's answer begins."""
         if not text.strip():
             raise TPAError("chat: the text must not be empty")
         if not self.ids:
             return prompt_tokens(self.model, text, self.chat, images, self.system)
         vision = self.model.config.vision
         text = place_images(text, images) if vision else text
-        if self.chat:
-            return next_turn(self.tokenizer, self.model.side_files, self._with_system(self.said), text, vision)
-        return self.tokenizer.encode(text, bos=False, vision=vision)
+        if not self.chat:
+            return [*self.ids, *self.tokenizer.encode(text, bos=False, vision=vision)]
+        said = self.said if self.system is None else [("system", self.system), *self.said]
+        new = next_turn(self.tokenizer, self.model.side_files, said, text, vision)
+        if new is None:  # earlier turns look otherwise now
+            return chat_tokens(self.tokenizer, self.model.side_files, [*said, ("user", text)], vision)
+        return [*self.ids, *new]

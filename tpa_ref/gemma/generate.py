@@ -275,31 +275,37 @@ class TextStream:
     """Token ids in, pieces of text out, as soon as each is complete: a character may take several tokens, one for each
     of its up to four bytes.
 
-    While a character is not complete, each of its bytes decodes to one U+FFFD. Only the tokens of such bytes are kept,
-    and the token before them: some tokenizers treat the first token of a text in a way of its own.
+    What a token means can depend on the one before it, and bytes on all bytes of their run, so tokens are decoded with
+    those of the last piece in front of them.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._text = ""  # of these ids
-        self._shown = 0  # how many characters of it have been returned
+        self._last: list[int] = []  # the tokens of the last piece
+        self._before = ""  # their text
+        self._pending: list[int] = []
 
     def push(self, token: int | None = None) -> str:
         """The text that one more token completes, empty in the middle of a character; without a token what is left."""
-        before = len(self._text)
-        self._ids += [] if token is None else [token]
-        text = self.tokenizer.decode(self._ids)
-        unfinished = token is not None and text.endswith("\ufffd") and len(text) == before + 1
-        kept = min(3, len(text) - self._shown) if unfinished else 0  # a fourth byte would have ended the character
-        piece = text[self._shown : len(text) - kept]
-        if piece:
-            self._ids = self._ids[-1 - kept :]
-            text = self.tokenizer.decode(self._ids)
-        elif not kept:  # a token without a text
-            self._ids = self._ids[:1]
-        self._text, self._shown = text, len(text) - kept
-        return piece
+        self._pending += [] if token is None else [token]
+        text, count = self._text_of(self._pending), len(self._pending)
+        if token is None or not text.endswith("\ufffd"):
+            return self._shown(count, text)
+        if count <= 3:  # may still become a character
+            return ""
+        first = self._text_of(self._pending[:3])  # one U+FFFD that was meant, or bytes that are no character
+        return self._shown(3, first) if len(first) == 1 else self._shown(1, self._text_of(self._pending[:1]))
+
+    def _text_of(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode([*self._last, *ids])
+        return text[len(self._before) :] if text.startswith(self._before) else self.tokenizer.decode(ids)
+
+    def _shown(self, count: int, text: str) -> str:
+        if text or not self._last:
+            self._last = self._pending[:count]
+            self._before = self.tokenizer.decode(self._last)
+        self._pending = self._pending[count:]
+        return text
 
 
 def text_of_rows(

@@ -99,7 +99,7 @@ def _read(content: dict[str, Any], text: dict[str, Any], where: str) -> GemmaCon
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TPAError(f"config: file not found: {path}") from None
     except (OSError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8, not JSON, or absurd numbers

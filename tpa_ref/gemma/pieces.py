@@ -16,12 +16,14 @@ from typing import Any, Protocol
 from ..errors import TPAError
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
+GEMMA_BOS = 2  # where a tokenizer names none
 
 
 class Pieces(Protocol):
     """Text <-> token ids."""
 
     size: int  # embedding rows that its vocabulary needs, added tokens apart
+    bos: int  # what every text begins with
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -47,7 +49,7 @@ def read_pieces(files: Mapping[str, bytes], source: str, added: Mapping[str, int
             f"tokenizer: reading {JSON} of {source} needs the tokenizers library, which is not installed: "
             f"pip install tokenizers"
         ) from None
-    return JsonPieces(files[JSON], source)
+    return JsonPieces(files[JSON], source, added, hidden)
 
 
 class SentencePieces:
@@ -57,10 +59,12 @@ class SentencePieces:
         import sentencepiece  # imported here: logits need no tokenizer
 
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            if not proto:
+                raise RuntimeError
+            self._pieces = read = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError:
             raise TPAError(f"tokenizer: {source} is not a SentencePiece model") from None
-        read = self._pieces
+        self.bos = GEMMA_BOS if read.bos_id() < 0 else read.bos_id()
         self.size: int = read.vocab_size()
         # SentencePiece recognises these in no text, and decodes them to nothing useful.
         special = {read.pad_id(), read.eos_id(), read.bos_id(), read.unk_id()} - {-1}
@@ -92,13 +96,21 @@ class SentencePieces:
 class JsonPieces:
     """A tokenizer.json."""
 
-    def __init__(self, content: bytes, source: str = JSON):
+    def __init__(self, content: bytes, source: str, added: Mapping[str, int], hidden: frozenset[int]):
         import tokenizers
 
         try:
             self._pieces: Any = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as problem:  # the library raises plain ones
             raise TPAError(f"tokenizer: {source} is not a tokenizer.json: {str(problem)[:120]!r}") from None
+        # What a training run left there
+        self._pieces.no_truncation()
+        self._pieces.no_padding()
+        for text, token in sorted(added.items(), key=lambda pair: pair[1]):
+            if self._pieces.token_to_id(text) is None:
+                self._pieces.add_tokens([tokenizers.AddedToken(text, special=token in hidden, normalized=False)])
+        found = self._pieces.token_to_id("<bos>")
+        self.bos = GEMMA_BOS if found is None else found
         self.size: int = self._pieces.get_vocab_size(with_added_tokens=False)
 
     def encode(self, text: str) -> list[int]:

@@ -83,22 +83,22 @@ class SideFiles:
         """The added tokens of tokenizer_config.json."""
         found = self._json("tokenizer_config.json").get("added_tokens_decoder")
         entries = found.items() if isinstance(found, dict) else ()
-        return [(int(token), entry) for token, entry in entries if token.isdecimal() and isinstance(entry, dict)]
+        named = [(token, entry) for token, entry in entries if token.isdecimal() and isinstance(entry, dict)]
+        return [(int(token), entry) for token, entry in named if isinstance(entry.get("content"), str)]
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and so on, as a chat template names them."""
         found = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-        for name, value in self._json("tokenizer_config.json").items():
-            value = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(value, str):
-                found[name] = value
-        return found
+        for said in (self._json("tokenizer_config.json"), self._json("special_tokens_map.json")):
+            found |= {name: token for name, token in said.items() if name.endswith("_token")}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+        return {name: text for name, text in texts.items() if isinstance(text, str)}  # null: there is none
 
     def _json(self, name: str) -> dict[str, Any]:
         """The object in a file; empty where there is none."""
         try:
-            content = json.loads(self.files.get(name, b"{}"))
+            content = json.loads(self.files.get(name, b"{}").decode("utf-8-sig"))
         except (ValueError, RecursionError) as problem:
             raise TPAError(f"load: {name} is not valid JSON: {problem}") from None
         if not isinstance(content, dict):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TPAError
-from .tokenizer import BOS, require_tokenizer
+from .tokenizer import require_tokenizer
 
 
 def read_text(text_or_path: str | Path) -> str:
@@ -40,4 +40,4 @@ def text_windows(
     if not ids:
         raise TPAError("text: at least one token is needed, got an empty text")
     for start in range(0, len(ids), length - 1):
-        yield [BOS, *ids[start : start + length - 1]]
+        yield [tokenizer.bos, *ids[start : start + length - 1]]

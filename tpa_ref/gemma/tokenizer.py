@@ -31,7 +31,7 @@ class Tokenizer:
         """
         self.files = {MODEL: files} if isinstance(files, bytes) else dict(files)
         self._pieces = read_pieces(self.files, source, added or {}, hidden)
-        self.vocab_size = self._pieces.size
+        self.vocab_size, self.bos = self._pieces.size, self._pieces.bos
         self.marks_turns = self._pieces.encode("<start_of_turn>") == [START_OF_TURN]
 
     @classmethod
@@ -55,7 +55,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # bytes that were no UTF-8
             raise TPAError("tokenizer: the text must be UTF-8, got bytes that are not") from None
-        ids = [BOS] if bos else []
+        ids = [self.bos] if bos else []
         parts = text.split(START_OF_IMAGE) if vision else [text]
         for number, part in enumerate(parts):
             if vision and number > 0:
