@@ -56,7 +56,7 @@ results: .venv/.demo
 	$(BIN)/python scripts/kv_memory.py
 	$(BIN)/python scripts/update_readme.py
 
-# Every setting on the real 270M, as shown in the README: 25 minutes on two cores; resumes after an interruption.
+# Every setting on the real 270M, as shown in the README: 15 minutes on two cores; resumes after an interruption.
 gemma-table: .venv/.demo
 	$(BIN)/python scripts/get_gemma.py
 	$(BIN)/python scripts/gemma_table.py

@@ -99,7 +99,7 @@ def test_underscores_and_hyphens():
         (demo, ["--ckpt", ""], ["--ckpt", "empty"]),
         (run, ["--save-tpa", ""], ["--save-tpa", "empty"]),
         (run, ["--convert", "--save-tpa", "here", "--export", "here"], ["--export", "different places"]),
-        (run, ["--prompt", "caf\udce9"], ["utf-8"]),
+        (run, ["--prompt", "caf\udce9"], ["UTF-8"]),
         (run, ["--top-p", "2", "--convert", "--save-tpa", "there"], ["top_p"]),
     ],
 )

@@ -385,6 +385,7 @@ def test_layers_that_stay_dense_need_no_moments(backend, small):
 
 def test_no_full_precision_copy_lives_beside_the_cache(tiny):
     """What stays allocated after a prefill is the cache that was counted, and little else."""
+    import gc
     import tracemalloc
 
     _, moments = tiny
@@ -395,6 +396,7 @@ def test_no_full_precision_copy_lives_beside_the_cache(tiny):
     cache = tpa.new_cache(1, 1000)
     for start in range(0, 1000, 200):
         tpa.hidden(ids[:, start : start + 200], cache)
+    gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert cache.nbytes < windowed_bytes(tpa.config, 1000) / 7

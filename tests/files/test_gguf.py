@@ -471,7 +471,8 @@ def test_several_towers_in_a_folder(seeing, tmp_path):
     write_seeing(folder, named, config)
     (folder / "mmproj-0.gguf").write_bytes((folder / "mmproj-model-f32.gguf").read_bytes()[:5000])
     assert inspect(folder / "model.gguf").config.vision == config.vision
-    write(folder / "small.gguf", helpers.config(vocab_size=VOCAB, hidden_size=32))
+    narrow = helpers.config(vocab_size=VOCAB, hidden_size=32)
+    write(folder / "small.gguf", narrow, helpers.tensors(narrow), {})
     assert inspect(folder / "small.gguf").config.vision is None
 
 
