@@ -164,9 +164,10 @@ def sampling(args: argparse.Namespace) -> Sampling:
 
 def fill_defaults(args: argparse.Namespace, names: Sequence[str], found: Found, device: str) -> str:
     """Give the options that are not given what suits the model's size and the device; the line that says which."""
-    large = parameter_count(found.config) > LARGE
+    parameters = parameter_count(found.config)
+    large = parameters > LARGE
     slow = large and device == "cpu"
-    fast = device != "cpu" or multiplies_bfloat16() or parameter_count(found.config) > VERY_LARGE
+    fast = device != "cpu" or multiplies_bfloat16() or parameters > VERY_LARGE
     narrow = large and fast and args.backend == "torch" and found.stored_dtype == "bfloat16"
     defaults: dict[str, Any] = {
         "dtype": "bfloat16" if narrow else "float32",

@@ -139,7 +139,7 @@ def save(model: Any, path: str | Path) -> Path:
 
 
 def save_safetensors(model: Any, target: Path) -> None:
-    """One file with everything in its metadata."""
+    """One file: tensors, config in its metadata, side files as tensors of bytes."""
     metadata = {"format": FORMAT, "version": str(VERSION), "config": config_json(model)}
     held = {SIDE_FILE + name: np.frombuffer(content, np.uint8) for name, content in side_files_of(model).items()}
     save_file(arrays(model) | held, target, metadata)

@@ -55,8 +55,8 @@ def inspect(
     held, content, files = open_checkpoint(path)
     entries, notes = named_entries(held), _ignored(path, held)
     if isinstance(config, (str, Path)):
-        GemmaConfig.from_hf(config)  # which says what is wrong with it
-        files["config.json"] = Path(config).read_bytes()
+        given, config = Path(config), GemmaConfig.from_hf(config)
+        files["config.json"] = given.read_bytes()
     config = _choose_config(path, variant, content if config is None else config, entries)
     entries, config, untied = _tied(path, entries, config)
     # An image tower that only the config or only the file knows of is left out.
