@@ -79,11 +79,11 @@ def test_a_choice_is_taken_as_it_is(choice):
 
 def test_exact_tokens():
     """With a rate sinks are the default, with fixed ranks there are none; both can be chosen."""
-    assert TPAConfig().exact_tokens == TPAConfig(rate=1.0).exact_tokens == (4, 0)
+    assert TPAConfig().exact_tokens == TPAConfig(rate=1.0).exact_tokens == (1, 0)
     assert TPAConfig(mode="latent").exact_tokens == (0, 0)
     assert TPAConfig(mode="latent", sinks=2, recent=3).exact_tokens == (2, 3)
     assert TPAConfig(sinks=0, recent=64).exact_tokens == (0, 64)
-    assert TPAConfig(per_layer=(None, Spectral())).exact_tokens == (4, 0)
+    assert TPAConfig(per_layer=(None, Spectral())).exact_tokens == (1, 0)
     assert TPAConfig(per_layer=(None, fixed("latent", 1))).exact_tokens == (0, 0)
 
 

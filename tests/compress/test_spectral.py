@@ -20,7 +20,6 @@ from tpa_ref.compress.bits import allocate_bits, damage, gaussian_bound
 from tpa_ref.compress.config import Side, Spectral, TPAConfig
 from tpa_ref.compress.convert import layer_spectrum
 from tpa_ref.compress.plan import planned_pair
-from tpa_ref.core import codes
 from tpa_ref.core.cache import Cache, Exact
 from tpa_ref.core.mode import Tokens
 from tpa_ref.core.transform import spectrum
@@ -224,37 +223,6 @@ def test_long_texts_move_bits_to_no_layer_for_free(tiny):
     assert rates[1] > 2 * rates[0]
 
 
-# ---- codes ----
-
-
-@pytest.mark.parametrize("width", range(1, 9))
-def test_levels_are_near_the_best_ones(width):
-    """On a Gaussian the error is the table's (which is for slightly heavier tails), and near that of Lloyd and Max."""
-    x = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
-    at = codes.levels(width)
-    error = np.square(at[np.searchsorted(codes.thresholds(width), x)] - x).mean()
-    lloyd = [0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000644, 0.000163, 0.0000413][width - 1]
-    assert lloyd * 0.99 < error < lloyd * (1.15 if width < 5 else 2.1)
-    assert 0.6 < error / codes.DISTORTION[width] < 1.05
-    np.testing.assert_allclose(at, -at[::-1])
-
-
-def test_packing_there_and_back(backend):
-    """Any widths, sorted or not, none, and bytes as counted; both backends store the same ones."""
-    own, rng = part(backend, "core.codes"), np.random.default_rng(0)
-    for size in [0, 1, 3, *rng.integers(2, 60, 12)]:
-        widths = tuple(rng.integers(1, 9, size).tolist())
-        C = rng.standard_normal((2, 5, size)).astype(np.float32) * 1.5
-        packed = own.quantize(to(backend, C), widths)
-        np.testing.assert_array_equal(back(packed), codes.quantize(C, widths))
-        assert packed.shape[-1] == codes.packed_bytes(widths) == -(-sum(widths) // 8)
-        found = back(own.dequantize(packed, widths))
-        for column, width in enumerate(widths):
-            at = codes.levels(width)
-            nearest = at[np.abs(at[:, None, None] - C[..., column]).argmin(0)]
-            np.testing.assert_allclose(found[..., column], nearest, rtol=1e-6)
-
-
 # ---- the whole model ----
 
 
@@ -293,7 +261,8 @@ def test_twins_store_the_same_codes(twins, choices):
     np.testing.assert_array_equal(cache_n.text_bt, cache_t.text_bt)
     sinks, recent = numpy.tpa.exact_tokens
     kinds = ["coded", *["sinks"] * (sinks > 0), *["recent"] * (recent > 0)]
-    assert list(cache_n.layers[5].rings) == kinds and list(cache_n.layers[0].rings) == ["coded"]
+    assert list(cache_n.layers[5].rings) == kinds
+    assert list(cache_n.layers[0].rings) == [kind for kind in kinds if kind != "recent"]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +312,7 @@ def test_exact_tokens_have_an_effect(backend, small):
     """
     dense, moments = small(backend)
     expected, errors = to_numpy(dense(TOKENS)), []
-    for recent in (0, 8, 64):
+    for recent in (0, 20, 64):
         choice = TPAConfig(rate=1.0, context=60, layers="global", sinks=0, recent=recent)
         errors.append(relative(backend.convert(dense, choice, moments)(TOKENS), expected))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05
@@ -352,7 +321,7 @@ def test_exact_tokens_have_an_effect(backend, small):
 @pytest.mark.parametrize("name", ["tpa", "tpa.safetensors", "tpa.pt"])
 def test_saved_and_loaded(twins, tmp_path, name):
     """Each backend loads what the other saved, a layer without any bits included, and gives the same logits."""
-    models = twins(rate=0.2)
+    models = twins(rate=0.5)
     ranks = [pair.k.rank for pair in models[0].pairs]
     assert min(ranks) == 0 < max(ranks)
     expected = models[0](TOKENS)
@@ -369,7 +338,7 @@ def test_a_layer_of_a_plan_may_get_nothing(backend):
     choices = tuple(Spectral(widths=(8,) * 32 if layer == 2 else ()) for layer in range(7))
     tpa = backend.convert(model(backend), TPAConfig(per_layer=choices, sinks=0))
     cache, logits = run_cached(tpa, TOKENS, (9,))
-    assert np.isfinite(logits).all() and cache.nbytes == 2 * 11 * 32
+    assert np.isfinite(logits).all() and cache.nbytes == 2 * 11 * (1 + 32)
 
 
 def test_layers_that_stay_dense_need_no_moments(backend, small):
@@ -391,6 +360,7 @@ def test_no_full_precision_copy_lives_beside_the_cache(tiny):
     _, moments = tiny
     tpa = tpa_ref.convert(tpa_ref.load(TINY), TPAConfig(rate=2.0), moments)
     ids = np.random.default_rng(0).integers(7, 4000, (1, 1000))
+    tpa.hidden(ids[:, :200], tpa.new_cache(1, 1000))  # what a process imports and remembers once is no cache
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     cache = tpa.new_cache(1, 1000)

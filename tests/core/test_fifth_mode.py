@@ -131,7 +131,9 @@ def test_cached_equals_whole(backend, kv_dtype):
     assert relative(logits, helpers.logits(model, IDS)) < TOLERANCE["float64"]
     d = 16
     row = {"float32": 8 * d, "bfloat16": 2 * d, "int4": d // 2 + 4}[kv_dtype] + d + 2  # mean, and half in int8
-    by_hand = 2 * (2 * row * (40 + 6 * 11) + 2 * 2 * d * 2 * (2 + 3))  # one pair of heads; two exact heads in bfloat16
+    by_hand = 2 * (
+        2 * row * (40 + 6 * 11) + 2 * 2 * d * 2 * (7 * 2 + 3)
+    )  # one pair of heads; two exact heads in bfloat16
     assert cache.nbytes == cache.nbytes_at(40, batch=2) == by_hand
 
 

@@ -19,7 +19,7 @@ from tpa_torch.core.fixed_b import FixedB
 from tpa_torch.core.pair import Pair
 from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import kernels
-from tpa_torch.fast.kernels import factors, launch
+from tpa_torch.fast.kernels import factors, launch, trellis
 
 
 class NoDevice:
@@ -78,7 +78,7 @@ def compile_decode(k, v, g, h, d, dtype, slots=2048):
 def main():
     driver.set_active(NoDevice())
     launch.attend_split, launch.merge_splits = Compiled(launch.attend_split), Compiled(launch.merge_splits)
-    factors.factor_token = Compiled(factors.factor_token)
+    factors.factor_token, trellis.path_of_token = Compiled(factors.factor_token), Compiled(trellis.path_of_token)
     launch.dot_dtype = lambda x: tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
     bf16, big, wide = torch.bfloat16, (16, 32, 128), (4, 8, 256)
     compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16)
@@ -88,6 +88,7 @@ def main():
     compile_decode(("fixed-b", "int4", 64), ("fixed-b", "int4", 64), *wide, bf16)
     compile_decode(("contextual", "float32", 2), ("dense", "float32", 0), *wide, torch.float32)
     factors.contextual_factors(torch.zeros(1, 1, 16, 128, dtype=bf16), 2, 12)
+    trellis.best_paths(torch.zeros(1, 300), (5,) * 40 + (3,) * 130 + (1,) * 130)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import helpers
 import tpa_ref
 import tpa_torch
 from tpa_ref.compress.config import TPAConfig
+from tpa_ref.core import codes as reference_codes
 from tpa_torch.core import attention, masks
 from tpa_torch.core import cache as kv
 from tpa_torch.core.contextual import Contextual
@@ -272,6 +273,26 @@ def test_factors_of_a_token(g, rank, kind, monkeypatch):
     assert all(torch.isfinite(x).all() for x in ours)
 
 
+# ---- paths through the trellis ----
+
+
+@pytest.mark.parametrize("widths", [(1,), (8, 6, 5), (7, 4, 4, 3, 2, 2, 1, 1, 1)])
+def test_paths_through_the_trellis(widths):
+    """The string of every token is the reference's, or as near to its coefficients where products were not rounded."""
+    C_ks = np.random.default_rng(len(widths)).standard_normal((6, len(widths))).astype(np.float32)
+    C_ks[1] *= 5
+    C_ks[2] = 0
+    windows_kr = kernels.best_paths(torch.from_numpy(C_ks).to(DEVICE), widths).cpu().numpy()
+    expected = reference_codes.best_paths(C_ks, widths)
+    np.testing.assert_array_equal(windows_kr[:, 0], expected[:, 0])
+    errors = [
+        np.square(reference_codes.dequantize(reference_codes.pack(x, widths), widths) - C_ks).sum(-1)
+        for x in (windows_kr, expected)
+    ]
+    np.testing.assert_allclose(*errors, rtol=1e-5)
+    assert (windows_kr == expected).mean() > 0.9
+
+
 # ---- a whole model ----
 
 
@@ -335,7 +356,8 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines].count("attend_split") == 5 and lines[-1][0] == "factor_token"
+    names = [name for name, _, _ in lines]
+    assert names.count("attend_split") == 5 and names[-2:] == ["factor_token", "path_of_token"]
     assert all(int(shared) <= 99 * 1024 for _, shared, _ in lines)
     assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 4 + ["False"]
 

@@ -13,6 +13,7 @@ from helpers import relative
 
 torch = pytest.importorskip("torch")
 
+from tpa_ref.core import codes as reference
 from tpa_ref.core import rope
 from tpa_torch.core import codes, quantize
 from tpa_torch.fast.kernels import native
@@ -175,12 +176,24 @@ def test_exponentials(library, k):
 
 
 def packed(widths, b, k, rng):
-    """(codes [b,bytes,k], levels without their scales [b,s,k] by the reference)."""
-    C_bks = rng.normal(size=(b, k, len(widths))).astype(np.float32)
+    """(codes [b,bytes,k], coefficients [b,s,k] by the reference)."""
+    C_bks = rng.normal(size=(b, k, len(widths))).astype(np.float32) * rng.choice([0.5, 1.0, 3.0], (b, k, 1))
     packed_bkc = codes.quantize(torch.from_numpy(C_bks), widths)
-    scales = np.array([codes.odd_compander(width)[0] for width in widths])
-    made = codes.dequantize(packed_bkc, widths).double().numpy() / scales
-    return packed_bkc.mT.contiguous(), made.transpose(0, 2, 1)
+    return packed_bkc.mT.contiguous(), codes.dequantize(packed_bkc, widths).double().numpy().transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_paths_through_the_trellis(library, tokens):
+    """The bytes are those of the reference, of every width, and of costs that are equal."""
+    rng = np.random.default_rng(tokens)
+    mixed = tuple(sorted(rng.integers(1, 9, 61).tolist(), reverse=True))
+    for widths in (*((width,) * 9 for width in range(1, 9)), mixed):
+        C_ks = (rng.standard_normal((tokens, len(widths))) * rng.choice([0.0, 1.0, 4.0], (tokens, 1))).astype(
+            np.float32
+        )
+        C_ks[0] = rng.choice([np.inf, -1e30, 0.0], len(widths))
+        got = native.quantize(torch.from_numpy(C_ks), widths)
+        np.testing.assert_array_equal(got.numpy(), reference.quantize(C_ks, widths))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -241,7 +254,9 @@ def test_a_matrix_times_few_rows(library, shape):
 MISTAKES = {
     "scale of the first group": ("scale[k * step + j / GROUP]", "scale[k * step]"),
     "halves of a byte": ("_mm_slli_epi16(two, 4)", "_mm_slli_epi16(two, 8)"),
-    "a piece of a code": ("_mm512_sll_epi16(x, left)", "x"),
+    "half of a window": ("_mm512_sll_epi16(_mm512_maskz_loadu_epi8(here, p + k), left)", "_mm512_setzero_si512()"),
+    "where a string begins": ("cost[at] = 0", "cost[0] = 0"),
+    "a narrow one of equal costs": ("z == y && other < first", "z == y && other > first"),
     "turned the wrong way": ("times(times(two, all(-1)), s)", "times(two, s)"),
     "the last keys": ("last = std::min(keys, first + BLOCK)", "last = std::min(keys / BLOCK * BLOCK, first + BLOCK)"),
     "second sixteen queries": ("with + i * width + v * W", "with + i * width"),
@@ -255,7 +270,9 @@ MISTAKES = {
 CHECKS = {
     "scale of the first group": lambda built: test_products_with_stored_rows(built, "int8", 1),
     "halves of a byte": lambda built: test_products_with_stored_rows(built, "int4", 1),
-    "a piece of a code": lambda built: test_packed_codes(built, 2, 3, 63, False),
+    "half of a window": lambda built: test_packed_codes(built, 2, 3, 63, False),
+    "where a string begins": lambda built: test_paths_through_the_trellis(built, 70),
+    "a narrow one of equal costs": lambda built: test_paths_through_the_trellis(built, 70),
     "turned the wrong way": lambda built: test_rebuilt_keys_are_turned(built, "float32", 1),
     "the last keys": lambda built: test_products_with_stored_rows(built, "bfloat16", 1),
     "second sixteen queries": lambda built: test_products_with_stored_rows(built, "float32", 1),

@@ -70,7 +70,7 @@ def test_every_use_after_every_other(order):
     torch.set_num_threads(1)
     dense = dense_of(tpa_torch)
     tpa = converted(tpa_torch, dense)
-    part(tpa_torch, "core.codes").packing.cache_clear()  # whose arrays the conversion has made, in its own way
+    part(tpa_torch, "core.codes").constants.cache_clear()  # whose arrays the conversion has made, in its own way
     for use in order:
         found = USES[use](tpa_torch, dense, tpa)
         np.testing.assert_allclose(np.array(found, float), expected(use), rtol=1e-3, err_msg=use)

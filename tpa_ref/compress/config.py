@@ -18,7 +18,7 @@ KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_RATE = 2.0  # bits per number
 MAX_RATE = 8
 DEFAULT_CONTEXT = 32_768  # where bytes are compared, or the model's positions if they are fewer
-DEFAULT_SINKS = 4
+DEFAULT_SINKS = 1
 MAX_EXACT = 64
 FORM = ("mode", "k_mode", "v_mode", "k_rank", "v_rank", "kv_dtype", "k_dtype", "v_dtype")  # excluded by a rate
 
@@ -120,8 +120,8 @@ class TPAConfig:
     q_rank: head-mixing rank of Q, at most h (the default, exact). It saves no cache.
     layers: "all", "global", "local", or numbers such as "5,11"; the other layers keep a dense cache.
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
-    sinks, recent: how many first and newest tokens the global layers also keep exactly, in bfloat16 (default: 4 and 0
-    with a rate, else none).
+    sinks: how many first tokens are kept exactly, in bfloat16 (default: 1, BOS, with a rate, else none). recent: how
+    many of the newest the global layers keep so (default: none).
     predict: whether a spectral cache codes only what the tokens do not predict; default: where calibration measured it.
     per_layer: the complete choice, one `FixedRank`, `Spectral` with widths, or None (dense) a layer.
 
@@ -234,7 +234,7 @@ class TPAConfig:
 
     @property
     def exact_tokens(self) -> tuple[int, int]:
-        """(sinks, recent) that converted global layers keep exactly."""
+        """(sinks, recent): how many first tokens converted layers keep exactly, how many newest the global ones."""
         return (DEFAULT_SINKS if self.spectral else 0) if self.sinks is None else self.sinks, self.recent
 
     def resolve(self, config: GemmaConfig) -> tuple[tuple[Choice | None, ...], list[str]]:

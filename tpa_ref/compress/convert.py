@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core.mode import Mode
-from ..core.transform import Spectrum, loss, moment_from_weights, spectrum, truncate_query_heads
+from ..core.transform import Spectrum, loss, moment_from_weights, shrunk, spectrum, truncate_query_heads
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 from ..gemma.token_vectors import id_dtype
@@ -156,7 +156,8 @@ class Conversion:
         """Moments of one layer: measured, or from its weights."""
         if self.moments is None:
             return moments_from_weights(self.converted, layer, choice)
-        return self.moments.of_layer(layer)
+        found: LayerMoments = self.moments.of_layer(layer)
+        return found if self.converted.tpa.exact_tokens[0] else found.with_first()
 
 
 def full_precision(model: Any) -> str:
@@ -184,6 +185,8 @@ def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments |
 
     text: moments of the token vectors, where K and V are predicted from them.
     """
+    F_k, F_v = (None if F_gdgd is None else shrunk(F_gdgd) for F_gdgd in moments.F)
+    moments = replace(moments, F=(F_k, F_v))
     if choice.k is not None:
         V = moments.sides[1]
         return spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
@@ -221,7 +224,8 @@ def allocated(
     entries = [config.slots(layer, context) for layer in layers]
     numbers = sum(entries) * (2 if choice.k is None else 1) * config.num_kv_heads * config.head_dim
     text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
-    widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, choice.rate * numbers - text))
+    bits = choice.rate * numbers - text - 8 * sum(entries)  # every token has a byte for its scale
+    widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, bits))
     given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
     choices, _ = tpa.resolve(config)
     return tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +24,44 @@ class SideMoments(NamedTuple):
     F_gdgd: Any
 
 
+class FirstToken(NamedTuple):
+    """K and V of the first token of every text, its gradients in each window that went backwards, and the share that
+    first tokens have in all tokens, and in those that went backwards.
+    """
+
+    x_gd: Any  # [2g,d]
+    G_wgd: Any  # [w,2g,d]
+    share: Any  # [2]
+
+
 @dataclass(frozen=True)
 class LayerMoments:
     """K and V of one layer side by side, K's g heads before V's, and the Fisher matrices of each where measured.
 
-    N: E[x z^T] with the token vectors, where they were asked for.
+    N: E[x z^T] with the token vectors, where they were asked for. first: what is known of the first token, which is
+    left out of all others: K and V of BOS are the same for every text, far from all others, and most of what errors
+    cost. A cache that keeps it exactly need not code it.
     """
 
     M_gdgd: Any  # [2g,d,2g,d]
     mean_gd: Any  # [2g,d]
     F: tuple[Any, Any] = (None, None)  # [g,d,g,d] each
     N_gdz: Any = None  # [2g,d,2m]
+    first: FirstToken | None = None
+
+    def with_first(self) -> LayerMoments:
+        """The moments of all tokens, for a cache that codes the first one as well."""
+        if self.first is None:
+            return self
+        x_gd, (share, of_gradients) = self.first.x_gd, self.first.share
+        M_gdgd = (1 - share) * self.M_gdgd + share * np.multiply.outer(x_gd, x_gd)
+        mean_gd, g = (1 - share) * self.mean_gd + share * x_gd, len(x_gd) // 2
+        F = self.F
+        if self.first.G_wgd is not None and F[0] is not None:
+            halves = self.first.G_wgd[:, :g], self.first.G_wgd[:, g:]
+            outer = (np.einsum("wgd,wjc->gdjc", G, G, optimize=True) / len(G) for G in halves)
+            F = tuple((1 - of_gradients) * F + of_gradients * new for F, new in zip(F, outer, strict=True))
+        return replace(self, M_gdgd=M_gdgd, mean_gd=mean_gd, F=F, first=None)
 
     @property
     def sides(self) -> tuple[SideMoments, SideMoments]:
@@ -47,12 +74,17 @@ class LayerMoments:
     def arrays(self) -> dict[str, Any]:
         """What there is of it, by name."""
         named = {"M": self.M_gdgd, "mean": self.mean_gd, "F.k": self.F[0], "F.v": self.F[1], "N": self.N_gdz}
+        if self.first is not None:
+            named |= {"first.x": self.first.x_gd, "first.G": self.first.G_wgd, "first.share": self.first.share}
         return {name: x for name, x in named.items() if x is not None}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> LayerMoments:
         """The inverse of `arrays`."""
-        return cls(arrays["M"], arrays["mean"], (arrays.get("F.k"), arrays.get("F.v")), arrays.get("N"))
+        first = None
+        if "first.x" in arrays:
+            first = FirstToken(arrays["first.x"], arrays.get("first.G"), arrays["first.share"])
+        return cls(arrays["M"], arrays["mean"], (arrays.get("F.k"), arrays.get("F.v")), arrays.get("N"), first)
 
 
 @dataclass

@@ -31,10 +31,10 @@ class Exact:
     recent: int = 0
 
     def kept(self, pair: Pair, window: int | None, n: int) -> Exact:
-        """How many of them one layer keeps in texts of n tokens: none, unless it is a converted global layer."""
-        if pair.is_dense or window is not None:
+        """How many of them one layer keeps in texts of n tokens: a dense one none, newest tokens only a global one."""
+        if pair.is_dense:
             return Exact()
-        return Exact(min(self.sinks, n), min(self.recent, n))
+        return Exact(min(self.sinks, n), min(self.recent, n) if window is None else 0)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,10 @@ class LayerCache:
         """
         segments = []
         encoded: dict[int, Stored] = {}  # by pair: sinks and newest tokens are kept alike
+        oldest = int(at.positions_bq.min(initial=1 << 60, where=at.positions_bq >= 0))  # of the queries
         for kind, ring in self.rings.items():
+            if kind == "sinks" and self.window is not None and oldest >= self.window + ring.slots - 1:
+                continue  # no query sees them any more
             if (pair := id(ring.pair)) not in encoded:
                 traced = trace if kind == "coded" else no_trace
                 encoded[pair] = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, traced)

@@ -1,113 +1,169 @@
-"""Spectral codes: coefficients of unit variance with a width of their own each, 0 to 8 bits, and constant levels.
+"""Spectral codes: the coefficients of a token as one string of bits, read through a window of eight. Not in the paper.
 
-No scales are stored, and codes are packed so that no bit is lost.
+Coefficient s has widths[s] bits of its own, 1 to 8, but its level is looked up by the last eight bits of the string so
+far: its own and those just before them.
+
+    scale     c_0 (4)  c_1 (3) c_2 (3)
+    01100100  1 0 1 1  0 0 1   0 1 1   ...
+                 |______ window _____|        level of c_2 = LEVELS[3, 0b11001011]
+
+So each coefficient chooses among 2^w levels, and which ones those are is told by the bits before: the encoder can steer
+towards levels that suit the coefficients to come. The string with the least squared error is the shortest path through
+a graph (a trellis), found by Viterbi's algorithm: one forward step a coefficient over the 256 windows, then back along
+the best path. At the same number of bits that leaves two thirds of the error of the best levels chosen one by one.
+
+The first byte is a scale of the token's own (gain-shape coding), since real tokens are not alike: a few have
+coefficients many times larger than calibration expects, and levels that end would clip them.
 """
 
-from typing import NamedTuple
+import math
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-# A coefficient of unit variance becomes one of 2^w levels s t (1 + kappa t^2), t evenly spaced in [-1, 1]: close where
-# coefficients are frequent, wide in the tails. (s, kappa) minimise the mean squared error of a unit Gaussian mixed with
-# a Student t of 10 degrees, since measured coefficients have a kurtosis a little above 3; the error itself is beside.
-SCALE = (0.0, 0.786, 1.340, 1.669, 1.848, 1.972, 2.079, 2.182, 2.284)  # by width
-KAPPA = (0.0, 0.000, 0.156, 0.386, 0.677, 1.010, 1.377, 1.767, 2.187)
-DISTORTION = np.array([1.0, 0.382768, 0.130040, 0.040534, 0.012157, 0.003604, 0.001058, 0.000308, 0.000089])
-MAX_WIDTH = 8
-
-
-def odd_compander(width: int) -> tuple[float, float]:
-    """(s, kappa) for a t that runs over the odd numbers 2 code + 1 - 2^w instead of from -1 to 1."""
-    most = (1 << width) - 1
-    return SCALE[width] / most, KAPPA[width] / most**2
-
-
-def levels(width: int) -> np.ndarray:
-    """The 2^w levels of a coefficient of unit variance, ascending, float32.
-
-    >>> [round(float(x), 3) for x in levels(2)]
-    [-1.549, -0.454, 0.454, 1.549]
-    """
-    scale, kappa = (np.float32(x) for x in odd_compander(width))
-    t = 2 * np.arange(1 << width, dtype=np.float32) - np.float32((1 << width) - 1)
-    return (t * t * kappa + np.float32(1)) * t * scale
-
-
-def thresholds(width: int) -> np.ndarray:
-    """Halfway between neighbouring levels: where the nearest one changes, float32 [2^w - 1]."""
-    at = levels(width)
-    return (at[1:] + at[:-1]) / np.float32(2)
-
-
-class Digits(NamedTuple):
-    """Digits of codes at the same place of different bytes: byte[i] >> shift & (2^bits - 1) are the bits of coefficient
-    column[i] from bit left[i] on.
-    """
-
-    bits: int
-    shift: int
-    byte: np.ndarray
-    column: np.ndarray
-    left: np.ndarray
-
-
-def digits(widths: tuple[int, ...]) -> list[Digits]:
-    """Where every bit of the codes lies. A code is cut into digits of 8, 4, 2 and 1 bits: 7 = 4 + 2 + 1.
-
-    Digits of one size fill whole bytes, the first of them the low bits, so that unpacking is a shift and a mask of
-    whole rows. What is left of every size shares the last bytes, larger digits first: none is cut by the end of a byte,
-    and nothing is padded but the last one.
-
-    >>> [(part.bits, part.shift, part.byte.tolist(), part.column.tolist()) for part in digits((4, 4, 3, 2))]
-    [(4, 0, [0], [0]), (4, 4, [0], [1]), (2, 0, [1], [2]), (2, 2, [1], [3]), (1, 4, [1], [2])]
-    """
-    width_s = np.array(widths, int)
-    left_s = np.zeros_like(width_s)  # bits that larger digits have taken
-    found: list[Digits] = []
-    rest: list[tuple[int, np.ndarray, np.ndarray]] = []  # digits that fill no byte: their size, column and `left`
-    byte = 0
-    for bits in (8, 4, 2, 1):
-        columns, in_byte = np.flatnonzero(width_s & bits), 8 // bits
-        rows = len(columns) // in_byte
-        for slot in range(in_byte if rows else 0):
-            here = columns[slot * rows : (slot + 1) * rows]
-            found.append(Digits(bits, slot * bits, byte + np.arange(rows), here, left_s[here]))
-        rest += [(bits, column, left_s[column]) for column in columns[rows * in_byte :, None]]
-        byte += rows
-        left_s[columns] += bits
-    at = 8 * byte
-    for bits, column, left in rest:
-        found.append(Digits(bits, at % 8, np.array([at // 8]), column, left))
-        at += bits
-    return found
+WINDOW = 8  # bits
+MAX_WIDTH = WINDOW
+# Levels of coefficients of unit variance by width and window, and the mean squared error they leave on Gaussian ones:
+# fitted by scripts/train_levels.py.
+LEVELS = np.load(Path(__file__).with_name("levels.npy"))  # float32 [9,256]
+DISTORTION = np.array([1.0, 0.281, 0.0781, 0.0214, 0.00599, 0.00166, 0.000507, 0.00013, 0.0000423])
+SCALES = (2.0 ** (np.arange(-8, 24) / 4)).astype(np.float32)  # quarters of an octave
+# How far the levels of a width serve: on Gaussian coefficients, what is clipped beyond and what a step costs balance.
+REACH = np.array([0, 0.8, 1.5, 2.1, 2.7, 3.3, 3.8, 4.3, 4.7], np.float32)
+BLOCK = 64  # tokens that go through the trellis together
 
 
 def packed_bytes(widths: tuple[int, ...]) -> int:
-    """Bytes of one token's codes."""
-    return -(-sum(widths) // 8)
+    """Bytes of one token: the scale and the string; none where nothing is coded.
+
+    >>> packed_bytes((4, 3, 3)), packed_bytes(())
+    (3, 0)
+    """
+    return 1 + -(-sum(widths) // 8) if widths else 0
+
+
+# ---- the scale of a token ----
+
+
+def choose_scales(C_ks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """The scale of each token as an index into SCALES: [k,s] -> uint8 [k].
+
+    A scale a makes every step a times as wide, which costs a^2 sum_s v_s D(w_s), and coefficients beyond its reach are
+    clipped, which costs sum_s v_s (|c_s| - a r_s)+^2. Bits were given so that v_s D(w_s), the damage by one of them, is
+    about the same for all: v_s = 1 / D(w_s). Both terms are convex, so the best scale is the smallest at which widening
+    costs at least what it saves: a R >= sum_s (r_s / D_s) (|c_s| - a r_s)+.
+    """
+    reach_s, price_s = reach_and_price(widths)
+    C_ks = np.abs(C_ks, dtype=np.float32)
+    chosen_k = np.zeros(len(C_ks), np.uint8)
+    for scale in SCALES[:-1]:
+        chosen_k += scale < (np.maximum(C_ks - scale * reach_s, 0) * price_s).sum(-1)
+    return chosen_k
+
+
+def reach_and_price(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """r_s, and r_s / (R D_s): float32 [R] each."""
+    reach_s = REACH[np.array(widths, int)]
+    return reach_s, (reach_s / DISTORTION[np.array(widths, int)] / len(widths)).astype(np.float32)
+
+
+# ---- the path through the trellis ----
+
+
+def best_path(X_ks: np.ndarray, widths: tuple[int, ...], first_k: np.ndarray) -> np.ndarray:
+    """The windows of the string whose levels are nearest to x, in squared error: [k,s] -> uint8 [k,s].
+
+    first_k: the window before the first coefficient, the scale's byte.
+    """
+    k, step_k = len(X_ks), np.arange(len(X_ks))
+    cost_ik = np.full((256, k), np.inf, np.float32)  # of the best string that ends in window i
+    cost_ik[first_k, step_k] = 0
+    before = []
+    for width, x_k in zip(widths, X_ks.T, strict=True):
+        before.append(by_last_bits(cost_ik, width))
+        best_jk = before[-1].min(0)  # what is left of the last window are its last 8 - w bits, j
+        with np.errstate(over="ignore"):  # of numbers that nothing comes near, every error is infinite
+            error_jwk = np.square(x_k - LEVELS[width][:, None]).reshape(len(best_jk), -1, k)
+        cost_ik = (best_jk[:, None] + error_jwk).reshape(256, k)
+    windows_ks = np.zeros(X_ks.shape, np.uint8)
+    window_k = cost_ik.argmin(0)
+    for s in range(len(widths))[::-1]:
+        windows_ks[:, s] = window_k
+        j_k = window_k >> widths[s]
+        window_k = (before[s][:, j_k, step_k].argmin(0) << (WINDOW - widths[s])) + j_k
+    return windows_ks
+
+
+def best_paths(C_bks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """Scale and windows of each token: [..., R] -> uint8 [..., 1+R]."""
+    C_ks = C_bks.reshape(math.prod(C_bks.shape[:-1]), len(widths)).astype(np.float32)
+    windows_kr = np.zeros((len(C_ks), 1 + len(widths)), np.uint8)
+    for start in range(0, len(C_ks) if widths else 0, BLOCK):
+        at = slice(start, start + BLOCK)
+        scales_k = choose_scales(C_ks[at], widths)
+        windows_kr[at, 0] = scales_k
+        windows_kr[at, 1:] = best_path(C_ks[at] * (1 / SCALES)[scales_k, None], widths, scales_k)
+    return windows_kr.reshape(*C_bks.shape[:-1], 1 + len(widths))
+
+
+def by_last_bits(cost_ik: np.ndarray, width: int) -> np.ndarray:
+    """[window,k] -> [first w bits of the window, its last 8 - w bits, k]."""
+    return cost_ik.reshape(1 << width, -1, cost_ik.shape[-1])
+
+
+# ---- the string as bytes ----
+
+
+@lru_cache(maxsize=512)
+def places(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where windows lie: each is (byte[at] << 8 | byte[after]) >> shift, and 255. int [R] each.
+
+    >>> [x.tolist() for x in places((4, 3, 3))]
+    [[0, 0, 1], [1, 1, 2], [4, 1, 6]]
+    """
+    start = np.cumsum(widths)  # the bit at which the window begins; the scale's eight come first
+    return start // 8, np.minimum(start // 8 + 1, packed_bytes(widths) - 1), 8 - start % 8
+
+
+@lru_cache(maxsize=512)
+def fillings(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where bytes behind the scale come from, int [bytes - 1] each: (column, width, right, left).
+
+    Byte n is (window[column] << width | own bits of the next coefficient) >> right << left, where columns count the
+    scale as the first window. left: zeros that fill the last byte.
+    """
+    end = np.cumsum((0, *widths))
+    last = 8 * np.arange(1, packed_bytes(widths))  # one behind the last bit of each byte
+    column = np.minimum(np.searchsorted(end, last), len(widths)) - 1
+    width = np.array(widths)[column]
+    over = end[column + 1] - last
+    return column, width, np.maximum(over, 0), np.maximum(-over, 0)
+
+
+def pack(windows_bkr: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """Scale and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
+    if not widths:
+        return windows_bkr[..., :0]
+    column, width, right, left = fillings(widths)
+    before, own = windows_bkr[..., column].astype(int), windows_bkr[..., column + 1] & ((1 << width) - 1)
+    string = ((before << width | own) >> right << left).astype(np.uint8)
+    return np.concatenate([windows_bkr[..., :1], string], -1)
 
 
 def quantize(C_bks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
-    codes = np.zeros(C_bks.shape, np.uint8)
-    for width in sorted(set(widths)):
-        columns = np.flatnonzero(np.array(widths) == width)
-        codes[..., columns] = np.searchsorted(thresholds(width), C_bks[..., columns].astype(np.float32))
-    packed = np.zeros((*codes.shape[:-1], packed_bytes(widths)), np.uint8)
-    for part in digits(widths):
-        digit = (codes[..., part.column] >> part.left.astype(np.uint8)) & np.uint8((1 << part.bits) - 1)
-        packed[..., part.byte] |= digit << np.uint8(part.shift)
-    return packed
+    """Coefficients of about unit variance -> the bytes of each token: [..., R] -> uint8 [..., bytes]."""
+    return pack(best_paths(C_bks, widths), widths)
+
+
+def windows_of(packed: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
+    """The window of every coefficient: uint8 [..., bytes] -> uint8 [..., R]."""
+    at, after, shift = places(widths)
+    return ((packed[..., at].astype(np.uint16) << 8 | packed[..., after]) >> shift).astype(np.uint8)
 
 
 def dequantize(packed: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """Codes -> coefficients of unit variance: uint8 [..., bytes] -> float32 [..., R]."""
-    codes = np.zeros((*packed.shape[:-1], len(widths)), np.uint8)
-    for part in digits(widths):
-        digit = (packed[..., part.byte] >> np.uint8(part.shift)) & np.uint8((1 << part.bits) - 1)
-        codes[..., part.column] |= digit << part.left.astype(np.uint8)
-    C_bks = np.zeros(codes.shape, np.float32)
-    for width in sorted(set(widths)):
-        columns = np.flatnonzero(np.array(widths) == width)
-        C_bks[..., columns] = levels(width)[codes[..., columns]]
-    return C_bks
+    """Bytes -> coefficients: uint8 [..., bytes] -> float32 [..., R]."""
+    if not widths:
+        return np.zeros((*packed.shape[:-1], 0), np.float32)
+    return LEVELS[np.array(widths), windows_of(packed, widths)] * SCALES[packed[..., :1]]

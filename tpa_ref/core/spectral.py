@@ -21,12 +21,12 @@ from .mode import Parts, Stored, Tokens
 
 @dataclass(frozen=True)
 class CodedLatent(Latent):
-    """Coefficient s of unit variance takes widths[s] bits, packed; nothing but codes is stored.
+    """Coefficient s of unit variance takes widths[s] bits of a string that begins with the token's scale (`codes`).
 
     predictor: W^T [z,g,d], or None. This mode cannot be asked for by name: a rate chooses it, and its widths.
 
     >>> CodedLatent(g=1, d=4, rank=3, widths=(4, 3, 2)).token_bytes
-    2
+    3
     """
 
     widths: tuple[int, ...] = field(default=(), repr=False)
@@ -45,7 +45,11 @@ class CodedLatent(Latent):
         return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
 
     def store(self, parts: Parts) -> Stored:
-        return {"C.codes": self.codes.quantize(parts["C"], self.widths)}
+        return {"C.codes": self.quantized(parts["C"])}
+
+    def quantized(self, C_bks: np.ndarray) -> np.ndarray:
+        """The bytes of each token, uint8 [b,k,bytes]."""
+        return self.codes.quantize(C_bks, self.widths)
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
         return {"C": self.cast(self.codes.dequantize(stored["C.codes"], self.widths), dtype)}

@@ -283,12 +283,14 @@ class Model:
         """Gradient of -log p(y) with respect to the states after the last layer, y drawn from the model's own p."""
         return self.backward.logits_backward(self, x_bqm, rng)
 
-    def back_through_layer(self, layer: int, x_bqm: Any, dy_bqm: Any) -> tuple[Any, np.ndarray, np.ndarray]:
-        """Gradients back through one layer: (that of the states before it, sums of grad grad^T for K and for V)."""
+    def back_through_layer(self, layer: int, x_bqm: Any, dy_bqm: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """Gradients back through one layer: (that of the states before it, sums of grad grad^T for K and for V over all
+        tokens but the first, and the first one's own gradient [2g,d]).
+        """
         at = np.arange(x_bqm.shape[1])[None]
         dx_bqm, *gradients = self.backward.block_backward(self, dy_bqm, x_bqm, layer, self.weights.layers[layer], at)
-        F_k, F_v = (self.double(self.backward.second_moment(x_bkgd)) for x_bkgd in gradients)
-        return dx_bqm, F_k, F_v
+        F_k, F_v = (self.double(self.backward.second_moment(x_bkgd[:, 1:])) for x_bkgd in gradients)
+        return dx_bqm, F_k, F_v, np.concatenate([self.double(x_bkgd[0, 0]) for x_bkgd in gradients])
 
     def compare(self, x_bqm: Any, other: Model, y_bqm: Any, following_q: np.ndarray) -> dict[str, np.ndarray]:
         """Predictions of this model and another from their final states, one number per position: kl (nats), same (is

@@ -1,135 +1,57 @@
-"""Spectral codes: coefficients with a width of their own each. Twin of `tpa_ref.core.codes`: the same codes."""
+"""Spectral codes: the coefficients of a token as one string of bits. Twin of `tpa_ref.core.codes`: the same bytes."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tpa_ref.core.codes import MAX_WIDTH, digits, odd_compander, packed_bytes, thresholds
+from tpa_ref.core import codes as reference
+from tpa_ref.core.codes import DISTORTION, LEVELS, MAX_WIDTH, SCALES, packed_bytes, places, reach_and_price
 
 from ..lasting import lasting
 
-__all__ = ["MAX_WIDTH", "odd_compander", "packed_bytes"]
-
-FEW_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Digits of neighbouring coefficients in neighbouring bytes: (rows of bytes >> shift) & mask. first: nothing has
-    been written there yet.
-    """
-
-    rows: slice
-    coefficients: slice
-    shift: int
-    mask: int
-    first: bool
-
-
-@dataclass(frozen=True)
-class Packing:
-    """parts: (mask, shift, bytes, columns, shifts in the code) of `digits`; runs: (columns, thresholds); pieces: of
-    `unpacking`; level = s (t + kappa t^3) of the odd number t = 2 code + 1 - 2^w, with s and kappa rescaled to it,
-    [R] each. For a few tokens all widths and digits in one: thresholds [R,255], infinite where there are no more, and
-    (byte, column, left, mask, shift) of every digit.
-    """
-
-    parts: list
-    runs: list
-    pieces: list[Piece]
-    scale_s: Tensor
-    kappa_s: Tensor
-    offset_s: Tensor
-    thresholds_st: Tensor
-    every_digit: Tensor
+__all__ = ["DISTORTION", "LEVELS", "MAX_WIDTH", "SCALES", "packed_bytes", "places", "reach_and_price"]
 
 
 @lru_cache(maxsize=512)
 @lasting()
-def packing(widths: tuple[int, ...], device: torch.device) -> Packing:
-    """What packing and unpacking need of a layer's widths, made once for each device."""
-    parts = [
-        (
-            (1 << part.bits) - 1,
-            part.shift,
-            _index(part.byte, device),
-            _index(part.column, device),
-            torch.from_numpy(part.left.astype(np.uint8)).to(device),
-        )
-        for part in digits(widths)
-    ]
-    runs = [
-        (_index(np.flatnonzero(np.array(widths) == width), device), torch.from_numpy(thresholds(width)).to(device))
-        for width in sorted(set(widths))
-    ]
-    rows = [(*odd_compander(width), 1.0 - (1 << width)) for width in widths]
-    scale_s, kappa_s, offset_s = torch.tensor(rows, dtype=torch.float32, device=device).reshape(-1, 3).unbind(-1)
-    thresholds_st = np.full((len(widths), (1 << max(widths, default=0)) - 1), np.inf, np.float32)
-    for coefficient, width in enumerate(widths):
-        thresholds_st[coefficient, : (1 << width) - 1] = thresholds(width)
-    every = [np.broadcast_arrays(x.byte, x.column, x.left, (1 << x.bits) - 1, x.shift) for x in digits(widths)]
-    every_digit = np.concatenate([np.zeros((5, 0), np.int64), *every], 1)
-    once = (torch.from_numpy(x).to(device) for x in (thresholds_st, every_digit))
-    return Packing(parts, runs, unpacking(widths), scale_s, kappa_s, offset_s, *once)
-
-
-def _index(numbers: np.ndarray, device: torch.device) -> slice | Tensor:
-    """Numbers as an index: a slice where they follow on each other."""
-    if int(numbers[-1]) - int(numbers[0]) + 1 == len(numbers):
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.from_numpy(numbers).to(device)
-
-
-def unpacking(widths: tuple[int, ...]) -> list[Piece]:
-    """The pieces in which codes are put together again.
-
-    >>> [(piece.rows, piece.coefficients, piece.shift, piece.mask, piece.first) for piece in unpacking((4, 4, 2))]
-    [(slice(0, 1, None), slice(0, 1, None), 0, 15, True), (slice(0, 1, None), slice(1, 2, None), 4, 15, True), \
-(slice(1, 2, None), slice(2, 3, None), 0, 3, True)]
+def constants(widths: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """What packing and unpacking need of a layer's widths, made once for each device: where windows lie and bytes come
+    from, the levels of every window [9 * 256], where those of each coefficient begin, and the scales.
     """
-    pieces = []
-    for part in digits(widths):
-        joined = (np.diff(part.column) == 1) & (np.diff(part.left) == 0)
-        for run in np.split(np.arange(len(part.column)), np.flatnonzero(~joined) + 1):
-            byte, column, left = (int(x[run[0]]) for x in (part.byte, part.column, part.left))
-            rows, coefficients = slice(byte, byte + len(run)), slice(column, column + len(run))
-            mask = ((1 << part.bits) - 1) << left
-            pieces.append(Piece(rows, coefficients, part.shift - left, mask, left == 0))
-    return sorted(pieces, key=lambda piece: not piece.first)
+    named = dict(zip(("at", "after", "shift"), places(widths), strict=True))
+    named |= dict(zip(("column", "width", "right", "left"), reference.fillings(widths), strict=True))
+    named |= {"levels": LEVELS.reshape(-1), "table": 256 * np.array(widths, int), "scales": SCALES}
+    return {name: torch.from_numpy(np.ascontiguousarray(x)).to(device) for name, x in named.items()}
+
+
+def best_paths(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Scale and windows of each token, by the reference (`fast.spectral` is faster): [..., R] -> uint8 [..., 1+R]."""
+    return torch.from_numpy(reference.best_paths(C_bks.float().cpu().numpy(), widths)).to(C_bks.device)
+
+
+def pack(windows_bkr: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Scale and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
+    if not widths:
+        return windows_bkr[..., :0]
+    of = constants(widths, windows_bkr.device)
+    before, after = windows_bkr[..., of["column"]].int(), windows_bkr[..., of["column"] + 1].int()
+    own = after & ((1 << of["width"]) - 1)
+    string = (before << of["width"] | own) >> of["right"] << of["left"]
+    return torch.cat([windows_bkr[..., :1], (string & 255).to(torch.uint8)], -1)
 
 
 def quantize(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Nearest level of every coefficient, packed: [..., R] of unit variance -> codes uint8 [..., bytes]."""
-    if C_bks.shape[:-1].numel() <= FEW_TOKENS:
-        return _quantize_few(C_bks, widths)
-    spec = packing(widths, C_bks.device)
-    codes = torch.zeros(C_bks.shape, dtype=torch.uint8, device=C_bks.device)
-    for columns, edges in spec.runs:
-        codes[..., columns] = torch.bucketize(C_bks[..., columns].float().contiguous(), edges).to(torch.uint8)
-    packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
-    for mask, shift, byte, columns, left in spec.parts:
-        packed[..., byte] |= ((codes[..., columns] >> left) & mask) << shift
-    return packed
-
-
-def _quantize_few(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The same in a handful of steps, which is what a single token waits for."""
-    spec = packing(widths, C_bks.device)
-    byte, column, left, mask, shift = spec.every_digit
-    codes = (C_bks.float()[..., None] > spec.thresholds_st).sum(-1)
-    pieces = ((codes[..., column] >> left) & mask) << shift
-    packed = codes.new_zeros((*codes.shape[:-1], packed_bytes(widths)))
-    return packed.index_add_(-1, byte, pieces).to(torch.uint8)
+    """Coefficients of about unit variance -> the bytes of each token: [..., R] -> uint8 [..., bytes]."""
+    return pack(best_paths(C_bks, widths), widths)
 
 
 def dequantize(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Codes -> coefficients of unit variance: uint8 [..., bytes] -> float32 [..., R]."""
-    spec = packing(widths, packed.device)
-    codes = packed.new_zeros((*packed.shape[:-1], len(widths)))
-    for mask, shift, byte, columns, left in spec.parts:
-        codes[..., columns] |= ((packed[..., byte] >> shift) & mask) << left
-    t = codes.float().mul_(2).add_(spec.offset_s)
-    return t.square().mul_(spec.kappa_s).add_(1).mul_(t).mul_(spec.scale_s)
+    """Bytes -> coefficients: uint8 [..., bytes] -> float32 [..., R]."""
+    if not widths:
+        return packed.new_zeros((*packed.shape[:-1], 0), dtype=torch.float32)
+    of = constants(widths, packed.device)
+    high, low = packed[..., of["at"]].int(), packed[..., of["after"]].int()
+    windows = (high << 8 | low) >> of["shift"] & 255
+    return of["levels"][of["table"] + windows] * of["scales"][packed[..., :1].int()]

@@ -11,6 +11,6 @@ from .latent import Latent
 
 
 class CodedLatent(Latent, reference.CodedLatent):
-    """Coefficient s of unit variance takes widths[s] bits, packed; nothing but codes is stored."""
+    """Coefficient s of unit variance takes widths[s] bits of a string that begins with the token's scale (`codes`)."""
 
     codes: ClassVar[Any] = codes

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import quantize
-from ..core.codes import packing
+from ..core import codes, quantize
 from .kernels import native
 from .kernels.native import Rows
 from .scratch import Scratch
@@ -65,17 +64,17 @@ def product(X_bxy: Tensor, Y_byz: Tensor) -> Tensor:
 
 def dequantized(fields: dict[str, Tensor], kind: str, n: int, scratch: Scratch, name: str) -> Tensor:
     """int8 or int4 with tokens last -> float32, with n numbers along the axis that is grouped."""
-    codes, scale = fields["codes"], fields["scale"]
-    axis = -2 if codes.ndim == 3 else -1
-    shape = list(codes.shape)
-    shape[axis] = codes.shape[axis] * (2 if kind == "int4" else 1)
-    numbers = scratch(name, codes, shape, torch.float32)
+    stored, scale = fields["codes"], fields["scale"]
+    axis = -2 if stored.ndim == 3 else -1
+    shape = list(stored.shape)
+    shape[axis] = stored.shape[axis] * (2 if kind == "int4" else 1)
+    numbers = scratch(name, stored, shape, torch.float32)
     if kind == "int8":
-        numbers.copy_(codes)
+        numbers.copy_(stored)
     else:
         low, high = numbers.unflatten(axis, (-1, 2)).unbind(-1 if axis == -1 else -2)
-        low.copy_(codes & 15)
-        high.copy_(codes >> 4)
+        low.copy_(stored & 15)
+        high.copy_(stored >> 4)
         numbers = numbers.narrow(axis, 0, n)
     for group in range(scale.shape[axis]):
         start = group * quantize.GROUP
@@ -87,26 +86,8 @@ def dequantized(fields: dict[str, Tensor], kind: str, n: int, scratch: Scratch, 
 
 
 def unpacked(codes_bck: Tensor, widths: tuple[int, ...], scratch: Scratch) -> Tensor:
-    """Packed codes [b,bytes,k] -> t (1 + kappa t^2) [b,s,k] in float32: the levels without their scales."""
-    b, _, k = codes_bck.shape
-    shape = b, len(widths), k
-    if native.codes_take(codes_bck):
-        return native.levels(codes_bck, tuple(widths), scratch("levels", codes_bck, shape, torch.float32))
-    spec = packing(tuple(widths), codes_bck.device)
-    codes_bsk = scratch("codes", codes_bck, shape)
-    for piece in spec.pieces:
-        digits = codes_bck[:, piece.rows]
-        here = codes_bsk[:, piece.coefficients]
-        target = here if piece.first else scratch("digits", codes_bck, here.shape)
-        if piece.shift >= 0:
-            torch.bitwise_right_shift(digits, piece.shift, out=target)
-        else:
-            torch.bitwise_left_shift(digits, -piece.shift, out=target)
-        target.bitwise_and_(piece.mask)
-        if not piece.first:
-            here.bitwise_or_(target)
-    t_bsk = scratch("levels", codes_bck, shape, torch.float32).copy_(codes_bsk)
-    t_bsk.mul_(2).add_(spec.offset_s[:, None])
-    curve_bsk = torch.mul(t_bsk, t_bsk, out=scratch("curve", t_bsk, shape))
-    curve_bsk.mul_(spec.kappa_s[:, None]).add_(1)
-    return t_bsk.mul_(curve_bsk)
+    """Codes [b,bytes,k] -> coefficients [b,s,k] in float32."""
+    if not native.codes_take(codes_bck):
+        return codes.dequantize(codes_bck.mT, widths).mT
+    shape = len(codes_bck), len(widths), codes_bck.shape[-1]
+    return native.levels(codes_bck, widths, scratch("levels", codes_bck, shape, torch.float32))

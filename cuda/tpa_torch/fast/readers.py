@@ -16,7 +16,6 @@ from torch import Tensor
 from tpa_ref.core.mode import Stored, of_part
 
 from ..core.cache import Segment
-from ..core.codes import packing
 from ..core.contextual import Contextual
 from ..core.dense import Dense
 from ..core.fixed_a import FixedA, absorb, mix
@@ -234,7 +233,7 @@ class Rebuilt(Side):
     """`fixed-b`, `latent` and `spectral`: K is rebuilt and rotated tile by tile, V is summed in coefficients.
 
     Without compiled functions, features i and i + d/2 lie side by side in the rebuilt K (and in the query), so that a
-    rotation is one complex product in place. Scales of spectral levels are part of the basis.
+    rotation is one complex product in place.
     """
 
     @property
@@ -265,8 +264,6 @@ class Rebuilt(Side):
         """basis [g,s,d], mean [g,1,d] and predictor [g,z,d]."""
         mode, W = self.mode, self.predictor
         B_gsd = (mode.basis if self.per_head else mode.basis.transpose(0, 1)).float()
-        if self.coded and mode.widths:
-            B_gsd = B_gsd * packing(tuple(mode.widths), B_gsd.device).scale_s[:, None]
         W_gzd = None if W is None else W.transpose(0, 1).float().contiguous()
         return B_gsd.contiguous(), None if mode.mean is None else mode.mean.float()[:, None], W_gzd
 

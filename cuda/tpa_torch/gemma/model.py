@@ -22,10 +22,10 @@ from ..core.cache import Cache, WholeText
 from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
-from ..core.spectral import CodedLatent
 from ..fast import attend, graph, kernels
 from ..fast.linear import linear
 from ..fast.scratch import Scratch
+from ..fast.spectral import CodedLatent
 from ..lasting import lasting
 from . import backward, vision
 from .mlp import mlp

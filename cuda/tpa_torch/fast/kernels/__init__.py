@@ -119,3 +119,10 @@ def contextual_factors(X_bkgd: Tensor, rank: int, squarings: int) -> tuple[Tenso
     from .factors import contextual_factors
 
     return contextual_factors(X_bkgd, rank, squarings)
+
+
+def best_paths(C_ks: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """See `trellis.best_paths`."""
+    from .trellis import best_paths
+
+    return best_paths(C_ks, widths)

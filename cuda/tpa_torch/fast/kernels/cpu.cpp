@@ -512,56 +512,46 @@ int64_t splits(int64_t batch, int64_t keys, int64_t threads) {  // of the keys o
     return std::max<int64_t>(1, std::min((threads + batch - 1) / batch, keys / (4 * ROWS)));
 }
 
-// ---- packed codes of coefficients (see `quantize`) ----
+// ---- spectral codes (see `codes`) ----
 
-// A coefficient: the digits in rows of bytes, the table of its levels, how many they are.
+// Where the window of a coefficient lies: in two rows of bytes, the first one's above, right of `shift`.
 struct Coefficient {
-    int32_t pieces, width;
-    int32_t row[3], shift[3], mask[3], left[3];
+    int32_t width, row[2], shift;
 };
 
 struct Codes {
-    const uint8_t* at;  // [bytes, keys], rows `row` apart
+    const uint8_t* at;  // [bytes, keys], rows `row` apart; the first row are scales
     int64_t row;
 };
 
-constexpr int64_t TABLE = 256;     // levels of a width
+constexpr int64_t WINDOWS = 256;  // levels of a width
 constexpr int64_t STRETCH = 512;  // keys whose weights, of eight queries, stay in the first cache
 
-// The codes of coefficient c at `count` keys from `first` on, a byte each; zeros behind them up to a multiple of 64.
-void unpack(const Codes& codes, const Coefficient& c, int64_t first, int64_t count, uint8_t* out) {
-    for (int i = 0; i < c.pieces; i++) {
-        const uint8_t* p = codes.at + c.row[i] * codes.row + first;
+// The windows of coefficient c at `count` keys from `first` on; zeros behind them up to a multiple of 64.
+void windows(const Codes& codes, const Coefficient& c, int64_t first, int64_t count, uint8_t* out) {
+    const uint8_t* p = codes.at + c.row[0] * codes.row + first;
+    const uint8_t* q = codes.at + c.row[1] * codes.row + first;
 #if TPA_AVX512
-        const __m128i right = _mm_cvtsi32_si128(c.shift[i]), left = _mm_cvtsi32_si128(c.left[i]);
-        const __m512i mask = _mm512_set1_epi8(char(c.mask[i]));
-        for (int64_t k = 0; k < count; k += 64) {  // what a shift of two bytes brings from one into the other is masked
-            const __mmask64 here = count - k >= 64 ? ~0ull : (1ull << (count - k)) - 1;
-            __m512i x = _mm512_and_si512(_mm512_srl_epi16(_mm512_maskz_loadu_epi8(here, p + k), right), mask);
-            x = _mm512_sll_epi16(x, left);
-            if (i) x = _mm512_or_si512(x, _mm512_loadu_si512(out + k));
-            _mm512_storeu_si512(out + k, x);
-        }
-#else
-        for (int64_t k = 0; k < count; k++) {
-            const int digits = (p[k] >> c.shift[i] & c.mask[i]) << c.left[i];
-            out[k] = uint8_t(i ? out[k] | digits : digits);
-        }
-        std::fill(out + count, out + (count + 63) / 64 * 64, uint8_t(0));
-#endif
+    const __m128i left = _mm_cvtsi32_si128(8 - c.shift), right = _mm_cvtsi32_si128(c.shift);
+    const __m512i high = _mm512_set1_epi8(char(255 << (8 - c.shift))), low = _mm512_set1_epi8(char(255 >> c.shift));
+    for (int64_t k = 0; k < count; k += 64) {  // what a shift of two bytes brings from one into the other is masked
+        const __mmask64 here = count - k >= 64 ? ~0ull : (1ull << (count - k)) - 1;
+        const __m512i x = _mm512_and_si512(_mm512_sll_epi16(_mm512_maskz_loadu_epi8(here, p + k), left), high);
+        const __m512i y = _mm512_and_si512(_mm512_srl_epi16(_mm512_maskz_loadu_epi8(here, q + k), right), low);
+        _mm512_storeu_si512(out + k, _mm512_or_si512(x, y));
     }
+#else
+    for (int64_t k = 0; k < count; k++) out[k] = uint8_t((p[k] << 8 | q[k]) >> c.shift);
+    std::fill(out + count, out + (count + 63) / 64 * 64, uint8_t(0));
+#endif
 }
 
-// Sixteen levels, by their codes.
-inline F levels(const uint8_t* codes, const float* table, int width) {
+// Sixteen levels, by their windows.
+inline F levels(const uint8_t* window, const float* table) {
 #if TPA_AVX512
-    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-    if (width <= 4) return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
-    if (width == 5) return _mm512_permutex2var_ps(_mm512_loadu_ps(table), at, _mm512_loadu_ps(table + 16));
-    return _mm512_i32gather_ps(at, table, 4);
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)window)), table, 4);
 #else
-    (void)width;
-    return each([=](int i) { return table[codes[i]]; });
+    return each([=](int i) { return table[window[i]]; });
 #endif
 }
 
@@ -571,11 +561,11 @@ void weigh_codes_in_float32(const Codes& codes, const Coefficient* of, int64_t c
                             const float* P, int64_t padded, int64_t first, int64_t keys, float* out, int64_t row) {
     uint8_t at[STRETCH];
     for (int64_t s = 0; s < coefficients; s++) {
-        unpack(codes, of[s], first, keys, at);
+        windows(codes, of[s], first, keys, at);
         F total[Y];
         for (int y = 0; y < Y; y++) total[y] = zero();
         for (int64_t k = 0; k < padded; k += W) {
-            const F x = levels(at + k, tables + of[s].width * TABLE, of[s].width);
+            const F x = levels(at + k, tables + of[s].width * WINDOWS);
             for (int y = 0; y < Y; y++) total[y] = fma(x, load(P + y * STRETCH + k), total[y]);
         }
         for (int y = 0; y < Y; y++) out[y * row + s] += sum(total[y]);
@@ -583,13 +573,16 @@ void weigh_codes_in_float32(const Codes& codes, const Coefficient* of, int64_t c
 }
 
 #if TPA_BF16_DOT
-inline __m512bh levels_in_bf16(const uint8_t* codes, const uint16_t* table, int width) {
-    const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes)), low = _mm512_loadu_si512(table);
-    if (width <= 5) return (__m512bh)_mm512_permutexvar_epi16(at, low);
-    if (width == 6) return (__m512bh)_mm512_permutex2var_epi16(low, at, _mm512_loadu_si512(table + 32));
-    uint16_t x[32];
-    for (int i = 0; i < 32; i++) x[i] = table[codes[i]];
-    return (__m512bh)_mm512_loadu_si512(x);
+// Thirty-two levels. Of a window, five bits choose within a register of the table, one between two, two among four pairs.
+inline __m512bh levels_in_bf16(const uint8_t* window, const uint16_t* table) {
+    const __m512i at = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)window));
+    const __mmask32 odd = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64));
+    __m512i pair[4];
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * i), at, _mm512_loadu_si512(table + 64 * i + 32));
+    const __m512i low = _mm512_mask_blend_epi16(odd, pair[0], pair[1]);
+    const __m512i high = _mm512_mask_blend_epi16(odd, pair[2], pair[3]);
+    return (__m512bh)_mm512_mask_blend_epi16(_mm512_test_epi16_mask(at, _mm512_set1_epi16(128)), low, high);
 }
 
 // The same with weights and levels rounded to bfloat16, twice as many at a time, of two coefficients: for models in
@@ -601,13 +594,13 @@ void weigh_codes_in_bf16(const Codes& codes, const Coefficient* of, int64_t coef
     for (int64_t s = 0; s < coefficients; s += 2) {
         const int64_t other = std::min(s + 1, coefficients - 1);
         const Coefficient &one = of[s], &two = of[other];
-        unpack(codes, one, first, keys, at[0]);
-        unpack(codes, two, first, keys, at[1]);
+        windows(codes, one, first, keys, at[0]);
+        windows(codes, two, first, keys, at[1]);
         F total[Y][2];
         for (int y = 0; y < Y; y++) total[y][0] = total[y][1] = zero();
         for (int64_t k = 0; k < padded; k += 2 * W) {
-            const __m512bh x0 = levels_in_bf16(at[0] + k, tables + one.width * TABLE, one.width);
-            const __m512bh x1 = levels_in_bf16(at[1] + k, tables + two.width * TABLE, two.width);
+            const __m512bh x0 = levels_in_bf16(at[0] + k, tables + one.width * WINDOWS);
+            const __m512bh x1 = levels_in_bf16(at[1] + k, tables + two.width * WINDOWS);
             for (int y = 0; y < Y; y++) {
                 const __m512bh p = (__m512bh)_mm512_loadu_si512(P + y * STRETCH + k);
                 total[y][0] = _mm512_dpbf16_ps(total[y][0], x0, p);
@@ -621,6 +614,106 @@ void weigh_codes_in_bf16(const Codes& codes, const Coefficient* of, int64_t coef
     }
 }
 #endif
+
+// ---- the best path through the trellis (see `codes.best_path`) ----
+
+struct Trellis {
+    const int32_t* width;               // [R]
+    const float *tables, *scale, *inverse, *reach, *price;  // [9,256], [scales] twice, [R] twice
+    int64_t coefficients, scales;
+};
+
+// The smallest scale at which widening the steps costs at least what it saves in clipped coefficients.
+int chosen_scale(const Trellis& t, const float* c) {
+    int at = 0;
+    for (; at + 1 < t.scales; at++) {
+        float beyond = 0;
+        for (int64_t s = 0; s < t.coefficients; s++)
+            beyond += std::max(std::fabs(c[s]) - t.scale[at] * t.reach[s], 0.0f) * t.price[s];
+        if (!(t.scale[at] < beyond)) break;
+    }
+    return at;
+}
+
+// One step: cost[window] of the best strings so far -> of those with a coefficient x more; the first w bits of the
+// best window before, by its last 8 - w bits. Each product and sum is rounded by itself, as NumPy does, and of equal
+// costs the first window wins.
+template <int WIDTH> void step(float x, const float* table, float* cost, uint8_t* before) {
+    constexpr int CHOICES = 1 << WIDTH, LAST = WINDOWS >> WIDTH;
+    float best[WINDOWS + W];
+#if TPA_AVX512
+    constexpr int ACROSS = LAST < W ? W : LAST, ROWS_OF = WINDOWS / ACROSS, SHARE = ACROSS / LAST;  // choices in a register
+    float least[ACROSS];
+    int32_t from[ACROSS];
+    for (int v = 0; v < ACROSS; v += W) {
+        F y = load(cost + v);
+        __m512i at = _mm512_setzero_si512();
+        for (int row = 1; row < ROWS_OF; row++) {
+            const F z = load(cost + row * ACROSS + v);
+            at = _mm512_mask_mov_epi32(at, _mm512_cmp_ps_mask(z, y, _CMP_LT_OQ), _mm512_set1_epi32(row));
+            y = _mm512_min_ps(y, z);
+        }
+        if (SHARE == 1) {
+            save(best + v, y);
+            _mm_storeu_si128((__m128i*)(before + v), _mm512_cvtepi32_epi8(at));
+        } else {
+            save(least + v, y);
+            _mm512_storeu_si512(from + v, at);
+        }
+    }
+    for (int j = 0; j < LAST && SHARE > 1; j++) {
+        int first = SHARE * from[j];
+        float y = least[j];
+        for (int part = 1; part < SHARE; part++) {
+            const float z = least[part * LAST + j];
+            const int other = SHARE * from[part * LAST + j] + part;
+            const bool better = z < y || (z == y && other < first);
+            y = better ? z : y, first = better ? other : first;
+        }
+        best[j] = y, before[j] = uint8_t(first);
+    }
+    const __m512i lane = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), WIDTH);
+    for (int i = 0; i < WINDOWS; i += W) {
+        F error = minus(all(x), load(table + i));
+        error = times(error, error);
+        asm("" : "+v"(error));  // so that product and sum do not become one
+        save(cost + i, _mm512_add_ps(_mm512_permutexvar_ps(lane, load(best + (i >> WIDTH))), error));
+    }
+#else
+    float error[WINDOWS];
+    int from[LAST];
+    for (int j = 0; j < LAST; j++) best[j] = cost[j], from[j] = 0;
+    for (int first = 1; first < CHOICES; first++)
+        for (int j = 0; j < LAST; j++) {
+            const float other = cost[first * LAST + j];
+            from[j] = other < best[j] ? first : from[j];
+            best[j] = other < best[j] ? other : best[j];
+        }
+    for (int j = 0; j < LAST; j++) before[j] = uint8_t(from[j]);
+    for (int i = 0; i < WINDOWS; i++) error[i] = (x - table[i]) * (x - table[i]);
+    asm volatile("" : : "r"(error) : "memory");  // so that product and sum do not become one
+    for (int j = 0; j < LAST; j++)
+        for (int own = 0; own < CHOICES; own++) cost[(j << WIDTH) + own] = best[j] + error[(j << WIDTH) + own];
+#endif
+}
+
+// The windows of one token's coefficients c; `x` and `before` [R], [R,128] are scratch.
+void best_path(const Trellis& t, const float* c, int at, float* x, uint8_t* before, uint8_t* out) {
+    static constexpr void (*STEP[])(float, const float*, float*, uint8_t*) = {
+        step<1>, step<2>, step<3>, step<4>, step<5>, step<6>, step<7>, step<8>};
+    float cost[WINDOWS];
+    std::fill(cost, cost + WINDOWS, INFINITY);
+    cost[at] = 0;
+    for (int64_t s = 0; s < t.coefficients; s++) x[s] = c[s] * t.inverse[at];
+    for (int64_t s = 0; s < t.coefficients; s++)
+        STEP[t.width[s] - 1](x[s], t.tables + t.width[s] * WINDOWS, cost, before + s * (WINDOWS / 2));
+    int window = int(std::min_element(cost, cost + WINDOWS) - cost);
+    for (int64_t s = t.coefficients; s-- > 0;) {
+        out[s] = uint8_t(window);
+        const int last = window >> t.width[s];
+        window = (before[s * (WINDOWS / 2) + last] << (8 - t.width[s])) + last;
+    }
+}
 
 }  // namespace
 
@@ -799,30 +892,56 @@ void tpa_exponentials(float* L, float* most, float* total, int64_t rows, int64_t
     }
 }
 
-// out[b,s,k]: the levels of packed codes [b,bytes,k].
-void tpa_levels(const uint8_t* codes, int64_t batch_stride, int64_t row, const Coefficient* of, const float* tables,
-                float* out, int64_t batch, int64_t coefficients, int64_t keys, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t item = 0; item < batch * coefficients; item++) {
-        const int64_t b = item / coefficients, s = item % coefficients;
-        const Codes here{codes + b * batch_stride, row};
-        uint8_t at[STRETCH];
-        for (int64_t first = 0; first < keys; first += STRETCH) {
-            const int64_t count = std::min(STRETCH, keys - first);
-            float* const to = out + item * keys + first;
-            unpack(here, of[s], first, count, at);
-            const float* table = tables + of[s].width * TABLE;
-            int64_t k = 0;
-            for (; k + W <= count; k += W) save(to + k, levels(at + k, table, of[s].width));
-            for (; k < count; k++) to[k] = table[at[k]];
+// C [tokens,R] -> the bytes of each token, its scale before the string: out [tokens,bytes].
+void tpa_quantize(const float* C, const int32_t* width, const float* tables, const float* scale, const float* inverse,
+                  const float* reach, const float* price, uint8_t* out, int64_t tokens, int64_t coefficients,
+                  int64_t bytes, int64_t scales, int64_t threads) {
+    const Trellis t{width, tables, scale, inverse, reach, price, coefficients, scales};
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> x(coefficients);
+        std::vector<uint8_t> before(coefficients * (WINDOWS / 2)), path(coefficients);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < tokens; k++) {
+            uint8_t *to = out + k * bytes, *const end = to + bytes;
+            *to++ = uint8_t(chosen_scale(t, C + k * coefficients));
+            best_path(t, C + k * coefficients, to[-1], x.data(), before.data(), path.data());
+            uint32_t string = 0;
+            int bits = 0;  // of it that are not written yet
+            for (int64_t s = 0; s < coefficients; s++) {
+                string = string << width[s] | (path[s] & ((1u << width[s]) - 1)), bits += width[s];
+                if (bits >= 8) bits -= 8, *to++ = uint8_t(string >> bits);
+            }
+            if (to < end) *to = uint8_t(string << (8 - bits));
         }
     }
 }
 
-// Y[b,y,s] = sum_k P[b,y,k] level(b,s,k). rounded: weights and levels in bfloat16, where the machine multiplies those.
+// out[b,s,k]: the coefficients of codes [b,bytes,k].
+void tpa_levels(const uint8_t* codes, int64_t batch_stride, int64_t row, const Coefficient* of, const float* tables,
+                const float* scale, float* out, int64_t batch, int64_t coefficients, int64_t keys, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t item = 0; item < batch * coefficients; item++) {
+        const int64_t b = item / coefficients, s = item % coefficients;
+        const Codes here{codes + b * batch_stride, row};
+        const float* table = tables + of[s].width * WINDOWS;
+        uint8_t at[STRETCH];
+        for (int64_t first = 0; first < keys; first += STRETCH) {
+            const int64_t count = std::min(STRETCH, keys - first);
+            const uint8_t* const size = here.at + first;
+            float* const to = out + item * keys + first;
+            windows(here, of[s], first, count, at);
+            int64_t k = 0;
+            for (; k + W <= count; k += W) save(to + k, times(levels(at + k, table), levels(size + k, scale)));
+            for (; k < count; k++) to[k] = table[at[k]] * scale[size[k]];
+        }
+    }
+}
+
+// Y[b,y,s] = sum_k P[b,y,k] c(b,s,k). rounded: weights and levels in bfloat16, where the machine multiplies those.
 void tpa_weigh_codes(const uint8_t* codes, int64_t batch_stride, int64_t row, const Coefficient* of,
-                     const float* tables, const uint16_t* rounded_tables, const float* P, float* Y, int64_t batch,
-                     int64_t y, int64_t keys, int64_t coefficients, int64_t rounded, int64_t threads) {
+                     const float* tables, const uint16_t* rounded_tables, const float* scale, const float* P, float* Y,
+                     int64_t batch, int64_t y, int64_t keys, int64_t coefficients, int64_t rounded, int64_t threads) {
     const int64_t part = (coefficients + threads - 1) / threads;
     std::fill(Y, Y + batch * y * coefficients, 0.0f);
 #pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
@@ -840,13 +959,10 @@ void tpa_weigh_codes(const uint8_t* codes, int64_t batch_stride, int64_t row, co
                     float* const out = Y + (b * y + q) * coefficients + start;
                     for (int i = 0; i < QUERIES; i++) {
                         const float* p = P + (b * y + q + i) * keys + first;
-                        if (rounded) {
-                            std::transform(p, p + n, &halves[i * STRETCH], to_bf16);
-                            std::fill(&halves[i * STRETCH] + n, &halves[i * STRETCH] + padded, 0);
-                        } else {
-                            std::copy(p, p + n, &weights[i * STRETCH]);
-                            std::fill(&weights[i * STRETCH] + n, &weights[i * STRETCH] + padded, 0.0f);
-                        }
+                        float* const w = &weights[i * STRETCH];
+                        for (int64_t k = 0; k < n; k++) w[k] = p[k] * scale[here.at[first + k]];
+                        std::fill(w + n, w + padded, 0.0f);
+                        if (rounded) std::transform(w, w + padded, &halves[i * STRETCH], to_bf16);
                     }
 #if TPA_BF16_DOT
                     if (rounded)

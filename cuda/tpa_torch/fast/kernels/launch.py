@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Stored, of_part
 
-from ...core.codes import digits, packing
+from ...core.codes import constants
 from ...core.contextual import Contextual
 from ...core.dense import Dense
 from ...core.fixed_a import FixedA, absorb, mix
@@ -64,7 +64,6 @@ class Side:
     stride: int
     store: str
     stored: Pointers
-    planes: int = 1
     a: Pointers = (None, None, None)
     store_a: str = "float"
 
@@ -174,9 +173,8 @@ def side(stored: Stored, mode: Any) -> Side:
     x = pointers[0]
     assert x is not None
     stride = x.shape[-1] * (mode.rank if absorbs else 1)
-    planes = pointers[1].shape[0] if store == "spectral" and pointers[1] is not None else 1
     per_head = isinstance(mode, Dense | FixedB)
-    made = Side("rows", per_head, mode.rank if contextual else 1, width, stride, store, pointers, planes)
+    made = Side("rows", per_head, mode.rank if contextual else 1, width, stride, store, pointers)
     if not contextual:
         return made
     store_a, a = fields(of_part(stored, "A"), mode, "A")
@@ -195,21 +193,10 @@ def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointe
 @lru_cache(maxsize=512)
 @lasting()
 def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the bits of each coefficient are, and its levels.
-
-    For the p-th digit of a coefficient: the byte of the token, the shift within it, a mask, and the
-    shift within the code; a mask of 0 where there is none. -> int32 [p,4,R], float32 [3,R] (s, kappa, offset).
-    """
-    found = torch.zeros(3, 4, max(1, len(widths)), dtype=torch.int32)
-    taken = [0] * len(widths)
-    for part in digits(widths):
-        for byte, column, left in zip(part.byte.tolist(), part.column.tolist(), part.left.tolist(), strict=True):
-            place = torch.tensor([byte, part.shift, (1 << part.bits) - 1, left], dtype=torch.int32)
-            found[taken[column], :, column] = place
-            taken[column] += 1
-    spec = packing(widths, device)
-    levels = torch.stack([spec.scale_s, spec.kappa_s, spec.offset_s]) if widths else torch.zeros(3, 1)
-    return found[: max(1, *taken, 1)].contiguous().to(device), levels.contiguous().to(device)
+    """Where the windows of each coefficient lie and its levels begin, int32 [4,R]; levels and scales, float32."""
+    of = constants(widths, device)
+    places = torch.stack([of["at"], of["after"], of["shift"], of["table"]]) if widths else of["table"].new_zeros(4, 1)
+    return places.int().contiguous(), torch.cat([of["levels"], of["scales"]])
 
 
 def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:
@@ -283,7 +270,7 @@ def attend(
         slots, *bounds, splits, h, k.width, v.width, k.stride, v.stride,
         basis_row=g * D if latent else D, basis_group=D if latent else k.width * D, scale=scale * log2(euler),
         K=k.form, V=v.form, STORE_K=k.store, STORE_V=v.store, STORE_KA=k.store_a, STORE_VA=v.store_a,
-        PLANES_K=k.planes, PLANES_V=v.planes, ROWS_K=k.rows, ROWS_V=v.rows,
+        ROWS_K=k.rows, ROWS_V=v.rows,
         PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, MEAN=rebuild[1] is not None, SEGMENT=kind,
         G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tile.tokens,
         BLOCK_D=D // 2 if k.form == "rebuilt" else min(256, max(16, triton.next_power_of_2(D))),

@@ -127,8 +127,9 @@ def loaded(path: Path) -> ctypes.CDLL:
         "tpa_dot": [pointer] * 4 + [whole] * 7,
         "tpa_weigh": [pointer] * 4 + [whole] * 6,
         "tpa_exponentials": [pointer] * 3 + [whole] * 3,
-        "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer] + [whole] * 4,
-        "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 5 + [whole] * 6,
+        "tpa_quantize": [pointer] * 8 + [whole] * 5,
+        "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer, pointer] + [whole] * 4,
+        "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 6 + [whole] * 6,
         "tpa_dot_rotated": [whole, pointer] + [whole] * 3 + [pointer, pointer, whole, pointer, pointer] + [whole] * 6,
     }
     for name, types in arguments.items():
@@ -284,68 +285,77 @@ def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
     return largest, total
 
 
-# ---- packed codes of a spectral cache ----
+# ---- codes of a spectral cache ----
 
-_COEFFICIENT = np.dtype(
-    [("pieces", "i4"), ("width", "i4"), ("row", "3i4"), ("shift", "3i4"), ("mask", "3i4"), ("left", "3i4")]
-)
+_COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
 
 
 @lru_cache(maxsize=512)
 @lasting()
 def _coefficients(widths: tuple[int, ...]) -> Tensor:
-    """Where the digits of each coefficient lie, as `cpu.cpp` reads it; a tensor of bytes."""
+    """Where the windows of each coefficient lie, as `cpu.cpp` reads it; a tensor of bytes."""
     found = np.zeros(len(widths), _COEFFICIENT)
     found["width"] = widths
-    for part in codes.digits(widths):
-        for byte, column, left in zip(part.byte, part.column, part.left, strict=True):
-            row = found[column]
-            at = row["pieces"]
-            row["row"][at], row["shift"][at], row["mask"][at], row["left"][at] = (
-                byte,
-                part.shift,
-                (1 << part.bits) - 1,
-                left,
-            )
-            row["pieces"] = at + 1
+    found["row"][:, 0], found["row"][:, 1], found["shift"] = codes.places(widths)
     return torch.from_numpy(found.view(np.uint8).copy())
 
 
 @lru_cache(maxsize=1)
 @lasting()
-def _tables() -> tuple[Tensor, Tensor]:
-    """t (1 + kappa t^2), the levels of every width without their scales, in float32 and in bfloat16 [9,256]."""
-    tables = torch.zeros(codes.MAX_WIDTH + 1, 256)
-    for width in range(1, codes.MAX_WIDTH + 1):
-        _, kappa = codes.odd_compander(width)
-        t = 2 * torch.arange(1 << width, dtype=torch.float32) - ((1 << width) - 1)
-        tables[width, : 1 << width] = (t * t * kappa + 1) * t
-    return tables, tables.bfloat16()
+def _levels() -> tuple[Tensor, Tensor]:
+    """The levels of every width and window in float32 and in bfloat16 [9,256]."""
+    levels = torch.from_numpy(codes.LEVELS.copy())
+    return levels, levels.bfloat16()
+
+
+@lru_cache(maxsize=1)
+@lasting()
+def _scales() -> tuple[Tensor, Tensor]:
+    """The scales of a token, and what divides by them."""
+    return torch.from_numpy(codes.SCALES.copy()), torch.from_numpy(1 / codes.SCALES)
+
+
+@lru_cache(maxsize=512)
+@lasting()
+def _trellis(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Width, reach and price of each coefficient (see `codes.choose_scales`)."""
+    reach_s, price_s = codes.reach_and_price(widths)
+    return torch.tensor(widths, dtype=torch.int32), torch.from_numpy(reach_s), torch.from_numpy(price_s)
 
 
 def codes_take(codes_bck: Tensor) -> bool:
-    """Can the compiled functions read these packed codes?"""
+    """Can the compiled functions read these codes?"""
     return codes_bck.device.type == "cpu" and codes_bck.stride(-1) == 1 and available()
 
 
+def quantize(C_ks: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Coefficients [k,s] in float32 -> the bytes of each token, uint8 [k,bytes]."""
+    assert C_ks.is_contiguous() and C_ks.dtype == torch.float32
+    tokens, count = C_ks.shape
+    width, reach, price = _trellis(widths)
+    out = torch.empty(tokens, codes.packed_bytes(widths), dtype=torch.uint8)
+    scale, inverse = _scales()
+    arrays = C_ks, width, _levels()[0], scale, inverse, reach, price, out
+    _call("tpa_quantize", *arrays, tokens, count, out.shape[1], len(scale))
+    return out
+
+
 def levels(codes_bck: Tensor, widths: tuple[int, ...], out_bsk: Tensor) -> Tensor:
-    """Packed codes [b,bytes,k] -> the levels without their scales [b,s,k]."""
+    """Codes [b,bytes,k] -> coefficients [b,s,k]."""
     b, s, k = out_bsk.shape
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    _call("tpa_levels", codes_bck, *strides, _coefficients(widths), _tables()[0], out_bsk, b, s, k)
+    _call("tpa_levels", codes_bck, *strides, _coefficients(widths), _levels()[0], _scales()[0], out_bsk, b, s, k)
     return out_bsk
 
 
 def weigh_codes(P_byk: Tensor, codes_bck: Tensor, widths: tuple[int, ...], rounded: bool) -> Tensor:
-    """[b,y,k] . levels of [b,bytes,k] -> [b,y,s] in float32; rounded: with both in bfloat16, if that is faster."""
+    """[b,y,k] . coefficients of [b,bytes,k] -> [b,y,s] in float32; rounded: both in bfloat16, if that is faster."""
     b, y, k = P_byk.shape
     Y_bys = torch.empty(b, y, len(widths))
     rounded = rounded and has_bf16_dot()
-    tables, halves = _tables()
+    arrays = _coefficients(widths), *_levels(), _scales()[0], P_byk.contiguous(), Y_bys
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    of = _coefficients(widths)
-    P_byk = P_byk.contiguous()
-    _call("tpa_weigh_codes", codes_bck, *strides, of, tables, halves, P_byk, Y_bys, b, y, k, len(widths), int(rounded))
+    _call("tpa_weigh_codes", codes_bck, *strides, *arrays, b, y, k, len(widths), int(rounded))
     return Y_bys
 
 

@@ -10,7 +10,7 @@ Whatever the mode, K takes one of three forms here and V one of two (`launch` br
 
 All logits are in base 2. Partial sums and their log-sum-exp are float32. Lengths are read from memory and loop bounds
 are run-time values, so a growing text never compiles anything anew. `stored` is always three pointers: (numbers, -, -),
-(codes, scales, -) of int8, (codes, scales, minima) of int4, (codes, planes, levels) of spectral.
+(codes, scales, -) of int8, (codes, scales, minima) of int4, (codes, places, levels and scales) of spectral.
 """
 
 from __future__ import annotations
@@ -18,34 +18,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SCALES = tl.constexpr(9 * 256)  # where the scales of spectral tokens begin, behind the levels of every width
 GROUP = tl.constexpr(64)  # numbers that share a scale, as in `quantize.GROUP`
 # These never make a second variant; `width` and its like may, as rows of a multiple of 16 are read in wider loads.
 COUNTS = ["slots", "window", "sinks", "recent", "splits", "heads"]
 
 
 @triton.jit
-def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr, PLANES: tl.constexpr):
+def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr):
     """Stored numbers at rows [T,1] and columns [1,C]: [T,C] in float32 (floats as they are).
 
     n: numbers of a row; stride: entries of `stored[0]` from row to row.
     """
     if STORE == "float":
         x = tl.load(stored[0] + row * stride + column, mask, 0)
-    elif STORE == "spectral":
+    elif STORE == "spectral":  # see `core.codes`: a window of eight bits in two bytes chooses the level
         inside = column < n
-        code = tl.zeros(mask.shape, tl.int32)
-        for plane in tl.static_range(PLANES):
-            of_plane = stored[1] + plane * 4 * n + column
-            byte = tl.load(of_plane, inside, 0)
-            shift = tl.load(of_plane + n, inside, 0)
-            keep = tl.load(of_plane + 2 * n, inside, 0)
-            left = tl.load(of_plane + 3 * n, inside, 0)
-            word = tl.load(stored[0] + row * stride + byte, mask, 0).to(tl.int32)
-            code = code | (((word >> shift) & keep) << left)
-        scale = tl.load(stored[2] + column, inside, 0)
-        kappa = tl.load(stored[2] + n + column, inside, 0)
-        t = 2 * code.to(tl.float32) + tl.load(stored[2] + 2 * n + column, inside, 0)
-        x = (t * t * kappa + 1) * t * scale
+        at = tl.load(stored[1] + column, inside, 0)
+        after = tl.load(stored[1] + n + column, inside, 0)
+        shift = tl.load(stored[1] + 2 * n + column, inside, 0)
+        table = tl.load(stored[1] + 3 * n + column, inside, 0)
+        high = tl.load(stored[0] + row * stride + at, mask, 0).to(tl.int32)
+        low = tl.load(stored[0] + row * stride + after, mask, 0).to(tl.int32)
+        scale = tl.load(stored[0] + row * stride + column * 0, mask, 0).to(tl.int32)
+        window = ((high << 8 | low) >> shift) & 255
+        x = tl.load(stored[2] + table + window, mask, 0) * tl.load(stored[2] + SCALES + scale, mask, 0)
     else:
         of_group = row * tl.cdiv(n, GROUP) + column // GROUP
         scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
@@ -61,7 +58,7 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr, PLANES: t
 @triton.jit
 def weights(stored, token, group, mask, n, STORE: tl.constexpr):
     """The a's of one rank of `contextual` for the KV head of each query head: columns [1,H] -> [H,T] float32."""
-    return tl.trans(numbers(stored, token, group, mask, n, n, STORE, 1).to(tl.float32))
+    return tl.trans(numbers(stored, token, group, mask, n, n, STORE).to(tl.float32))
 
 
 @triton.jit
@@ -89,7 +86,7 @@ def visible(position, query, window, sinks, recent, SEGMENT: tl.constexpr):
 @triton.jit
 def rebuilt(
     stored, row, inside, rank, stride, constant, group, basis_group, basis_row, DOT: tl.constexpr, STORE: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """The two halves of one head of K before RoPE, coefficients times basis plus mean: two [T,d/2] in float32."""
     d = tl.arange(0, HALF)
@@ -102,7 +99,7 @@ def rebuilt(
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         kept = r < rank
-        C = numbers(stored, row, r[None, :], inside[:, None] & kept[None, :], rank, stride, STORE, PLANES).to(DOT)
+        C = numbers(stored, row, r[None, :], inside[:, None] & kept[None, :], rank, stride, STORE).to(DOT)
         at = constant[0] + group * basis_group + r[:, None] * basis_row + d[None, :]
         first = tl.dot(C, tl.load(at, kept[:, None], 0).to(DOT), first, input_precision="ieee")
         second = tl.dot(C, tl.load(at + HALF, kept[:, None], 0).to(DOT), second, input_precision="ieee")
@@ -114,7 +111,7 @@ def attend_split(
     q, k, k_a, v, v_a, constant, tables, query_b, length_b, partial, lse,
     slots, window, sinks, recent, splits, heads, rank, width, bytes_k, bytes_v, basis_row, basis_group, scale,
     K: tl.constexpr, V: tl.constexpr, STORE_K: tl.constexpr, STORE_V: tl.constexpr,
-    STORE_KA: tl.constexpr, STORE_VA: tl.constexpr, PLANES_K: tl.constexpr, PLANES_V: tl.constexpr,
+    STORE_KA: tl.constexpr, STORE_VA: tl.constexpr,
     ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, PER_HEAD_K: tl.constexpr, PER_HEAD_V: tl.constexpr,
     MEAN: tl.constexpr, SEGMENT: tl.constexpr, G: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -162,7 +159,7 @@ def attend_split(
         if K == "rebuilt":
             row = (token * G + group if PER_HEAD_K else token)[:, None]
             K1, K2 = rebuilt(  # the halves that RoPE mixes
-                k, row, inside, rank, bytes_k, constant, group, basis_group, basis_row, DOT, STORE_K, PLANES_K,
+                k, row, inside, rank, bytes_k, constant, group, basis_group, basis_row, DOT, STORE_K,
                 BLOCK_T, BLOCK_R, BLOCK_D, MEAN,
             )  # fmt: skip
             angle = position[:, None] * BLOCK_D + d[None, :]
@@ -173,7 +170,7 @@ def attend_split(
         elif K == "contextual":
             for s in tl.static_range(ROWS_K):
                 row = token[:, None] * ROWS_K + s
-                B = numbers(k, row, d[None, :], inside[:, None] & (d < D)[None, :], D, bytes_k, STORE_K, 1)
+                B = numbers(k, row, d[None, :], inside[:, None] & (d < D)[None, :], D, bytes_k, STORE_K)
                 a = weights(k_a, token[:, None], (s * G + group_h)[None, :], of_heads, ROWS_K * G, STORE_KA)
                 L += a * tl.dot(Q, tl.trans(B.to(DOT)), input_precision="ieee")
         else:
@@ -182,7 +179,7 @@ def attend_split(
                 c = first + d
                 if D > BLOCK_D:
                     Q = tl.load(q_hd + c[None, :], is_head_h[:, None] & (c < D)[None, :], 0).to(DOT)
-                B = numbers(k, row, c[None, :], inside[:, None] & (c < D)[None, :], D, bytes_k, STORE_K, 1)
+                B = numbers(k, row, c[None, :], inside[:, None] & (c < D)[None, :], D, bytes_k, STORE_K)
                 L = tl.dot(Q, tl.trans(B.to(DOT)), L, input_precision="ieee")
         L = tl.where(seen[None, :], L * scale, float("-inf"))
 
@@ -199,12 +196,12 @@ def attend_split(
         inside_e = inside[:, None] & (e < width)[None, :]
         if V == "contextual":
             for u in tl.static_range(ROWS_V):
-                B = numbers(v, token[:, None] * ROWS_V + u, e[None, :], inside_e, width, bytes_v, STORE_V, 1)
+                B = numbers(v, token[:, None] * ROWS_V + u, e[None, :], inside_e, width, bytes_v, STORE_V)
                 a = weights(v_a, token[:, None], (u * G + group_h)[None, :], of_heads, ROWS_V * G, STORE_VA)
                 O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
         else:
             row = (token * G + group if PER_HEAD_V else token)[:, None]
-            B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V, PLANES_V)
+            B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V)
             O_he = tl.dot(P.to(DOT), B.to(DOT), O_he, input_precision="ieee")
 
     nobody = total == 0
