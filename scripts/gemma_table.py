@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ SETTINGS: dict[str, TPAConfig] = {
     **{
         f"spectral, rate {rate}{', predicted' if predict else ''}": TPAConfig(rate=float(rate), predict=predict)
         for rate in (4, 3, 2, 1)
-        for predict in (False, True)
+        for predict in (None, True)
     },
 }
 
@@ -50,7 +51,9 @@ def measure(dense: Any, moments: Any, name: str, tokens: int, recall: int) -> di
     """The figures of one setting."""
     from tpa_torch import convert
 
-    model = convert(dense, SETTINGS[name], moments)
+    setting = SETTINGS[name]
+    moments = moments if setting.predict else replace(moments, of_tokens=None)  # only the first layer is predicted
+    model = convert(dense, setting, moments)
     text = read_text(options.TINY / "evaluation.txt")
     figures = evaluate(dense, model, text, tokens, WINDOW, recall_prompts=0)
     figures["recall_tpa"] = recalled(model, recall)

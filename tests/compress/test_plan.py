@@ -28,7 +28,7 @@ def test_a_budget_is_kept_and_used(tiny, budget, context):
     config = tpa_ref.plan(model, moments, kv_budget=budget, context=context)
     tpa = tpa_ref.convert(model, config, moments)
     ratio = windowed_bytes(model.config, context) / tpa.new_cache(1, 1).nbytes_at(context)
-    assert budget <= ratio < 1.02 * budget
+    assert budget <= ratio < 1.03 * budget
 
 
 def test_twins_plan_the_same(tiny):

@@ -262,7 +262,8 @@ def test_twins_store_the_same_codes(twins, choices):
     sinks, recent = numpy.tpa.exact_tokens
     kinds = ["coded", *["sinks"] * (sinks > 0), *["recent"] * (recent > 0)]
     assert list(cache_n.layers[5].rings) == kinds
-    assert list(cache_n.layers[0].rings) == [kind for kind in kinds if kind != "recent"]
+    assert list(cache_n.layers[1].rings) == [kind for kind in kinds if kind != "recent"]
+    assert list(cache_n.layers[0].rings) == ["coded"]  # which follows from the tokens
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_saved_and_loaded(twins, tmp_path, name):
 def test_a_layer_of_a_plan_may_get_nothing(backend):
     """All bits to one layer: the others read their mean, and the model still runs token by token."""
     choices = tuple(Spectral(widths=(8,) * 32 if layer == 2 else ()) for layer in range(7))
-    tpa = backend.convert(model(backend), TPAConfig(per_layer=choices, sinks=0))
+    tpa = backend.convert(model(backend), TPAConfig(per_layer=choices, sinks=0, predict=False))
     cache, logits = run_cached(tpa, TOKENS, (9,))
     assert np.isfinite(logits).all() and cache.nbytes == 2 * 11 * (1 + 32)
 

@@ -20,6 +20,7 @@ from tpa_ref.compress.token_prediction import TokenMoments, affordable, without_
 from tpa_ref.gemma.config import GemmaConfig
 from tpa_ref.gemma.texts import read_text
 from tpa_ref.gemma.token_vectors import id_dtype
+from tpa_ref.trace import Watch
 
 TOKENS = random_tokens(30, batch=2)  # beyond the window of 11
 
@@ -188,7 +189,7 @@ def test_predict_needs_moments_of_the_tokens(backend):
     dense = model(backend)
     refused(lambda: backend.convert(dense, TPAConfig(rate=1.0, predict=True)), "predict wants moments of the tokens")
     tpa = backend.convert(dense, TPAConfig(rate=1.0))
-    assert all(mode.predictor is None for pair in tpa.pairs for mode in pair.modes)
+    assert all(mode.predictor is None for pair in tpa.pairs[1:] for mode in pair.modes)  # the first follows by itself
 
 
 def test_moments_with_and_without_tokens_are_saved(small, tmp_path):
@@ -265,3 +266,51 @@ def test_the_decoder_of_a_device_reads_tokens_too(converted):
     assert found == expected
     decoder.settle()
     np.testing.assert_array_equal(decoder.cache.text_bt[0, 20:32], np.array(found[:12]) + 1)
+
+
+# ---- the first layer ----
+
+
+def first_layer_of(backend, dense, **choices):
+    """A conversion of the first layer alone; the others are as the dense model has them, in bfloat16."""
+    return backend.convert(dense, TPAConfig(rate=2.0, layers="0", context=60, **choices))
+
+
+def test_k_and_v_of_the_first_layer_follow_from_the_token(backend):
+    """No byte but the ids, at once and through a cache, and the same logits as with K and V held in full precision."""
+    dense = model(backend)
+    known = first_layer_of(backend, dense)
+    assert known.pairs[0].token_bytes == 0 and known.pairs[0].reads_tokens
+    rounded = replace(TPAConfig(mode="fixed-a", k_rank=2, v_rank=2, kv_dtype="float32"), layers="0")
+    exact = backend.convert(dense, rounded)
+    pairs = [exact.pairs[0], *known.pairs[1:]]
+    exact.pairs[:] = pairs
+    held = {}
+    names = "K_bkgd", "V_bkge"
+    watch = Watch({f"layers.0.attn.{name}": held.__setitem__ for name in names})
+    dense.hidden(TOKENS, trace=watch)
+    at = known.positions(np.arange(30)[None].repeat(2, 0), text_bt=TOKENS + 1)[False]
+    for mode, side in zip(known.pairs[0].modes, held.values(), strict=True):
+        assert relative(mode.predicted(at.new_tokens), side) < 1e-5
+    # where the last bits of K decide how other layers round to bfloat16
+    assert relative(known(TOKENS), exact(TOKENS)) < 2e-3
+    assert relative(run_cached(known, TOKENS, (9, 12))[1], exact(TOKENS)) < 2e-3
+
+
+def test_the_first_layer_is_coded_where_it_must_be(backend):
+    """Not asked for, K by itself, widths by hand."""
+    dense = model(backend)
+    for choice in ({"predict": False}, {"k_mode": "fixed-a"}):
+        assert first_layer_of(backend, dense, **choice).pairs[0].token_bytes > 0
+    by_hand = tuple(tpa_ref.Spectral(widths=(3,) * 9) if layer == 0 else None for layer in range(7))
+    assert backend.convert(dense, TPAConfig(per_layer=by_hand)).pairs[0].k.widths == (3,) * 9
+
+
+def test_a_first_layer_without_its_norm_is_seen(backend, monkeypatch):
+    """The gains of K's norm forgotten."""
+    from tpa_ref.compress import convert
+
+    right = convert.first_layer
+    monkeypatch.setattr(convert, "first_layer", lambda m: right(m) | {"k_norm": np.zeros(m.config.head_dim)})
+    with pytest.raises(AssertionError):
+        test_k_and_v_of_the_first_layer_follow_from_the_token(backend)

@@ -92,6 +92,9 @@ class Conversion:
 
     def spectrum(self, layer: int) -> dict[str, np.ndarray]:
         """The transform of one layer, in the precision in which constant factors are kept."""
+        known = token_prediction.knows_first_layer(self.converted.tpa, self.config, self.converted.choices[layer])
+        if layer == 0 and known:
+            return first_layer(self.converted)
         text = of_tokens(self.converted.tpa, self.moments)
         found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text)
         arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
@@ -141,6 +144,8 @@ class Conversion:
         kept = {name: arrays[name][:rank, heads] for name in ("basis", "encoder")} | {"mean": arrays["mean"][heads]}
         if "predictor" in arrays:
             kept["predictor"] = arrays["predictor"][:, heads]
+        if "k_norm" in arrays and not heads.start:
+            kept["k_norm"] = arrays["k_norm"]
         constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
         (g, d), lost = kept["mean"].shape, loss([arrays["variance"]], rank)
         return model.CodedLatent(g, d, rank, "spectral", lost, widths=choice.widths, **constants)
@@ -158,6 +163,21 @@ class Conversion:
             return moments_from_weights(self.converted, layer, choice)
         found: LayerMoments = self.moments.of_layer(layer)
         return found if self.converted.tpa.exact_tokens[0] else found.with_first()
+
+
+def first_layer(model: Any) -> dict[str, np.ndarray]:
+    """What stands for the transform of the first layer: K and V follow from the token, and nothing is left to code.
+
+    Its input is the row of the embedding table at rms 1, e(t), times the gains of its norm: K = norm(W_K e), V = W_V e.
+    """
+    w, full = model.weights.layers[0], full_precision(model)
+    gain_m = 1 + model.double(w.attn_norm_m)
+    W_xdm = np.concatenate([model.double(w.WK_gdm), model.double(w.WV_gem)]) * gain_m
+    x, d, m = W_xdm.shape
+    predictor_zxd = np.concatenate([W_xdm.transpose(2, 0, 1), np.zeros((m, x, d))])  # of the token, of the one before
+    arrays = {"encoder": np.zeros((0, x, d)), "basis": np.zeros((0, x, d)), "mean": np.zeros((x, d))}
+    arrays |= {"predictor": predictor_zxd, "k_norm": model.double(w.k_norm_d)}
+    return {name: np.ascontiguousarray(array, full) for name, array in arrays.items()} | {"variance": np.zeros(0)}
 
 
 def full_precision(model: Any) -> str:
@@ -224,7 +244,8 @@ def allocated(
     entries = [config.slots(layer, context) for layer in layers]
     numbers = sum(entries) * (2 if choice.k is None else 1) * config.num_kv_heads * config.head_dim
     text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
-    bits = choice.rate * numbers - text - 8 * sum(entries)  # every token has a byte for its scale
+    coded = [held for held, layer in zip(entries, layers, strict=True) if len(variances[layer])]
+    bits = choice.rate * numbers - text - 8 * sum(coded)  # every token has a byte for its scale
     widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, bits))
     given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
     choices, _ = tpa.resolve(config)

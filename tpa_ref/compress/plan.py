@@ -194,6 +194,7 @@ class Curve:
         found = transforms.variances()
         self.variances = {layer: arrays["variance"] for layer, arrays in found.items()}
         self.predicted = {layer for layer, arrays in found.items() if "predictor" in arrays}
+        self.known = {layer for layer, arrays in found.items() if not len(arrays["variance"])}
 
     def config(self, rate: float) -> TPAConfig:
         config = replace(self.base, rate=rate)
@@ -203,7 +204,7 @@ class Curve:
         """What is known of a rate without running the model."""
         config, shape, context = self.config(rate), self.model_config, self.context
         choices = enumerate(config.per_layer or ())
-        pairs = [planned_pair(choice, shape, layer in self.predicted) for layer, choice in choices]
+        pairs = [planned_pair(choice, shape, layer in self.predicted, layer in self.known) for layer, choice in choices]
         exact, ids = Exact(*config.exact_tokens), id_dtype(shape.vocab_size)
         held = cache_bytes(pairs, shape.windows, context, exact=exact, ids=ids)
         predicted = damage(list(self.variances.values()), widths(config))
@@ -249,13 +250,13 @@ class Trials(Conversion):
         pass
 
 
-def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False) -> Pair:
-    """How a layer caches, without its constant arrays: enough to count bytes."""
+def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False, known: bool = False) -> Pair:
+    """How a layer caches, without its constant arrays: enough to count bytes. known: it follows from the tokens."""
     g, d = config.num_kv_heads, config.head_dim
     if choice is None:
         return Pair.dense(g, d)
-    W = np.empty(0) if predicted else None
-    coded = CodedLatent(g, d, len(choice.widths), "spectral", widths=choice.widths, predictor=W)
+    W, k_norm = (np.empty(0) if given else None for given in (predicted, known))
+    coded = CodedLatent(g, d, len(choice.widths), "spectral", widths=choice.widths, predictor=W, k_norm=k_norm)
     if choice.k is None:
         return Joint(coded, coded)
     return Pair(MODES[choice.k.mode](g, d, choice.k.rank or 0, choice.k.dtype), coded)

@@ -31,8 +31,8 @@ class Exact:
     recent: int = 0
 
     def kept(self, pair: Pair, window: int | None, n: int) -> Exact:
-        """How many of them one layer keeps in texts of n tokens: a dense one none, newest tokens only a global one."""
-        if pair.is_dense:
+        """How many of them one layer keeps in texts of n tokens: an exact one none, newest tokens only a global one."""
+        if pair.is_exact:
             return Exact()
         return Exact(min(self.sinks, n), min(self.recent, n) if window is None else 0)
 

@@ -52,6 +52,11 @@ class Pair:
         return isinstance(self.k, Dense)
 
     @property
+    def is_exact(self) -> bool:
+        """Is what it gives back K and V themselves: all numbers, or those that follow from the token alone?"""
+        return self.is_dense or getattr(self.k, "k_norm", None) is not None
+
+    @property
     def reads_tokens(self) -> bool:
         """Is K or V predicted from the tokens, so that their ids must be kept?"""
         return any(getattr(mode, "predictor", None) is not None for mode in self.modes)

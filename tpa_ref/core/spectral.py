@@ -5,6 +5,8 @@ most bits and the weakest none at all, as in JPEG. K and V of a token may be one
 token itself tells of them, W z, need not be coded (`compress.token_prediction`):
 
     c = E (x - mean - W z),        x^ = mean + B c + W z.
+
+In the first layer nothing is left to code: K and V follow from the token alone, V = W z and K = norm(W z).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import codes
+from . import codes, norm
 from .latent import Latent
 from .mode import Parts, Stored, Tokens
 
@@ -23,7 +25,8 @@ from .mode import Parts, Stored, Tokens
 class CodedLatent(Latent):
     """Coefficient s of unit variance takes widths[s] bits of a string that begins with the token's scale (`codes`).
 
-    predictor: W^T [z,g,d], or None. This mode cannot be asked for by name: a rate chooses it, and its widths.
+    predictor: W^T [z,g,d], or None. k_norm: gains [d] of the norm behind it, or None. This mode cannot be asked for by
+    name: a rate chooses it, and its widths.
 
     >>> CodedLatent(g=1, d=4, rank=3, widths=(4, 3, 2)).token_bytes
     3
@@ -31,15 +34,24 @@ class CodedLatent(Latent):
 
     widths: tuple[int, ...] = field(default=(), repr=False)
     predictor: Any = field(default=None, repr=False)
+    k_norm: Any = field(default=None, repr=False)
 
     name = "spectral"
-    constants = ("basis", "encoder", "mean", "predictor")
+    constants = ("basis", "encoder", "mean", "predictor", "k_norm")
     codes: ClassVar[Any] = codes  # another backend has its own
+    norm: ClassVar[Any] = norm
 
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...] | None, ...]]:
         z = 0 if self.predictor is None else len(self.predictor)
         basis, mean = (self.rank, self.g, self.d), (self.g, self.d)
-        return {"basis": (basis,), "encoder": (basis,), "mean": (mean,), "predictor": (None, (z, self.g, self.d))}
+        predictor = None, (z, self.g, self.d)
+        return {
+            "basis": (basis,),
+            "encoder": (basis,),
+            "mean": (mean,),
+            "predictor": predictor,
+            "k_norm": (None, (self.d,)),
+        }
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
@@ -73,4 +85,5 @@ class CodedLatent(Latent):
         """What the tokens tell of K or V, W z: [b,k,g,d]; None where nothing is predicted."""
         if self.predictor is None:
             return None
-        return self.combined(tokens.Z_bkz, self.cast(self.predictor, tokens.Z_bkz.dtype))
+        X_bkgd = self.combined(tokens.Z_bkz, self.cast(self.predictor, tokens.Z_bkz.dtype))
+        return X_bkgd if self.k_norm is None else self.norm.rms_norm(X_bkgd, self.cast(self.k_norm, X_bkgd.dtype))

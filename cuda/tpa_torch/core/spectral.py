@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from tpa_ref.core import spectral as reference
 
-from . import codes
+from . import codes, norm
 from .latent import Latent
 
 
@@ -14,3 +14,4 @@ class CodedLatent(Latent, reference.CodedLatent):
     """Coefficient s of unit variance takes widths[s] bits of a string that begins with the token's scale (`codes`)."""
 
     codes: ClassVar[Any] = codes
+    norm: ClassVar[Any] = norm

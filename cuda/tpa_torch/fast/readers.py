@@ -21,6 +21,7 @@ from ..core.dense import Dense
 from ..core.fixed_a import FixedA, absorb, mix
 from ..core.fixed_b import FixedB
 from ..core.latent import Latent
+from ..core.norm import rms_scale
 from ..core.pair import Joint
 from ..core.spectral import CodedLatent
 from .kernels import native
@@ -241,6 +242,14 @@ class Rebuilt(Side):
         return getattr(self.mode, "predictor", None)
 
     @property
+    def k_gain(self) -> Tensor | None:
+        """1 + w of the norm behind a prediction, its features in the order in which K is rebuilt."""
+        if (w := getattr(self.mode, "k_norm", None)) is None:
+            return None
+        gain = lambda: 1 + (w if self.natively else pairs_together(w)).float()  # noqa: E731
+        return self.scratch.constant(f"k_norm, compiled: {self.natively}", w, gain)
+
+    @property
     def per_head(self) -> bool:
         """Has every head coefficients of its own?"""
         return isinstance(self.mode, FixedB)
@@ -333,7 +342,8 @@ class Rebuilt(Side):
         if W_zx is not None:
             for K_kx, Z_kz in zip(K_bkx, self.token_vectors(tile, tokens), strict=True):
                 K_kx.addmm_(Z_kz, W_zx)
-        return K_bkx.unflatten(-1, (g, d))
+        K_bkgd = K_bkx.unflatten(-1, (g, d))
+        return K_bkgd if self.k_gain is None else K_bkgd.mul_(rms_scale(K_bkgd)).mul_(self.k_gain)
 
     def scores(self, asked: Tensor, tile: slice, tokens: Any) -> Tensor:
         K_bkgd = self.rebuilt(tile, tokens)
