@@ -46,7 +46,7 @@ def main() -> None:
 def spectral_bytes(config: GemmaConfig, rate: float, n: int) -> int:
     """A cache of n tokens at a rate: that share of the coefficients in 4 bits."""
     numbers = 2 * config.num_kv_heads * config.head_dim
-    widths = (4,) * round(rate * numbers / 4)
+    widths = (4,) * round((rate * numbers - 8) / 4)  # a byte is the scale
     pairs = [planned_pair(Spectral(rate, widths=widths), config)] * config.num_layers
     return cache_bytes(pairs, config.windows, n, exact=Exact(DEFAULT_SINKS))
 

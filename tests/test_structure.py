@@ -29,7 +29,6 @@ LATE = {
 # Functions that are longer -> why
 LONG = {
     "tpa_torch.fast.kernels.triton_kernels.attend_split": "a Triton kernel, which calls no functions of Python",
-    "tpa_torch.fast.kernels.trellis.path_of_token": "the same",
 }
 
 

@@ -306,7 +306,7 @@ CHOICES = {
     "dense": None,
     "contextual": TPAConfig(mode="contextual", k_rank=1, v_rank=2, kv_dtype="float32"),
     "fixed-b": TPAConfig(mode="fixed-b", k_rank=20, v_rank=16, kv_dtype="int8"),
-    "spectral": TPAConfig(mode="latent", rate=3.0),  # with four sinks
+    "spectral": TPAConfig(mode="latent", rate=3.0, predict=False),  # with a sink
     "V alone": TPAConfig(k_mode="fixed-a", k_rank=2, k_dtype="bfloat16", rate=3.0),
     "newest exact": TPAConfig(mode="latent", k_rank=24, v_rank=24, kv_dtype="int4", sinks=2, recent=3),
 }

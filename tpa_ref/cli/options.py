@@ -99,7 +99,7 @@ def shared_parser(description: str | None) -> Parser:
     option("--kv-budget", type=float, metavar="X", help="plan: at least X times smaller than windowed")
     option("--max-kl", type=float, metavar="NATS", help="plan: at most this KL to the dense model")
     option("--holdout", metavar="FILE", help="text --max-kl is measured on (default: the shipped one)")
-    option("--sinks", type=int, metavar="N", help="first tokens that global layers keep exactly")
+    option("--sinks", type=int, metavar="N", help="first tokens that converted layers keep exactly")
     option("--recent", type=int, default=0, metavar="N", help="newest tokens that they keep exactly")
     option("--predict", action=argparse.BooleanOptionalAction, help=PREDICT)
     option("--mode", choices=tuple(MODES), help="for K and V, instead of a rate")

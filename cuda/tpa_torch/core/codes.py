@@ -28,6 +28,8 @@ def constants(widths: tuple[int, ...], device: torch.device) -> dict[str, Tensor
 
 def best_paths(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Scale and windows of each token, by the reference (`fast.spectral` is faster): [..., R] -> uint8 [..., 1+R]."""
+    if not widths:
+        return C_bks.new_zeros((*C_bks.shape[:-1], 1), dtype=torch.uint8)
     return torch.from_numpy(reference.best_paths(C_bks.float().cpu().numpy(), widths)).to(C_bks.device)
 
 
