@@ -83,7 +83,7 @@ def test_the_same_tokens_and_the_same_cache(name, monkeypatch):
             if array.is_floating_point():
                 assert relative(static_array, array) < 1e-2  # rounded to half or bfloat16
             else:
-                assert (array != static_array).sum() <= 0.05 * array.numel()  # of a string all bytes, or none
+                assert (array != static_array).sum() <= 0.1 * array.numel()  # of a string many bytes, or none
 
 
 def held(layer, other):
