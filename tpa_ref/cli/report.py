@@ -49,6 +49,8 @@ def describe_pairs(model: Any) -> list[str]:
 
 
 def _describe_pair(pair: Any) -> str:
+    if isinstance(pair, Joint) and pair.is_exact:
+        return "K and V follow from the token, nothing is stored"
     if isinstance(pair, Joint):
         return f"K and V {_describe_mode(pair.k, 2)}"
     return f"K {_describe_mode(pair.k)}, V {_describe_mode(pair.v)}"
@@ -97,7 +99,7 @@ def ranks_used(model: Any) -> list[dict[str, dict[str, Any]]]:
     """Of every layer's K and V: mode, rank, dtype, and the bits of a token's coefficients."""
 
     def used(entry: dict[str, Any]) -> dict[str, Any]:
-        bits = sum(widths_of(entry.get("widths", ()))) or None
+        bits = sum(widths_of(entry["widths"])) if "widths" in entry else None
         return {name: entry[name] for name in ("mode", "rank", "dtype")} | {"bits": bits}
 
     return [dict(zip("kv", map(used, describe(pair)), strict=True)) for pair in model.pairs]
