@@ -96,7 +96,25 @@ def allocate_bits(variances, entries, bits):
     "levels evenly spaced": (
         "04: 01 03 05 09 17 23 29 31 33",
         "core/codes",
-        "\ndef levels(width):\n    return np.linspace(-2.5, 2.5, 1 << width, dtype=np.float32)\n",
+        "\nLEVELS[1:] = [np.linspace(-2.5, 2.5, 1 << w)[np.arange(256) % (1 << w)] for w in range(1, 9)]\n",
+    ),
+    "a path that does not look ahead": (
+        "04: 01 29",
+        "core/codes",
+        """
+def best_path(X_ks, widths, first_k):
+    windows_ks, window_k = np.zeros(X_ks.shape, np.uint8), first_k.astype(int)
+    for s, width in enumerate(widths):
+        within_ki = (window_k[:, None] << width & 255) + np.arange(1 << width)
+        error_ki = np.square(LEVELS[width][within_ki] - X_ks[:, s, None])
+        windows_ks[:, s] = window_k = within_ki[np.arange(len(X_ks)), error_ki.argmin(1)]
+    return windows_ks
+""",
+    ),
+    "one scale for all tokens": (
+        "04: 01 03 05 09 17 23 29 31 33",
+        "core/codes",
+        "\ndef choose_scales(C_ks, widths):\n    return np.full(len(C_ks), 8, np.uint8)\n",
     ),
     "token vectors of the wrong token": (
         "04: 01 03 05 09 17 23 29 31 37 39 41 43",
@@ -144,7 +162,7 @@ def run(copy: Path, cells: str, moments: Path | None) -> subprocess.CompletedPro
     (path,) = (copy / "notebooks").glob(f"{number}_*.ipynb")
     source = {cell.id.removeprefix("cell-"): cell.source for cell in nbformat.read(path, as_version=4).cells}
     code = "\n\n".join(f"import sys; print('cell', {cell!r}, file=sys.stderr)\n{source[cell]}" for cell in wanted)
-    if moments and number == "04":
+    if moments and number == "04" and "05" in wanted:
         assert "sensitivity_tokens=2048)" in code
         code = code.replace("sensitivity_tokens=2048)", f"sensitivity_tokens=2048, cache_dir={str(moments)!r})")
     command, environment = [sys.executable, "-c", code], {**os.environ, "MPLBACKEND": "agg"}
