@@ -194,7 +194,6 @@ class Curve:
         found = transforms.variances()
         self.variances = {layer: arrays["variance"] for layer, arrays in found.items()}
         self.predicted = {layer for layer, arrays in found.items() if "predictor" in arrays}
-        self.known = {layer for layer, arrays in found.items() if not len(arrays["variance"])}
 
     def config(self, rate: float) -> TPAConfig:
         config = replace(self.base, rate=rate)
@@ -204,7 +203,8 @@ class Curve:
         """What is known of a rate without running the model."""
         config, shape, context = self.config(rate), self.model_config, self.context
         choices = enumerate(config.per_layer or ())
-        pairs = [planned_pair(choice, shape, layer in self.predicted, layer in self.known) for layer, choice in choices]
+        known = {layer for layer, variance_s in self.variances.items() if not len(variance_s)}
+        pairs = [planned_pair(choice, shape, layer in self.predicted, layer in known) for layer, choice in choices]
         exact, ids = Exact(*config.exact_tokens), id_dtype(shape.vocab_size)
         held = cache_bytes(pairs, shape.windows, context, exact=exact, ids=ids)
         predicted = damage(list(self.variances.values()), widths(config))
