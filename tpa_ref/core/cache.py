@@ -172,10 +172,11 @@ class LayerCache:
         """
         segments = []
         encoded: dict[int, Stored] = {}  # by pair: sinks and newest tokens are kept alike
-        oldest = int(at.positions_bq.min(initial=1 << 60, where=at.positions_bq >= 0))  # of the queries
         for kind, ring in self.rings.items():
-            if kind == "sinks" and self.window is not None and oldest >= self.window + ring.slots - 1:
-                continue  # no query sees them any more
+            if kind == "sinks" and self.window is not None:
+                oldest = int(at.positions_bq.min(initial=1 << 60, where=at.positions_bq >= 0))  # of the queries
+                if oldest >= self.window + ring.slots - 1:
+                    continue  # no query sees them any more
             if (pair := id(ring.pair)) not in encoded:
                 traced = trace if kind == "coded" else no_trace
                 encoded[pair] = ring.pair.encode(K_bkgd, V_bkge, at.new_tokens, traced)
