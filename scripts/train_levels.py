@@ -44,7 +44,7 @@ def error_and_sums(levels: np.ndarray, width: int, X_ks: np.ndarray) -> tuple[fl
     codes.LEVELS[width] = levels
     widths = (width,) * X_ks.shape[1]
     parts = [X_ks[at : at + codes.BLOCK] for at in range(0, len(X_ks), codes.BLOCK)]
-    windows_ks = np.concatenate([codes.best_path(x, widths, np.zeros(len(x), int)) for x in parts])
+    windows_ks = np.concatenate([codes.best_path(x, widths, np.zeros(len(x), int))[:, 1:] for x in parts])
     inner = windows_ks[:, 8:], X_ks[:, 8:]  # the first ones have no choice yet
     sums, counts = (np.bincount(inner[0].ravel(), weight, 256) for weight in (inner[1].ravel(), None))
     return float(np.square(levels[inner[0]] - inner[1]).mean()), sums, counts

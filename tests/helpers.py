@@ -232,10 +232,14 @@ def bfloat16(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value.astype(ml_dtypes.bfloat16) for name, value in named.items()}
 
 
-def model(backend: Any, of: GemmaConfig | None = None, dtype: str = "float32", seed: int = 0) -> Any:
+def model(
+    backend: Any, of: GemmaConfig | None = None, dtype: str = "float32", seed: int = 0, device: str = "cpu"
+) -> Any:
     """A dense model with random weights, straight from arrays."""
     of = of or config()
     named = {name: to(backend, value.astype(dtype)) for name, value in tensors(of, seed).items()}
+    if device != "cpu":
+        named = {name: value.to(device) for name, value in named.items()}
     return backend.Model(of, from_named(named, of))
 
 

@@ -322,7 +322,7 @@ def test_a_model_decodes_as_the_reference(config, name, monkeypatch):
     right = kernels.decode
     monkeypatch.setattr(kernels, "decode", lambda *args: calls.append(1) or right(*args))
     for backend in (tpa_ref, tpa_torch):
-        model = helpers.model(backend, config)
+        model = helpers.model(backend, config, device=DEVICE if backend is tpa_torch else "cpu")
         if CHOICES[name]:
             model = backend.convert(model, CHOICES[name])
         cache, ids = model.new_cache(2, 20), helpers.tokens(11, batch=2, seed=3)

@@ -255,7 +255,7 @@ MISTAKES = {
     "scale of the first group": ("scale[k * step + j / GROUP]", "scale[k * step]"),
     "halves of a byte": ("_mm_slli_epi16(two, 4)", "_mm_slli_epi16(two, 8)"),
     "half of a window": ("_mm512_sll_epi16(_mm512_maskz_loadu_epi8(here, p + k), left)", "_mm512_setzero_si512()"),
-    "where a string begins": ("cost[at] = 0", "cost[0] = 0"),
+    "where a string begins": ("fill(cost + at, cost + at", "fill(cost, cost"),
     "a narrow one of equal costs": ("z == y && other < first", "z == y && other > first"),
     "turned the wrong way": ("times(times(two, all(-1)), s)", "times(two, s)"),
     "the last keys": ("last = std::min(keys, first + BLOCK)", "last = std::min(keys / BLOCK * BLOCK, first + BLOCK)"),

@@ -3,8 +3,8 @@
 Coefficient s has widths[s] bits of its own, 1 to 8, but its level is looked up by the last eight bits of the string so
 far: its own and those just before them.
 
-    scale     c_0 (4)  c_1 (3) c_2 (3)
-    01100100  1 0 1 1  0 0 1   0 1 1   ...
+    scale, free  c_0 (4)  c_1 (3) c_2 (3)
+    01100  100   1 0 1 1  0 0 1   0 1 1   ...
                  |______ window _____|        level of c_2 = LEVELS[3, 0b11001011]
 
 So each coefficient chooses among 2^w levels, and which ones those are is told by the bits before: the encoder can steer
@@ -13,7 +13,8 @@ a graph (a trellis), found by Viterbi's algorithm: one forward step a coefficien
 the best path. At the same number of bits that leaves two thirds of the error of the best levels chosen one by one.
 
 The first byte is a scale of the token's own (gain-shape coding), since real tokens are not alike: a few have
-coefficients many times larger than calibration expects, and levels that end would clip them.
+coefficients many times larger than calibration expects, and levels that end would clip them. Its three low bits say
+nothing of the scale; the path chooses them, so that the first coefficients have a choice as well.
 """
 
 import math
@@ -28,7 +29,8 @@ MAX_WIDTH = WINDOW
 # fitted by scripts/train_levels.py.
 LEVELS = np.load(Path(__file__).with_name("levels.npy"))  # float32 [9,256]
 DISTORTION = np.array([1.0, 0.281, 0.0781, 0.0214, 0.00599, 0.00166, 0.000507, 0.00013, 0.0000423])
-SCALES = (2.0 ** (np.arange(-8, 24) / 4)).astype(np.float32)  # quarters of an octave
+FREE = 8  # first bytes of one scale
+SCALES = (2.0 ** (np.arange(-8, 24) / 4)).astype(np.float32).repeat(FREE)  # by first byte; quarters of an octave
 # How far the levels of a width serve: on Gaussian coefficients, what is clipped beyond and what a step costs balance.
 REACH = np.array([0, 0.8, 1.5, 2.1, 2.7, 3.3, 3.8, 4.3, 4.7], np.float32)
 BLOCK = 64  # tokens that go through the trellis together
@@ -47,7 +49,7 @@ def packed_bytes(widths: tuple[int, ...]) -> int:
 
 
 def choose_scales(C_ks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """The scale of each token as an index into SCALES: [k,s] -> uint8 [k].
+    """The scale of each token as the least of its first bytes, an index into SCALES: [k,s] -> uint8 [k].
 
     A scale a makes every step a times as wide, which costs a^2 sum_s v_s D(w_s), and coefficients beyond its reach are
     clipped, which costs sum_s v_s (|c_s| - a r_s)+^2. Bits were given so that v_s D(w_s), the damage by one of them, is
@@ -57,8 +59,8 @@ def choose_scales(C_ks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
     reach_s, price_s = reach_and_price(widths)
     C_ks = np.abs(C_ks, dtype=np.float32)
     chosen_k = np.zeros(len(C_ks), np.uint8)
-    for scale in SCALES[:-1]:
-        chosen_k += scale < (np.maximum(C_ks - scale * reach_s, 0) * price_s).sum(-1)
+    for scale in SCALES[:-FREE:FREE]:
+        chosen_k[scale < (np.maximum(C_ks - scale * reach_s, 0) * price_s).sum(-1)] += FREE
     return chosen_k
 
 
@@ -72,13 +74,13 @@ def reach_and_price(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_path(X_ks: np.ndarray, widths: tuple[int, ...], first_k: np.ndarray) -> np.ndarray:
-    """The windows of the string whose levels are nearest to x, in squared error: [k,s] -> uint8 [k,s].
+    """First byte and windows of the string whose levels are nearest to x, in squared error: [k,s] -> uint8 [k,1+s].
 
-    first_k: the window before the first coefficient, the scale's byte.
+    first_k: the least of the first bytes that a token may have, FREE of them.
     """
     k, step_k = len(X_ks), np.arange(len(X_ks))
     cost_ik = np.full((256, k), np.inf, np.float32)  # of the best string that ends in window i
-    cost_ik[first_k, step_k] = 0
+    cost_ik[first_k + np.arange(FREE)[:, None], step_k] = 0
     before = []
     for width, x_k in zip(widths, X_ks.T, strict=True):
         before.append(by_last_bits(cost_ik, width))
@@ -86,24 +88,22 @@ def best_path(X_ks: np.ndarray, widths: tuple[int, ...], first_k: np.ndarray) ->
         with np.errstate(over="ignore"):  # of numbers that nothing comes near, every error is infinite
             error_jwk = np.square(x_k - LEVELS[width][:, None]).reshape(len(best_jk), -1, k)
         cost_ik = (best_jk[:, None] + error_jwk).reshape(256, k)
-    windows_ks = np.zeros(X_ks.shape, np.uint8)
-    window_k = cost_ik.argmin(0)
+    windows_kr = np.zeros((k, 1 + len(widths)), np.uint8)
+    windows_kr[:, -1] = window_k = cost_ik.argmin(0)
     for s in range(len(widths))[::-1]:
-        windows_ks[:, s] = window_k
         j_k = window_k >> widths[s]
-        window_k = (before[s][:, j_k, step_k].argmin(0) << (WINDOW - widths[s])) + j_k
-    return windows_ks
+        windows_kr[:, s] = window_k = (before[s][:, j_k, step_k].argmin(0) << (WINDOW - widths[s])) + j_k
+    return windows_kr
 
 
 def best_paths(C_bks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """Scale and windows of each token: [..., R] -> uint8 [..., 1+R]."""
+    """First byte and windows of each token: [..., R] -> uint8 [..., 1+R]."""
     C_ks = C_bks.reshape(math.prod(C_bks.shape[:-1]), len(widths)).astype(np.float32)
     windows_kr = np.zeros((len(C_ks), 1 + len(widths)), np.uint8)
     for start in range(0, len(C_ks) if widths else 0, BLOCK):
         at = slice(start, start + BLOCK)
         scales_k = choose_scales(C_ks[at], widths)
-        windows_kr[at, 0] = scales_k
-        windows_kr[at, 1:] = best_path(C_ks[at] * (1 / SCALES)[scales_k, None], widths, scales_k)
+        windows_kr[at] = best_path(C_ks[at] * (1 / SCALES)[scales_k, None], widths, scales_k)
     return windows_kr.reshape(*C_bks.shape[:-1], 1 + len(widths))
 
 
@@ -142,7 +142,7 @@ def fillings(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def pack(windows_bkr: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """Scale and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
+    """First byte and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
     if not widths:
         return windows_bkr[..., :0]
     column, width, right, left = fillings(widths)

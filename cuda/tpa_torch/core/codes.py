@@ -7,34 +7,41 @@ import torch
 from torch import Tensor
 
 from tpa_ref.core import codes as reference
-from tpa_ref.core.codes import DISTORTION, LEVELS, MAX_WIDTH, SCALES, packed_bytes, places, reach_and_price
+from tpa_ref.core.codes import FREE, LEVELS, SCALES, packed_bytes, places, reach_and_price
 
 from ..lasting import lasting
 
-__all__ = ["DISTORTION", "LEVELS", "MAX_WIDTH", "SCALES", "packed_bytes", "places", "reach_and_price"]
+__all__ = ["FREE", "LEVELS", "SCALES", "packed_bytes", "places", "reach_and_price"]
 
 
 @lru_cache(maxsize=512)
 @lasting()
 def constants(widths: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     """What packing and unpacking need of a layer's widths, made once for each device: where windows lie and bytes come
-    from, the levels of every window [9 * 256], where those of each coefficient begin, and the scales.
+    from, and where the levels of each coefficient begin in `numbers`.
     """
     named = dict(zip(("at", "after", "shift"), places(widths), strict=True))
     named |= dict(zip(("column", "width", "right", "left"), reference.fillings(widths), strict=True))
-    named |= {"levels": LEVELS.reshape(-1), "table": 256 * np.array(widths, int), "scales": SCALES}
+    named |= {"table": 256 * np.array(widths, int)}
     return {name: torch.from_numpy(np.ascontiguousarray(x)).to(device) for name, x in named.items()}
 
 
+@lru_cache(maxsize=16)
+@lasting()
+def numbers(device: torch.device) -> Tensor:
+    """The levels of every width and window and, behind them, the scales by first byte: float32 [10 * 256]."""
+    return torch.from_numpy(np.concatenate([LEVELS.reshape(-1), SCALES])).to(device)
+
+
 def best_paths(C_bks: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Scale and windows of each token, by the reference (`fast.spectral` is faster): [..., R] -> uint8 [..., 1+R]."""
+    """First byte and windows of each token, by the reference (`fast.spectral` is faster): [..., R] -> uint8."""
     if not widths:
         return C_bks.new_zeros((*C_bks.shape[:-1], 1), dtype=torch.uint8)
     return torch.from_numpy(reference.best_paths(C_bks.float().cpu().numpy(), widths)).to(C_bks.device)
 
 
 def pack(windows_bkr: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Scale and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
+    """First byte and windows of each token -> its bytes: uint8 [..., 1+R] -> uint8 [..., bytes]."""
     if not widths:
         return windows_bkr[..., :0]
     of = constants(widths, windows_bkr.device)
@@ -56,4 +63,5 @@ def dequantize(packed: Tensor, widths: tuple[int, ...]) -> Tensor:
     of = constants(widths, packed.device)
     high, low = packed[..., of["at"]].int(), packed[..., of["after"]].int()
     windows = (high << 8 | low) >> of["shift"] & 255
-    return of["levels"][of["table"] + windows] * of["scales"][packed[..., :1].int()]
+    levels_and_scales = numbers(packed.device)
+    return levels_and_scales[of["table"] + windows] * levels_and_scales[LEVELS.size + packed[..., :1].int()]

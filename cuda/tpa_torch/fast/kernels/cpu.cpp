@@ -619,14 +619,15 @@ void weigh_codes_in_bf16(const Codes& codes, const Coefficient* of, int64_t coef
 
 struct Trellis {
     const int32_t* width;               // [R]
-    const float *tables, *scale, *inverse, *reach, *price;  // [9,256], [scales] twice, [R] twice
-    int64_t coefficients, scales;
+    const float *tables, *scale, *inverse, *reach, *price;  // [9,256], [256] twice, by first byte, [R] twice
+    int64_t coefficients, free;                             // first bytes of one scale
 };
 
-// The smallest scale at which widening the steps costs at least what it saves in clipped coefficients.
+// The smallest scale at which widening the steps costs at least what it saves in clipped coefficients, as the least of
+// its first bytes.
 int chosen_scale(const Trellis& t, const float* c) {
     int at = 0;
-    for (; at + 1 < t.scales; at++) {
+    for (; at + t.free < WINDOWS; at += t.free) {
         float beyond = 0;
         for (int64_t s = 0; s < t.coefficients; s++)
             beyond += std::max(std::fabs(c[s]) - t.scale[at] * t.reach[s], 0.0f) * t.price[s];
@@ -697,22 +698,24 @@ template <int WIDTH> void step(float x, const float* table, float* cost, uint8_t
 #endif
 }
 
-// The windows of one token's coefficients c; `x` and `before` [R], [R,128] are scratch.
-void best_path(const Trellis& t, const float* c, int at, float* x, uint8_t* before, uint8_t* out) {
+// First byte and windows of one token's coefficients c: out [1 + R]; `x` and `before` [R], [R,128] are scratch.
+void best_path(const Trellis& t, const float* c, float* x, uint8_t* before, uint8_t* out) {
     static constexpr void (*STEP[])(float, const float*, float*, uint8_t*) = {
         step<1>, step<2>, step<3>, step<4>, step<5>, step<6>, step<7>, step<8>};
+    const int at = chosen_scale(t, c);
     float cost[WINDOWS];
     std::fill(cost, cost + WINDOWS, INFINITY);
-    cost[at] = 0;
+    std::fill(cost + at, cost + at + t.free, 0.0f);
     for (int64_t s = 0; s < t.coefficients; s++) x[s] = c[s] * t.inverse[at];
     for (int64_t s = 0; s < t.coefficients; s++)
         STEP[t.width[s] - 1](x[s], t.tables + t.width[s] * WINDOWS, cost, before + s * (WINDOWS / 2));
     int window = int(std::min_element(cost, cost + WINDOWS) - cost);
     for (int64_t s = t.coefficients; s-- > 0;) {
-        out[s] = uint8_t(window);
+        out[s + 1] = uint8_t(window);
         const int last = window >> t.width[s];
         window = (before[s * (WINDOWS / 2) + last] << (8 - t.width[s])) + last;
     }
+    out[0] = uint8_t(window);
 }
 
 }  // namespace
@@ -892,24 +895,24 @@ void tpa_exponentials(float* L, float* most, float* total, int64_t rows, int64_t
     }
 }
 
-// C [tokens,R] -> the bytes of each token, its scale before the string: out [tokens,bytes].
+// C [tokens,R] -> the bytes of each token: out [tokens,bytes].
 void tpa_quantize(const float* C, const int32_t* width, const float* tables, const float* scale, const float* inverse,
                   const float* reach, const float* price, uint8_t* out, int64_t tokens, int64_t coefficients,
-                  int64_t bytes, int64_t scales, int64_t threads) {
-    const Trellis t{width, tables, scale, inverse, reach, price, coefficients, scales};
+                  int64_t bytes, int64_t free, int64_t threads) {
+    const Trellis t{width, tables, scale, inverse, reach, price, coefficients, free};
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> x(coefficients);
-        std::vector<uint8_t> before(coefficients * (WINDOWS / 2)), path(coefficients);
+        std::vector<uint8_t> before(coefficients * (WINDOWS / 2)), path(1 + coefficients);
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < tokens; k++) {
             uint8_t *to = out + k * bytes, *const end = to + bytes;
-            *to++ = uint8_t(chosen_scale(t, C + k * coefficients));
-            best_path(t, C + k * coefficients, to[-1], x.data(), before.data(), path.data());
+            best_path(t, C + k * coefficients, x.data(), before.data(), path.data());
+            *to++ = path[0];
             uint32_t string = 0;
             int bits = 0;  // of it that are not written yet
             for (int64_t s = 0; s < coefficients; s++) {
-                string = string << width[s] | (path[s] & ((1u << width[s]) - 1)), bits += width[s];
+                string = string << width[s] | (path[s + 1] & ((1u << width[s]) - 1)), bits += width[s];
                 if (bits >= 8) bits -= 8, *to++ = uint8_t(string >> bits);
             }
             if (to < end) *to = uint8_t(string << (8 - bits));

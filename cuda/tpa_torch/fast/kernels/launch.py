@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Stored, of_part
 
-from ...core.codes import constants
+from ...core.codes import constants, numbers
 from ...core.contextual import Contextual
 from ...core.dense import Dense
 from ...core.fixed_a import FixedA, absorb, mix
@@ -184,7 +184,8 @@ def side(stored: Stored, mode: Any) -> Side:
 def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointers]:
     """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
     if isinstance(mode, CodedLatent):
-        return "spectral", (stored["codes"], *unpacking(mode.widths, stored["codes"].device))
+        device = stored["codes"].device
+        return "spectral", (stored["codes"], unpacking(mode.widths, device), numbers(device))
     if "x" in stored:
         return "float", (stored["x"], None, None)
     return mode.part_dtype(part), (stored["codes"], stored["scale"], stored.get("minimum"))
@@ -192,11 +193,11 @@ def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointe
 
 @lru_cache(maxsize=512)
 @lasting()
-def unpacking(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the windows of each coefficient lie and its levels begin, int32 [4,R]; levels and scales, float32."""
+def unpacking(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the windows of each coefficient lie and its levels begin, int32 [4,R]."""
     of = constants(widths, device)
     places = torch.stack([of["at"], of["after"], of["shift"], of["table"]]) if widths else of["table"].new_zeros(4, 1)
-    return places.int().contiguous(), torch.cat([of["levels"], of["scales"]])
+    return places.int().contiguous()
 
 
 def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:

@@ -311,7 +311,7 @@ def _levels() -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 @lasting()
 def _scales() -> tuple[Tensor, Tensor]:
-    """The scales of a token, and what divides by them."""
+    """The scale of a token by its first byte, and what divides by it."""
     return torch.from_numpy(codes.SCALES.copy()), torch.from_numpy(1 / codes.SCALES)
 
 
@@ -336,7 +336,7 @@ def quantize(C_ks: Tensor, widths: tuple[int, ...]) -> Tensor:
     out = torch.empty(tokens, codes.packed_bytes(widths), dtype=torch.uint8)
     scale, inverse = _scales()
     arrays = C_ks, width, _levels()[0], scale, inverse, reach, price, out
-    _call("tpa_quantize", *arrays, tokens, count, out.shape[1], len(scale))
+    _call("tpa_quantize", *arrays, tokens, count, out.shape[1], codes.FREE)
     return out
 
 
