@@ -11,7 +11,7 @@ import pytest
 from tpa_ref.cli import demo, options, run
 from tpa_ref.gemma.config import GemmaConfig
 
-FEW = {"calibration_tokens": 4096, "eval_tokens": 2048, "recall_prompts": 2}
+FEW = {"calibration_tokens": 16_384, "eval_tokens": 2048, "recall_prompts": 2}
 MANY = {"calibration_tokens": 32_768, "eval_tokens": 16_384, "recall_prompts": 10}
 
 
@@ -80,8 +80,8 @@ def test_what_is_given_wins_and_the_rest_is_printed(monkeypatch):
     args = Namespace(backend="torch", dtype=None, calibration_tokens=None, eval_tokens=100, recall_prompts=0)
     uses = ("dtype", "calibration_tokens", "eval_tokens", "recall_prompts")
     line = options.fill_defaults(args, uses, found("270m", "bfloat16"), "cpu")
-    assert line == "defaults for 270m on cpu: bfloat16, calibration tokens 4,096"
-    filled = {"dtype": "bfloat16", "calibration_tokens": 4096, "eval_tokens": 100, "recall_prompts": 0}
+    assert line == "defaults for 270m on cpu: bfloat16, calibration tokens 16,384"
+    filled = {"dtype": "bfloat16", "calibration_tokens": 16_384, "eval_tokens": 100, "recall_prompts": 0}
     assert vars(args) == filled | {"backend": "torch"}
 
 

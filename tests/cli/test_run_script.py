@@ -12,6 +12,7 @@ import pytest
 from commands import call, check_refused
 
 from tpa_ref.cli import demo
+from tpa_ref.compress.config import DEFAULT_RATE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny-gemma3"
@@ -58,14 +59,14 @@ def test_whole_way(backend, tmp_path):
 
 
 def test_defaults_of_a_spectral_run(tmp_path):
-    """Nothing chosen: a spectral cache of 2 bits, with recall, and the bits that each layer got."""
+    """Nothing chosen: a spectral cache at the default rate, with recall, and the bits that each layer got."""
     pytest.importorskip("torch")
     more = ["--eval-tokens", "100", "--recall-prompts", "1", "--report", "r.json", "--output", "folder"]
     done = call(demo.run, *QUICK, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "coefficients coded, the rest predicted from tokens" in done.stdout
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["tpa"]["rate"] == 2.0 and (tmp_path / "folder" / "config.json").is_file()
+    assert report["tpa"]["rate"] == DEFAULT_RATE and (tmp_path / "folder" / "config.json").is_file()
     for layer in report["tpa"]["ranks_used"]:
         assert (layer["k"]["dtype"], layer["v"]["dtype"]) == ("spectral", "shared")
         assert layer["k"]["bits"] >= layer["k"]["rank"] == layer["v"]["rank"] and layer["v"]["bits"] is None

@@ -14,6 +14,7 @@ from helpers import MODES, refused
 
 import tpa_ref
 from tpa_ref.compress.config import (
+    DEFAULT_RATE,
     DEFAULT_SINKS,
     FixedRank,
     Side,
@@ -38,14 +39,14 @@ def fixed(mode, rank=None, dtype="bfloat16"):
 # ---- keywords -> a choice ----
 
 CHOICES = [
-    ({}, Spectral(2.0)),
+    ({}, Spectral(DEFAULT_RATE)),
     ({"rate": 1.5}, Spectral(1.5)),
     ({"rate": 8}, Spectral(8)),
     ({"rate": 1.0, "mode": "latent"}, Spectral(1.0)),
     ({"rate": 1.0, "k_mode": "latent", "v_mode": "latent"}, Spectral(1.0)),
     ({"rate": 1.0, "predict": True}, Spectral(1.0, predict=True)),
-    ({"predict": False}, Spectral(2.0, predict=False)),
-    ({"layers": "global", "sinks": 2}, Spectral(2.0)),
+    ({"predict": False}, Spectral(DEFAULT_RATE, predict=False)),
+    ({"layers": "global", "sinks": 2}, Spectral(DEFAULT_RATE)),
     ({"rate": 1.0, "k_mode": "fixed-a"}, Spectral(1.0, Side("fixed-a", None, "int8"))),
     ({"rate": 1.0, "k_mode": "fixed-b", "k_rank": 3, "k_dtype": "int4"}, Spectral(1.0, Side("fixed-b", 3, "int4"))),
     ({"mode": "latent"}, fixed("latent")),

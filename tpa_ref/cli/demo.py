@@ -23,7 +23,6 @@ from ..files.checkpoint import check_output, save
 from ..gemma import memory
 from ..gemma.chat import prompt_tokens
 from ..gemma.generate import generate, prefill
-from ..gemma.texts import read_text
 from . import options, report
 from .steps import Converted, Work
 
@@ -57,8 +56,8 @@ def main() -> None:
         raise TPAError(f"--plot must end in .png, .svg, .pdf or .jpg, got {args.plot}")
     check_output(args.output, args.ckpt)
     options.tpa_config(args)  # what is wrong with the options shows now, not after minutes of work
-    text = read_text(Path(args.eval_text or options.TINY / "evaluation.txt"))
     work = Work(args, args.ckpt or str(options.TINY), USES)
+    text = work.text(args.eval_text, "evaluation")
     work.calibration_text()
     check_prompt(work)
     work.introduce()

@@ -22,15 +22,16 @@ from .machine import multiplies_bfloat16
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent  # of a clone
-TINY = PACKAGE / "tiny" if (PACKAGE / "tiny").is_dir() else ROOT / "assets" / "tiny-gemma3"  # installed, or a clone
+INSTALLED = (PACKAGE / "tiny").is_dir()  # or else a clone
+TINY = PACKAGE / "tiny" if INSTALLED else ROOT / "assets" / "tiny-gemma3"
 LARGE = 100_000_000  # parameters from which on a CPU gets smaller defaults, to finish in minutes
 VERY_LARGE = 2_000_000_000  # parameters from which on memory matters more than what a CPU is fast in
 
 # Help texts that are long
 CHECKPOINT = "checkpoint: Hugging Face folder, .gguf, gemma_pytorch .ckpt or folder, .safetensors"
 DTYPE = "compute dtype (default: float32; bfloat16 for large models stored in it, where the device is fast in it)"
-PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 512, no images)"
-CALIBRATION = "text for the model constants (default: the shipped one); 'none': from the weights alone"
+PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 1,152, no images)"
+CALIBRATION = "text for the model constants (default: the shipped one); self: the model writes it; none: no text"
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +95,7 @@ def shared_parser(description: str | None) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
     add_model_options(parser)
-    option = parser.add_argument_group("TPA (nothing given: --rate 2, spectral latent, 8x smaller)").add_argument
+    option = parser.add_argument_group("TPA (nothing given: --rate 2.6, spectral latent, 6x smaller)").add_argument
     option("--rate", type=float, metavar="BITS", help="bits per number of dense K and V, in (0, 8]")
     option("--kv-budget", type=float, metavar="X", help="plan: at least X times smaller than windowed")
     option("--max-kl", type=float, metavar="NATS", help="plan: at most this KL to the dense model")
@@ -171,7 +172,7 @@ def fill_defaults(args: argparse.Namespace, names: Sequence[str], found: Found, 
     narrow = large and fast and args.backend == "torch" and found.stored_dtype == "bfloat16"
     defaults: dict[str, Any] = {
         "dtype": "bfloat16" if narrow else "float32",
-        "calibration_tokens": 4096 if slow else 32_768,
+        "calibration_tokens": (4096 if parameters > VERY_LARGE else 16_384) if slow else 32_768,
         "eval_tokens": 2048 if slow else 16_384,
         "recall_prompts": 2 if slow else 10,
         "timing_rounds": 1 if large else 3,

@@ -15,11 +15,12 @@ from ..compress.calibrate import calibrate
 from ..compress.config import TPAConfig
 from ..compress.convert import convert
 from ..compress.moments import Moments
+from ..compress.own_text import own_text
 from ..compress.plan import Plan, make_plan
 from ..errors import TPAError
 from ..files.found import inspect
 from ..files.stream import check_folder, convert_on_disk
-from ..gemma.texts import read_text
+from ..gemma.texts import read_text, shipped
 from .machine import PeakMemory, environment
 from .options import ROOT, TINY, fill_defaults, progress_bar, tpa_config, wants_plan
 from .report import describe_config, size_on_disk
@@ -75,14 +76,23 @@ class Work:
         what = self.source, args.variant, args.config, args.tokenizer, args.dtype
         return self.backend.load(*what, progress_bar("loading"), on_disk, **self.place)
 
-    def calibration_text(self) -> str | None:
-        """The text for the model constants, or None."""
-        given = self.args.calibration
-        return None if given == "none" else read_text(Path(given or TINY / "calibration.txt"))
+    def calibration_text(self, model: Any = None) -> str | None:
+        """The text for the model constants, or None; without a model, None for what it has still to write."""
+        given, tokens = self.args.calibration, self.args.calibration_tokens
+        if given == "self":
+            return own_text(model, tokens, progress=progress_bar("writing")) if model else None
+        return None if given == "none" else self.text(given, "calibration")
+
+    def text(self, given: str | None, name: str) -> str:
+        """The file that was given, or the shipped text of that name: the tiny model's own, or that for all others."""
+        if given:
+            return read_text(Path(given))
+        tiny = Path(self.source).resolve() == TINY.resolve()
+        return read_text(TINY / f"{name}.txt") if tiny else shipped({"evaluation": "prose"}.get(name, name))
 
     def calibrate(self, dense: Any) -> Moments | None:
         """Moments of the calibration text; None without one."""
-        text, bar = self.calibration_text(), progress_bar("calibrating")
+        text, bar = self.calibration_text(dense), progress_bar("calibrating")
         tokens, predict = self.args.calibration_tokens, self.args.predict
         return None if text is None else calibrate(dense, text, max_tokens=tokens, progress=bar, predict=predict)
 
@@ -93,7 +103,7 @@ class Work:
             return None, config
         if moments is None:
             raise TPAError("--calibration none leaves nothing to plan with: --kv-budget and --max-kl need a text")
-        holdout, bar = read_text(Path(args.holdout or TINY / "holdout.txt")), progress_bar("planning")
+        holdout, bar = self.text(args.holdout, "holdout"), progress_bar("planning")
         plan = make_plan(dense, moments, args.kv_budget, args.max_kl, args.context, holdout, config, bar)
         return plan, plan.config
 
@@ -113,7 +123,8 @@ class Work:
             dense = self.load(on_disk=True)
             moments = self.calibrate(dense) if wants_plan(args) else None
             plan, config = self.choose(dense, moments)
-            source, bar = moments or self.calibration_text(), progress_bar("converting")
+            writer = self.load() if args.calibration == "self" and moments is None else None
+            source, bar = moments or self.calibration_text(writer), progress_bar("converting")
             convert_on_disk(dense, self.source, folder, config, source, args.calibration_tokens, bar)
         return plan, {
             "conversion_seconds": time.perf_counter() - start,

@@ -38,7 +38,7 @@ from .store import Arrays, Memory
 from .token_prediction import TokenMoments
 
 WINDOW = 1024  # tokens of a calibration window: beyond the tiny model's sliding window, so that long range counts
-SENSITIVITY_TOKENS = 8_192  # how much of the text also goes backwards, at twice the cost of a forward pass
+LEAST_BACKWARDS = 2_048  # tokens; more of them change little, and each costs six times what it costs forwards
 
 
 def calibrate(
@@ -47,7 +47,7 @@ def calibrate(
     layers: str = "all",
     seed: int = 0,
     max_tokens: int = 32_768,
-    sensitivity_tokens: int = SENSITIVITY_TOKENS,
+    sensitivity_tokens: int | None = None,
     progress: Callable = iter,
     cache_dir: str | Path | None = None,
     predict: bool | None = None,
@@ -55,7 +55,8 @@ def calibrate(
     """Run the dense model over a text in windows that each begin with BOS, forwards and backwards.
 
     layers: which ones are kept ("all", "global", "local", "5,11"). seed: of the tokens drawn for the sensitivity.
-    max_tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards (0: nothing).
+    max_tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards (0: nothing;
+    default: an eighth, at least 2,048).
     progress: wraps the layers, for instance `tqdm.tqdm`. cache_dir: a folder where the result is kept under a hash of
     model, text and arguments, and found again. predict: also find out how K and V follow from the tokens (default:
     where that is affordable, see `token_prediction`).
@@ -65,6 +66,8 @@ def calibrate(
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
     kept = sorted(chosen_layers(layers, model.config))
     predict = token_prediction.wanted(predict, model.config)
+    if sensitivity_tokens is None:
+        sensitivity_tokens = backwards_of(windows)
     name = f"moments-{fingerprint(model, windows, kept, seed, sensitivity_tokens, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
@@ -87,11 +90,12 @@ class Calibration:
         windows: list[list[int]],
         store: Any,
         seed: int = 0,
-        sensitivity_tokens: int = SENSITIVITY_TOKENS,
+        sensitivity_tokens: int | None = None,
         predict: bool = False,
     ):
         self.model, self.windows, self.store, self.seed, self.predict = model, windows, store, seed, predict
-        self.backwards = sensitivity_windows(windows, sensitivity_tokens)
+        tokens = backwards_of(windows) if sensitivity_tokens is None else sensitivity_tokens
+        self.backwards = sensitivity_windows(windows, tokens)
         self.tokens = max(1, sum(len(window) - 1 for window in windows))  # without the first of each
         self.num_layers: int = model.config.num_layers
 
@@ -196,6 +200,15 @@ def fingerprint(model: Any, windows: list[list[int]], *arguments: Any) -> str:
         digest.update(np.asarray(weight.tolist(), np.float64).tobytes())
     digest.update(np.asarray(model.weights.embed_vm[:64].tolist(), np.float64).tobytes())
     return digest.hexdigest()[:16]
+
+
+def backwards_of(windows: list[list[int]]) -> int:
+    """How many tokens go backwards where nothing is said.
+
+    >>> backwards_of([[2] * 1024] * 32), backwards_of([[2] * 100])
+    (4096, 2048)
+    """
+    return max(LEAST_BACKWARDS, sum(map(len, windows)) // 8)
 
 
 def sensitivity_windows(windows: list[list[int]], tokens: int) -> int:

@@ -92,8 +92,7 @@ class Conversion:
 
     def spectrum(self, layer: int) -> dict[str, np.ndarray]:
         """The transform of one layer, in the precision in which constant factors are kept."""
-        known = token_prediction.knows_first_layer(self.converted.tpa, self.config, self.converted.choices[layer])
-        if layer == 0 and known:
+        if token_prediction.knows(layer, self.converted.tpa, self.config, self.converted.choices[layer]):
             return first_layer(self.converted)
         text = of_tokens(self.converted.tpa, self.moments)
         found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text)

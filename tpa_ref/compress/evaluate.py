@@ -27,10 +27,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of `tpa` against `dense` on a text, in windows that each begin with BOS:
 
-    tokens; kl (mean), kl_p95, kl_p99, kl_max of KL(dense || tpa) in nats per position; top1, the share of positions
-    where both predict the same token; ppl_dense, ppl_tpa; kl_by_position, the mean over positions from each key up to
-    the next, which shows drift with length; recall_dense, recall_tpa, the share of recall questions answered right
-    (`recall_prompts` per distance; 0 leaves them out and gives None).
+    tokens; kl (mean), kl_median, kl_p95, kl_p99, kl_max of KL(dense || tpa) in nats per position; top1, the share of
+    positions where both predict the same token; ppl_dense, ppl_tpa; kl_by_position, the mean over positions from each
+    key up to the next, which shows drift with length; recall_dense, recall_tpa, the share of recall questions answered
+    right (`recall_prompts` per distance; 0 leaves them out and gives None).
     """
     found: list[dict[str, np.ndarray]] = []
     for window in progress(list(text_windows(dense, text_or_path, max_tokens, length))):
@@ -56,6 +56,7 @@ def summary(found: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
         "tokens": len(kl),
         "kl": float(kl.mean()),
+        "kl_median": float(np.median(kl)),
         "kl_p95": float(np.percentile(kl, 95)),
         "kl_p99": float(np.percentile(kl, 99)),
         "kl_max": float(kl.max()),

@@ -212,10 +212,14 @@ class Curve:
 
     def measured(self, rate: float, holdout: Any) -> Trial:
         """The same with the KL of the whole model on a text."""
+        figures = evaluate(self.model, self.converted(rate), holdout, recall_prompts=0, max_tokens=8192)
+        return replace(self.trial(rate), kl=figures["kl"])
+
+    def converted(self, rate: float) -> Any:
+        """The model with this cache."""
         converted = begin_conversion(self.model, self.config(rate))
         Trials(converted, self.moments, self.store).run()
-        figures = evaluate(self.model, converted, holdout, recall_prompts=0, max_tokens=8192)
-        return replace(self.trial(rate), kl=figures["kl"])
+        return converted
 
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""

@@ -26,8 +26,7 @@ from ..gemma.token_vectors import EPS
 from .config import Choice, Spectral, TPAConfig
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the variance of an entry of e, which is 1
-AFFORDABLE_ONCE = 1152  # and up to which the first layer's are looked up, which read twice as much as its own weights
-AFFORDABLE = 512  # hidden size up to which the maps are small beside the model, and conversion makes them by itself
+AFFORDABLE = 1152  # hidden size up to which the maps are small beside the model, and conversion makes them by itself
 
 
 # ---- the maps, from moments ----
@@ -112,13 +111,12 @@ def affordable(config: GemmaConfig) -> bool:
     return config.hidden_size <= AFFORDABLE and config.vision is None
 
 
-def knows_first_layer(tpa: TPAConfig, config: GemmaConfig, choice: Choice | None) -> bool:
-    """Are K and V of the first layer taken from the token, instead of being coded? They are functions of it alone,
-    where every position is a token, and cost nothing but its id.
+def knows(layer: int, tpa: TPAConfig, config: GemmaConfig, choice: Choice | None) -> bool:
+    """Are K and V of a layer taken from the token, instead of being coded? Those of the first layer are functions of it
+    alone, where every position is a token, and cost nothing but its id.
     """
     free = isinstance(choice, Spectral) and choice.k is None and not choice.widths and tpa.predict is not False
-    small = config.hidden_size <= AFFORDABLE_ONCE and config.vision is None and config.rms_eps == EPS
-    return free and small
+    return layer == 0 and free and affordable(config) and config.rms_eps == EPS
 
 
 def wanted(predict: bool | None, config: GemmaConfig) -> bool:

@@ -9,6 +9,14 @@ from typing import Any
 from ..errors import TPAError
 from .tokenizer import require_tokenizer
 
+PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED = PACKAGE / "texts" if (PACKAGE / "texts").is_dir() else PACKAGE.parent / "assets" / "texts"  # or a clone
+
+
+def shipped(name: str) -> str:
+    """A text of assets/texts: `calibration` and `holdout` of many kinds, `prose`, `code`; no document is in two."""
+    return (SHIPPED / f"{name}.txt").read_text(encoding="utf-8")
+
 
 def read_text(text_or_path: str | Path) -> str:
     """A text, or the content of the UTF-8 file of that name. A single line that names a file is taken as a path."""
