@@ -137,5 +137,4 @@ def fill(cache: Any, length: int) -> None:
                     array.random_(0, 127)
                 else:
                     array.uniform_(0.001, 0.01) if name.endswith(".scale") else array.normal_()
-    cache.lengths_b[:] = length
-    cache._highest_b[:] = length
+    cache.reach(cache.lengths_b * 0 + length)

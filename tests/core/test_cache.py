@@ -486,3 +486,74 @@ def test_a_text_beyond_the_models_positions_is_refused(backend):
     model = helpers.model(backend)
     model.hidden(helpers.tokens(128))
     refused(lambda: model.hidden(helpers.tokens(129)), "129", "128")
+
+
+# ---- rows that are chosen, room that grows, tokens taken back past the window ----
+
+FORMS = {
+    "dense": None,
+    "spectral": TPAConfig(rate=3.0, predict=False, sinks=1),
+    "contextual": TPAConfig(mode="contextual", kv_dtype="int8"),
+    "newest exact": TPAConfig(mode="latent", kv_dtype="int4", sinks=2, recent=3),
+}
+
+
+def of_form(backend, name):
+    """A random model of one of them."""
+    dense = helpers.model(backend, dtype="float64" if name == "dense" else "float32")
+    return dense if FORMS[name] is None else backend.convert(dense, FORMS[name])
+
+
+def strides(cache):
+    """How every array lies in memory."""
+    arrays = [array for layer in cache.layers for ring in layer.rings.values() for array in ring.arrays.values()]
+    return [array.stride() if hasattr(array, "stride") else None for array in arrays]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1]])
+def test_rows_can_be_chosen(backend, name, rows):
+    """What follows is what these rows would have given; arrays lie in memory as those of a new cache do."""
+    model, ids, later = of_form(backend, name), helpers.tokens(17, batch=2), helpers.tokens(5, batch=1, seed=4)
+    cache, fresh = model.new_cache(2, 40), model.new_cache(len(rows), 40)
+    model.hidden(ids, cache=cache, lengths_b=np.array([17, 13]))
+    cache.select(rows)
+    model.hidden(ids[rows], cache=fresh, lengths_b=np.array([17, 13])[rows])
+    assert cache.batch == len(rows) and cache.nbytes == fresh.nbytes and strides(cache) == strides(fresh)
+    again = np.repeat(later, len(rows), 0)
+    found, expected = (helpers.logits(model, again, cache=of) for of in (cache, fresh))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(rows) == 1 or not np.allclose(found[0], found[1]) or rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_room_grows(backend, name):
+    """A cache that was made for too few tokens and grows, twice, within the window and beyond."""
+    model, ids = of_form(backend, name), helpers.tokens(40, batch=2)
+    cache, fresh = model.new_cache(2, 7), model.new_cache(2, 64)
+    lengths_b = np.array([6, 4])
+    for of in (cache, fresh):
+        model.hidden(ids[:, :6], cache=of, lengths_b=lengths_b)
+    for start, end, room in ((6, 16, 20), (16, 34, 64)):
+        cache.grow(room)
+        found, expected = (helpers.logits(model, ids[:, start:end], cache=of) for of in (cache, fresh))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert cache.nbytes == fresh.nbytes and strides(cache) == strides(fresh)
+
+
+@pytest.mark.parametrize("name", ["dense", "spectral"])
+def test_spare_slots_take_tokens_back_past_the_window(backend, name):
+    """As many as there are spare slots, and not one more; a cache that grows them has them from then on."""
+    model, ids, other = of_form(backend, name), helpers.tokens(30), helpers.tokens(6, seed=9)
+    cache, fresh = model.new_cache(1, 60), model.new_cache(1, 60)
+    model.hidden(ids[:, :20], cache=cache)
+    cache.grow(60, spare=4)
+    with pytest.raises(TPAError, match="truncate"):
+        cache.truncate(18)  # lost before there were any
+    model.hidden(ids[:, 20:], cache=cache)
+    with pytest.raises(TPAError, match="truncate"):
+        cache.truncate(24)
+    cache.truncate(25)
+    model.hidden(ids[:, :25], cache=fresh)
+    found, expected = (helpers.logits(model, other, cache=of) for of in (cache, fresh))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

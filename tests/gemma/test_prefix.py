@@ -92,7 +92,7 @@ def test_what_is_copied_and_what_is_shared(backend, kind, how):
     model.hidden(helpers.tokens(20, batch=2), cache=cache)
     copied = how(cache)
     assert type(copied) is type(cache) and all(a is b for a, b in zip(cache.pairs, copied.pairs, strict=True))
-    assert copied.nbytes == cache.nbytes and copied._highest_b.tolist() == [20, 20]
+    assert copied.nbytes == cache.nbytes and copied.lengths_b.tolist() == [20, 20]
     for name, array in contents(cache).items():
         other = contents(copied)[name]
         np.testing.assert_array_equal(back(array), back(other), err_msg=name)

@@ -194,7 +194,8 @@ class Cache:
     """The cache of a whole model: one `LayerCache` a layer and the length of every row of the batch.
 
     windows: how many tokens a query of each layer sees, None for all. ids: the dtype in which token ids are kept, where
-    K or V is predicted from them.
+    K or V is predicted from them. spare: slots that rings of window layers have beyond their window, so that as many
+    tokens can be taken back (`truncate`).
 
     >>> cache = Cache([Pair.dense(4, 32)] * 3, [128, 128, None], batch=1, max_len=2048)
     >>> cache.nbytes == cache.nbytes_at(2048) == 2 * 2 * 4 * 32 * (2048 + 2 * 128)
@@ -212,11 +213,12 @@ class Cache:
         max_len: int = 4096,
         exact: Exact | None = None,
         ids: np.dtype | None = None,
+        spare: int = 0,
     ):
         if batch < 1 or max_len < 1:
             raise TPAError(f"cache: batch and max_len must be >= 1, got {batch} and {max_len}")
         self.pairs, self.windows, self.batch, self.max_len = list(pairs), list(windows), batch, max_len
-        self.exact, self.ids = exact or Exact(), ids
+        self.exact, self.ids, self.spare = exact or Exact(), ids, spare
         self.layers = [self._new_layer(pair, window) for pair, window in zip(pairs, windows, strict=True)]
         kept = ids is not None and any(pair.reads_tokens for pair in pairs)
         self.text_bt = np.zeros((batch, max_len), ids) if kept else None  # the token ids by position
@@ -225,7 +227,7 @@ class Cache:
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
         self.lengths_b = np.zeros(self.batch, np.int64)
-        self._highest_b = np.zeros(self.batch, np.int64)  # how far each ring was ever written
+        self._least_b = np.zeros(self.batch, np.int64)  # what a row can be cut to: below, rings have overwritten keys
 
     def copy(self) -> Cache:
         """An independent cache of the same model with the same contents: many texts can begin with one prefix."""
@@ -243,7 +245,7 @@ class Cache:
 
     def _new_layer(self, pair: Pair, window: int | None) -> LayerCache:
         kept = self.exact.kept(pair, window, self.max_len)
-        coded = self.max_len if window is None else min(self.max_len, window)
+        coded = self.max_len if window is None else min(self.max_len, window + self.spare)
         rings = {"coded": self._new_ring(pair, coded, window is not None)}
         dense = pair.dense(pair.k.g, pair.k.d)
         if kept.sinks:
@@ -295,22 +297,56 @@ class Cache:
 
     def advance(self, positions_bq: np.ndarray) -> None:
         """Count the tokens of a chunk that every layer has stored."""
-        self.lengths_b = np.maximum(self.lengths_b, positions_bq.max(1) + 1)
-        self._highest_b = np.maximum(self._highest_b, self.lengths_b)
+        self.reach(positions_bq.max(1) + 1)
 
-    def truncate(self, n: int) -> None:
-        """Keep the first n tokens of every row. Past its window a ring has overwritten older keys, so then only the
-        newest token can be taken back.
+    def reach(self, lengths_b: np.ndarray) -> None:
+        """Every layer has stored so many tokens of each row."""
+        self.lengths_b = np.maximum(self.lengths_b, lengths_b)
+        overwritten_b = self.lengths_b > self._window_slots
+        least_b = np.maximum(self._least_b, self.lengths_b - 1 - self.spare)
+        self._least_b = np.where(overwritten_b, least_b, self._least_b)
+
+    def truncate(self, n: int | np.ndarray) -> None:
+        """Keep the first n tokens of every row, or n[b]. Past its window a ring has overwritten older keys: then only
+        the newest token can be taken back, and as many more as there are spare slots.
         """
-        rings = [ring for layer in self.layers for ring in layer.rings.values() if ring.windowed]
-        slots = min([self.max_len, *(ring.slots for ring in rings)])
-        lost = (n < self._highest_b - 1) & (self._highest_b > slots) & (n < self.lengths_b)
-        if n < 0 or lost.any():
+        lost_b = (n < self._least_b) & (n < self.lengths_b)
+        if np.min(n) < 0 or lost_b.any():
             raise TPAError(
-                f"cache: cannot truncate to {n} tokens: window layers hold the newest {slots} of "
-                f"{self._highest_b.max()}; reset() and run the text again"
+                f"cache: cannot truncate to {n} tokens: window layers hold the newest {self._window_slots} of "
+                f"{self._least_b.max() + 1 + self.spare}; reset() and run the text again"
             )
         self.lengths_b = np.minimum(self.lengths_b, n)
+
+    def select(self, rows: Any) -> None:
+        """Keep these rows in this order; a row may come twice, as in a beam search."""
+        rows = np.asarray(rows)
+        for layer in self.layers:
+            for ring in layer.rings.values():
+                ring.arrays = {name: self._rows(array, rows) for name, array in ring.arrays.items()}
+        self.batch, self.lengths_b, self._least_b = len(rows), self.lengths_b[rows], self._least_b[rows]
+        self.text_bt = None if self.text_bt is None else self.text_bt[rows]
+
+    @staticmethod
+    def _rows(array: Any, rows: np.ndarray) -> Any:
+        return array[rows]
+
+    def grow(self, max_len: int, spare: int = 0) -> None:
+        """Make room for more tokens, and more spare slots. What is held stays."""
+        self.max_len, self.spare = max(max_len, self.max_len), max(spare, self.spare)
+        for index, old in enumerate(self.layers):
+            layer = self.layers[index] = self._new_layer(old.pair, old.window)
+            for kind, ring in old.rings.items():
+                lengths_b = np.minimum(self.lengths_b, ring.slots) if kind == "sinks" else self.lengths_b
+                Ring.write(layer.rings[kind], *ring.read(lengths_b))
+        if self.text_bt is not None:
+            self.text_bt = np.pad(self.text_bt, ((0, 0), (0, self.max_len - self.text_bt.shape[1])))
+
+    @property
+    def _window_slots(self) -> int:
+        """The fewest that a ring has which is ever overwritten."""
+        rings = [ring for layer in self.layers for ring in layer.rings.values() if ring.windowed]
+        return min([self.max_len, *(ring.slots for ring in rings)])
 
 
 class WholeText(Cache):

@@ -83,9 +83,10 @@ class Cache(reference.Cache):
         ids: np.dtype | None = None,
         device: torch.device | str = "cpu",
         whole_tokens: bool = False,
+        spare: int = 0,
     ):
         self.device, self.whole_tokens = device, whole_tokens
-        super().__init__(pairs, windows, batch, max_len, exact, ids)
+        super().__init__(pairs, windows, batch, max_len, exact, ids, spare)
 
     def _zeros(self, shape: tuple[int, ...], kind: np.dtype) -> Tensor:
         """[b, slots, ..., n]. On a CPU the tokens of one head or rank are side by side in memory, not the numbers of
@@ -97,6 +98,12 @@ class Cache(reference.Cache):
         inner = [*leading, slots, n] if leading else [n, slots]
         array = torch.zeros([batch, *inner], dtype=torch_dtype(kind), device=self.device)
         return array.movedim(-2, 1) if leading else array.mT
+
+    def _rows(self, array: Tensor, rows: np.ndarray) -> Tensor:  # type: ignore[override]
+        """Laid out in memory as before."""
+        order = sorted(range(array.dim()), key=array.stride, reverse=True)
+        chosen = array.permute(order)[(slice(None),) * order.index(0) + (torch.from_numpy(rows).to(array.device),)]
+        return chosen.permute(np.argsort(order).tolist())
 
 
 class WholeText(reference.WholeText):

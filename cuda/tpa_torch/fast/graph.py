@@ -296,9 +296,7 @@ class GraphDecoder:
 
     def settle(self) -> None:
         """Tell the cache how long its rows are. Waits for the device."""
-        lengths_b = self.position_b.cpu().numpy()
-        self.cache.lengths_b = lengths_b
-        self.cache._highest_b = np.maximum(self.cache._highest_b, lengths_b)
+        self.cache.reach(self.position_b.cpu().numpy())
         if self.text_bt is not None and self.cache.text_bt is not None:
             self.cache.text_bt[:] = self.text_bt.cpu().numpy()
 
