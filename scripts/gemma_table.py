@@ -174,12 +174,13 @@ def picture(found: dict[str, Any], path: Path) -> None:
         names = [name for name in SETTINGS if kind in name and name != UNPREDICTED]
         for text, style in (("prose", "o-"), ("code", "s--")):
             points = sorted((settings[n][f"{text} 2048"]["ratio"], settings[n][f"{text} 2048"]["kl"]) for n in names)
-            label = {"rate": "TPA, spectral", "dense": "int8, int4"}.get(kind, f"like {kind}") + f", {text}"
-            size.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
+            label = {"rate": "TPA, spectral", "dense": "int8, int4"}.get(kind, f"like {kind}")
+            size.plot(*zip(*points, strict=True), style, color=color, label=label if text == "prose" else None, ms=4)
     size.set(xscale="log", yscale="log", xlabel="times smaller than the dense cache", ylabel="KL in nats")
+    size.set_title("solid: prose, dashed: code", fontsize=9)
     size.set_xticks([2, 3, 4, 6, 8, 16], ["2", "3", "4", "6", "8", "16"])
     size.minorticks_off()
-    size.legend(fontsize=7)
+    size.legend(fontsize=7, loc="lower right")
     for key, style in (("prose 2048", "o"), ("code 2048", "s"), ("prose 8192", "v"), ("code 8192", "^")):
         of = [settings[name][key] for name in SPECTRAL]
         truth.plot([x["predicted"] for x in of], [x["kl"] for x in of], style, label=key, markersize=4)

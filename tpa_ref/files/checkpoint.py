@@ -36,6 +36,12 @@ from .pairs import describe, is_basis, named_arrays, saved_pair
 SAVED_NAMES = {*KEPT, JSON, MODEL, "model.safetensors.index.json"}  # in a saved folder
 SHARD_BYTES = 4_000_000_000  # a saved folder's model.safetensors is split where it would be larger
 
+# Beside a bare tokenizer.model, from a GGUF say: without it `transformers` puts no BOS before a text.
+TOKENIZER = {
+    "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False,
+    "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
+}  # fmt: skip
+
 
 def load(
     path: str | Path,
@@ -240,6 +246,8 @@ def write_index(folder: Path) -> None:
 def side_files_of(model: Any) -> dict[str, bytes]:
     """The small files that are saved with a model, but for config.json."""
     files = dict(model.side_files.files) | (model.tokenizer.files if model.tokenizer else {})
+    if "tokenizer.model" in files and not {"tokenizer_config.json", "tokenizer.json"} & files.keys():
+        files["tokenizer_config.json"] = json.dumps(TOKENIZER, indent=2).encode() + b"\n"
     return {name: content for name, content in files.items() if name != "config.json"}
 
 

@@ -1,0 +1,115 @@
+"""How the K and V of one model are cached: what calibration has found, without the model's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpa_ref.atomic import replacing
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.core.cache import Exact, cache_bytes
+from tpa_ref.errors import TPAError
+from tpa_ref.files.pairs import describe, named_arrays, saved_pair
+from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.memory import windowed_bytes
+from tpa_ref.gemma.token_vectors import id_dtype
+
+from ..gemma.model import Model
+from .theirs import Theirs
+
+FORMAT = "tpa-codec"
+SAME = 0.02  # how far apart gains of one model's norms may be: what is trained further, or rounded, is still that model
+SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "is_global", "sliding_window")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """tpa: what was asked for. pairs: how each layer caches. k_norm_ld: gains of the K norms of the model it is for.
+
+    >>> Codec.load("gemma.codec").ratio_at(32_768)                             # doctest: +SKIP
+    5.3
+    """
+
+    config: GemmaConfig
+    tpa: TPAConfig
+    pairs: Sequence[Any] = field(repr=False)
+    k_norm_ld: Tensor = field(repr=False)
+
+    @classmethod
+    def of(cls, model: Any) -> Codec:
+        """From a model with a TPA cache of this package, or the path of one that was saved."""
+        if isinstance(model, str | Path):
+            from ..files.checkpoint import load
+
+            model = load(model)
+        if model.tpa is None:
+            raise TPAError("codec: the model has no TPA cache; convert it, or use calibrate_cache")
+        k_norm_ld = torch.stack([torch.as_tensor(w.k_norm_d).float().cpu() for w in model.weights.layers])
+        return cls(model.config, model.tpa, model.pairs, k_norm_ld)
+
+    @property
+    def exact(self) -> Exact:
+        """Which tokens are kept as they are."""
+        return Exact(*self.tpa.exact_tokens)
+
+    def nbytes_at(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of a cache of so many tokens."""
+        ids = id_dtype(self.config.vocab_size)
+        return cache_bytes(self.pairs, self.config.windows, tokens, batch, self.exact, ids)
+
+    def ratio_at(self, tokens: int) -> float:
+        """How many times smaller than the best dense cache (bfloat16, windows where layers have them)."""
+        return windowed_bytes(self.config, tokens) / self.nbytes_at(tokens)
+
+    def check(self, theirs: Theirs) -> None:
+        """One line if it was made for another model."""
+        for name in SHAPE:
+            ours, other = getattr(self.config, name), getattr(theirs.config, name)
+            if ours != other:
+                raise TPAError(f"cache: the codec is for a model whose {name} is {ours}, this one's is {other}")
+        apart = float((self.k_norm_ld - theirs.k_norms).norm() / (1 + self.k_norm_ld).norm())
+        if not apart < SAME:
+            raise TPAError(
+                f"cache: the codec was calibrated on another model: gains of the K norms differ by {100 * apart:.0f} %"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """One .safetensors file, whatever its name."""
+        tensors = {name: x for layer, pair in enumerate(self.pairs) for name, x in named_arrays(pair, layer)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()} | {"k_norm": self.k_norm_ld}
+        said = {
+            "config": self.config.to_hf(), "tpa": self.tpa.to_dict(), "factors": [describe(p) for p in self.pairs],
+        }  # fmt: skip
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "codec": json.dumps(said)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Codec:
+        """What `save` wrote."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as problem:
+            raise TPAError(f"codec: cannot read {path}: {problem}") from None
+        if metadata.get("format") != FORMAT:
+            raise TPAError(f"codec: {path} holds no codec; Codec.of(path) takes a saved TPA model")
+        try:
+            said = json.loads(metadata["codec"])
+            config, tpa = GemmaConfig.from_hf(said["config"]), TPAConfig.from_dict(said["tpa"])
+            k_norm_ld, factors = tensors.pop("k_norm"), said["factors"]
+            made = [saved_pair(Model, entry, tensors, config, layer) for layer, entry in enumerate(factors)]
+        except (KeyError, ValueError, TypeError) as problem:
+            raise TPAError(f"codec: {path} is damaged: {problem!r}") from None
+        if len(made) != config.num_layers:
+            raise TPAError(f"codec: {path} must hold {config.num_layers} layers, got {len(made)}")
+        return cls(config, tpa, made, k_norm_ld)

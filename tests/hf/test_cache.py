@@ -1,0 +1,426 @@
+"""`TPACache` in `transformers`: with an exact codec `generate` gives what it gives with their own cache, whatever it is
+asked for; with codes, what our own model gives. Every row of the table in docs/transformers.md is a test here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import helpers
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", "4.57")
+
+from small_hf import WORKS, Words, ids_of, random_model
+
+import tpa_torch
+from tpa_ref import TPAError
+from tpa_ref.compress.calibrate import Calibration
+from tpa_ref.compress.config import TPAConfig
+from tpa_ref.compress.store import Memory
+from tpa_torch.hf import Codec, TPACache, calibrate, calibrate_cache
+from tpa_torch.hf import cache as module
+from tpa_torch.hf.theirs import find
+
+PROMPT = "a prompt that is longer than the window of its layers"
+FAST = pytest.mark.parametrize("fast", [True, False])
+
+
+def generated(hf: Any, cache: Any = None, ids: Any = None, new: int = 24, **given: Any) -> Any:
+    """Ids and, where asked for, logits."""
+    given = {"do_sample": False, "max_new_tokens": new, "past_key_values": cache} | given
+    torch.manual_seed(3)
+    return hf.generate(ids_of(PROMPT) if ids is None else ids, **given)
+
+
+def same(hf: Any, codec: Any, fast: bool, ids: Any = None, **given: Any) -> None:
+    """The ids that their own cache gives."""
+    expected = generated(hf, None, ids, **given)
+    found = generated(hf, TPACache(codec, hf, fast), ids, **given)
+    assert torch.equal(found, expected) and found.shape[1] > (ids_of(PROMPT) if ids is None else ids).shape[1]
+
+
+# ---- what works ----
+
+
+@FAST
+def test_greedy_and_sampling(hf, codecs, fast):
+    same(hf, codecs.exact, fast)
+    same(hf, codecs.exact, fast, do_sample=True, temperature=1.5, top_k=50)
+
+
+def padded(*texts: str) -> dict[str, Any]:
+    """Texts side by side, padded on the left."""
+    rows = [ids_of(text)[0].tolist() for text in texts]
+    most = max(map(len, rows))
+    ids = torch.tensor([[0] * (most - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (most - len(row)) + [1] * len(row) for row in rows])
+    return {"ids": ids, "attention_mask": mask}
+
+
+@FAST
+@pytest.mark.parametrize("name", ["exact", "coded"])
+def test_batches_with_left_padding(hf, codecs, fast, name):
+    """Each row gets what it gets alone: padding takes no place, and the first real token is the exact one."""
+    codec = getattr(codecs, name)
+    batch = padded("short", PROMPT, "of middle length")
+    found = generated(hf, TPACache(codec, hf, fast), **batch)[:, batch["ids"].shape[1] :]
+    if name == "exact":
+        assert torch.equal(found, generated(hf, None, **batch)[:, batch["ids"].shape[1] :])
+    for row, text in zip(found, ("short", PROMPT, "of middle length"), strict=True):
+        alone = ids_of(text)
+        assert torch.equal(row, generated(hf, TPACache(codec, hf, fast), alone)[0, alone.shape[1] :])
+
+
+@FAST
+@pytest.mark.parametrize("name", ["exact", "coded"])
+def test_beam_search(hf, codecs, fast, name, monkeypatch):
+    """Rows are reordered, in the codes and in the text that predicts. A cache that forgets to is seen."""
+    codec = getattr(codecs, name)
+    given = {"num_beams": 3, "num_return_sequences": 2, **padded("short", PROMPT)}
+    found = generated(hf, TPACache(codec, hf, fast), **given)
+    if name == "exact":
+        assert torch.equal(found, generated(hf, None, **given))
+    monkeypatch.setattr(TPACache, "reorder_cache", lambda self, rows: None)
+    assert not torch.equal(found, generated(hf, TPACache(codec, hf, fast), **given))
+
+
+@FAST
+@pytest.mark.parametrize("how", ["draft", "lookup"])
+def test_assisted_generation(hf, codecs, fast, how):
+    """Tokens are taken back, also past the window of 11."""
+    if tuple(map(int, transformers.__version__.split(".")[:1])) < (5,):
+        pytest.skip("transformers 4 takes no tokens back past a window")
+    assisted = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": random_model(1)}
+    same(hf, codecs.exact, fast, new=40, **assisted)
+
+
+@FAST
+@pytest.mark.parametrize("name", ["exact", "coded"])
+def test_a_prefix_is_read_once(hf, codecs, fast, name):
+    """A copy of a cache that has read a prefix goes on as one that reads the whole text; the original stays."""
+    codec = getattr(codecs, name)
+    prefix, texts = ids_of(PROMPT), (" and this", " or that")
+    first = TPACache(codec, hf, fast)
+    with torch.no_grad():
+        hf(prefix, past_key_values=first)
+    held = first.nbytes
+    for text in texts:
+        whole = torch.cat([prefix, ids_of(text)[:, 1:]], 1)
+        found = generated(hf, copy.deepcopy(first), whole)
+        assert torch.equal(found, generated(hf, TPACache(codec, hf, fast), whole))
+        if name == "exact":
+            assert torch.equal(found, generated(hf, None, whole))
+    assert first.nbytes == held and first.get_seq_length() == prefix.shape[1]
+
+
+@FAST
+@pytest.mark.parametrize("name", ["exact", "coded"])
+def test_chat_over_turns(hf, codecs, fast, name):
+    """The cache is kept between turns: each turn gives what the whole conversation, read at once, gives."""
+    codec = getattr(codecs, name)
+    cache, said = TPACache(codec, hf, fast), ids_of(PROMPT)
+    for question in ("first?", "and then?", "why?"):
+        said = torch.cat([said, ids_of(question)[:, 1:]], 1)
+        expected = generated(hf, TPACache(codec, hf, fast) if name == "coded" else None, said, new=8)
+        said = generated(hf, cache, said, new=8)
+        assert torch.equal(said, expected)
+
+
+@FAST
+def test_images(fast):
+    """The layout of 4B: tokens of an image see each other, whatever cache holds them."""
+    hf = helpers.hf_model(helpers.hf_config())
+    given = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2, "kv_dtype": "float32", "text": helpers.CALIBRATION}
+    codec = calibrate_cache(hf, Words(), tokens=300, **given)
+    layout = "5 i 9 i 4"
+    ids = torch.tensor([helpers.text(layout)])
+    seen = {
+        "pixel_values": torch.from_numpy(helpers.pixels(helpers.images_in(layout))),
+        "token_type_ids": (ids == helpers.IMAGE).long(),
+        "attention_mask": torch.ones_like(ids),
+    }
+    expected = generated(hf, None, ids, new=12, **seen)
+    found = generated(hf, TPACache(codec, hf, fast), ids, new=12, **seen)
+    assert torch.equal(found, expected)
+    without = generated(hf, TPACache(codec, hf, fast), ids, new=12, **seen | {"pixel_values": -seen["pixel_values"]})
+    assert not torch.equal(found, without)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters(merged):
+    """Calibration sees the adapters: K and V of the first layer are those of the adapted model, and so is the text."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_alpha=16)
+    adapted = peft.get_peft_model(random_model(), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    model = adapted.merge_and_unload() if merged else adapted
+    exact = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2, "kv_dtype": "float32"}
+    text = {"text": helpers.CALIBRATION, "tokens": 300}
+    for fast in (True, False):
+        same(model, calibrate_cache(model, Words(), **text, **exact), fast)
+    coded = calibrate_cache(model, Words(), **text, rate=6.0)
+    assert coded.pairs[0].token_bytes == 0  # the first layer follows from the tokens
+    dense, found = (logits_of(model, cache) for cache in (None, TPACache(coded, model)))
+    without = logits_of(random_model(), None)
+    assert np.abs(found - dense).mean() < 0.1 * np.abs(without - dense).mean()
+
+
+def test_pipeline(hf, codecs, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(helpers.tokenizer_proto())
+    tokenizer = transformers.GemmaTokenizer(vocab_file=str(tmp_path / "tokenizer.model"))
+    say = transformers.pipeline("text-generation", model=hf, tokenizer=tokenizer)
+    given = {"do_sample": False, "max_new_tokens": 16, "return_full_text": False}
+    expected = say("the return value is", **given)
+    assert say("the return value is", past_key_values=TPACache(codecs.exact, hf), **given) == expected
+
+
+def test_offloaded_weights(codecs, tmp_path, monkeypatch):
+    """Weights that accelerate keeps on disk and brings to the device layer by layer; each layer's codes lie where its
+    keys are, and constants are moved there.
+    """
+    accelerate = pytest.importorskip("accelerate")
+    hf = random_model()
+    expected = generated(hf, None)
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" if layer > 2 else "cpu" for layer in range(7)}
+    spread = accelerate.dispatch_model(hf, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert spread.model.layers[5].self_attn.k_proj.weight.device.type == "meta"
+    exact = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2, "kv_dtype": "float32"}
+    codec = calibrate_cache(spread, Words(), helpers.CALIBRATION, tokens=300, **exact)
+    cache = TPACache(codec, spread)
+    assert torch.equal(generated(spread, cache), expected)
+    assert all(layer.held.device == torch.device("cpu") for layer in cache.layers)
+
+
+def test_each_layer_lives_on_its_device(hf, codecs, monkeypatch):
+    """A device that is only pretended: what a layer asks for goes where its keys are, layer by layer."""
+    asked: list[Any] = []
+    right = module.ours.Cache
+
+    class Seen(right):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, pairs: Any, windows: Any, batch: int, room: int, exact: Any, ids: Any, device: Any, *more: Any
+        ):
+            asked.append((device, pairs[0].k.arrays()))
+            super().__init__(pairs, windows, batch, room, exact, ids, "cpu", *more)
+
+    monkeypatch.setattr(module.ours, "Cache", Seen)
+    cache = TPACache(codecs.plain, hf)
+    for layer, device in zip(cache.layers, ["cpu", "meta"] * 3 + ["cpu"], strict=True):
+        layer.lazy_initialization(torch.zeros(1, 2, 3, 16, device=device))
+    for layer, (device, arrays) in enumerate(asked):
+        assert device.type == ("meta" if layer % 2 else "cpu")
+        assert all(x is None or x.device == device for x in arrays.values())
+
+
+@pytest.mark.parametrize("name", ["exact", "plain"])
+def test_ten_thousand_tokens(hf, codecs, name):
+    """In pieces and one by one: bytes are those of the codes, with an eighth of room, and text still follows."""
+    codec = getattr(codecs, name)
+    cache, rng = TPACache(codec, hf), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(25):
+            hf(torch.randint(3, 300, (1, 396), generator=rng), past_key_values=cache, logits_to_keep=1)
+            for _ in range(4):
+                hf(torch.randint(3, 300, (1, 1), generator=rng), past_key_values=cache)
+    assert cache.get_seq_length() == 10_000
+    expected = codec.nbytes_at(10_000)
+    assert expected <= cache.nbytes <= 1.2 * expected
+
+
+# ---- the numbers of our own model ----
+
+
+def logits_of(model: Any, cache: Any, text: str = PROMPT, piece: int = 9) -> np.ndarray:
+    """Logits of a text read in pieces, then token by token."""
+    ids, found = ids_of(text), []
+    with torch.no_grad():
+        if cache is None:
+            return helpers.to_numpy(model(ids).logits)
+        for start in range(0, 27, piece):
+            found.append(model(ids[:, start : start + piece], past_key_values=cache).logits)
+        found += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(27, ids.shape[1])]
+    return helpers.to_numpy(torch.cat(found, 1))
+
+
+@pytest.fixture(scope="module")
+def own(hf, tmp_path_factory):
+    """The same weights in this package."""
+    hf.save_pretrained(tmp_path_factory.mktemp("own") / "model")
+    model = tpa_torch.load(tmp_path_factory.getbasetemp() / "own0" / "model")
+    model.tokenizer = helpers.Bytes()
+    return model
+
+
+@FAST
+def test_exact_int8_gives_the_logits_of_our_own_model(hf, codecs, own, fast):
+    """Within 1e-4, in whatever pieces; and codes on a coarser grid are seen."""
+    ours = tpa_torch.convert(own, TPAConfig(mode="fixed-a", k_rank=2, v_rank=2, kv_dtype="int8"))
+    expected = helpers.logits(ours, ids_of(PROMPT).numpy())
+    found = logits_of(hf, TPACache(codecs.int8, hf, fast))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(expected - helpers.logits(own, ids_of(PROMPT).numpy())).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_moments_are_those_of_our_own_calibration(hf, own):
+    """Their passes, hooks and autograd against our layers one by one: the same sums, from the same drawn tokens."""
+    windows = [ids_of(helpers.CALIBRATION[at : at + 150])[0].tolist() for at in (0, 300, 600)]
+    found = calibrate.measured(calibrate.mirror(find(hf), Words(), True), windows, 2, True, iter)
+    passes = Calibration(own, windows, Memory(), 0, 310, True)
+    passes.run()
+    assert passes.backwards == 2
+    for layer in range(own.config.num_layers):
+        expected = passes.of_layer(layer).arrays()
+        assert found.of_layer(layer).arrays().keys() == expected.keys()
+        for name, x in found.of_layer(layer).arrays().items():
+            assert helpers.relative(x, expected[name]) < 1e-4, (layer, name)
+    assert helpers.relative(found.of_tokens.S_zz, passes.of_tokens.S_zz) < 1e-5
+    assert helpers.relative(found.of_tokens.mean_z, passes.of_tokens.mean_z) < 1e-5 and found.tokens == passes.tokens
+
+
+@pytest.mark.parametrize("name", ["coded", "plain"])
+def test_codes_are_those_of_our_own_model(hf, codecs, own, name):
+    """With the same constants, the same K and V leave the same bytes in every layer, past the window as well."""
+    codec = getattr(codecs, name)
+    ours = tpa_torch.Model(own.config, own.weights, own.tokenizer, codec.tpa, codec.pairs)
+    ids = ids_of(PROMPT)
+    held, cache = ours.new_cache(1, 64), TPACache(codec, hf)
+    expected = helpers.logits(ours, ids.numpy(), cache=held)
+    with torch.no_grad():
+        found = helpers.to_numpy(hf(ids, past_key_values=cache).logits)
+    for layer, mine in zip(cache.layers, held.layers, strict=True):
+        for kind, ring in mine.rings.items():
+            for part, array in ring.arrays.items():
+                got = layer.held.layers[0].rings[kind].arrays[part][:, : array.shape[1]]
+                if part.endswith("codes") and array.numel():  # a number may lie between two codes
+                    assert (got[:, : ids.shape[1]] == array[:, : ids.shape[1]]).float().mean() > 0.97
+    assert helpers.relative(found, expected) < 0.02
+
+
+# ---- what is refused, and files ----
+
+
+def test_a_codec_is_saved_and_loaded(hf, codecs, tmp_path):
+    for name in ("exact", "coded"):
+        codec = getattr(codecs, name)
+        loaded = Codec.load(codec.save(tmp_path / f"{name}.codec"))
+        assert torch.equal(generated(hf, TPACache(loaded, hf)), generated(hf, TPACache(codec, hf)))
+        assert loaded.nbytes_at(100) == codec.nbytes_at(100)
+    saved = tpa_torch.save(tpa_torch.convert(own_copy(hf, tmp_path), TPAConfig(rate=4.0)), tmp_path / "tpa")
+    with pytest.raises(TPAError, match="holds no codec"):
+        Codec.load(next(saved.glob("*.safetensors")))
+    assert isinstance(TPACache(Codec.of(saved), hf), TPACache)
+
+
+def own_copy(hf: Any, folder: Any) -> Any:
+    """Their model as one of ours."""
+    hf.save_pretrained(folder / "copy")
+    return tpa_torch.load(folder / "copy")
+
+
+@pytest.mark.parametrize("damage", ["short", "metadata", "shape"])
+def test_damaged_codecs_are_refused(codecs, tmp_path, damage):
+    """One line each."""
+    from safetensors.torch import load_file, save_file
+
+    path = codecs.coded.save(tmp_path / "x.codec")
+    if damage == "short":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "metadata":
+        save_file(load_file(path), path, {"format": "tpa-codec", "codec": "{}"})
+    else:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        tensors["tpa.layers.3.k.basis"] = tensors["tpa.layers.3.k.basis"][:, :1].contiguous()
+        save_file(tensors, path, metadata)
+    with pytest.raises(TPAError) as caught:
+        Codec.load(path)
+    assert "\n" not in str(caught.value)
+
+
+REFUSED = {
+    "another model": (lambda hf, codec: TPACache(codec, random_model(5)), "another model"),
+    "another size": (lambda hf, codec: TPACache(codec, random_model(num_hidden_layers=6)), "num_layers is 7"),
+    "no Gemma": (lambda hf, codec: TPACache(codec, torch.nn.Linear(2, 2)), "got Linear"),
+    "no model": (lambda hf, codec: TPACache(codec, "gemma"), "got str"),
+    "no codec": (lambda hf, codec: TPACache("codec", hf), "got str"),
+    "a static cache": (lambda hf, codec: TPACache(codec, hf, max_cache_len=100), "max_cache_len"),
+    "an offloaded cache": (lambda hf, codec: TPACache(codec, hf, offloading=True), "offloading"),
+    "no tokenizer": (lambda hf, codec: calibrate_cache(hf, None, rate=2), "tokenizer"),
+    "a rate and a budget": (lambda hf, _: calibrate_cache(hf, Words(), rate=2.0, kv_budget=3, tokens=50), "kv_budget"),
+    "gradients": (lambda hf, codec: hf(ids_of(PROMPT), past_key_values=TPACache(codec, hf)), "gradients"),
+    "embeddings": (
+        lambda hf, codec: hf(inputs_embeds=torch.zeros(1, 3, 48), past_key_values=TPACache(codec, hf)),
+        "input_ids",
+    ),
+    "another model runs": (
+        lambda hf, codec: generated(random_model(), TPACache(codec, hf)), "another model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_in_one_sentence(hf, codecs, name):
+    call, words = REFUSED[name]
+    with pytest.raises(TPAError, match=words) as caught:
+        call(hf, codecs.coded)
+    assert "\n" not in str(caught.value)
+
+
+def test_plans(hf):
+    """A size by arithmetic, and a bound on KL that their own model measures."""
+    given = {"text": helpers.CALIBRATION, "tokens": 600, "sensitivity_tokens": 300, "context": 64}
+    small = calibrate_cache(hf, Words(), kv_budget=3.0, **given)
+    assert 3.0 <= small.ratio_at(64) < 3.2
+    bound = calibrate_cache(hf, Words(), max_kl=0.005, holdout=helpers.CALIBRATION[700:1100] + "\n", **given)
+    text = helpers.CALIBRATION[700:1100]
+    dense, found = (
+        torch.from_numpy(logits_of(hf, cache, text)).log_softmax(-1) for cache in (None, TPACache(bound, hf))
+    )
+    assert 0.003 < float((dense.exp() * (dense - found)).sum(-1).mean()) < 0.007
+
+
+@pytest.mark.parametrize("mode", ["contextual", "fixed-b", "latent", "V alone", "newest exact"])
+@FAST
+def test_every_mode(hf, own, mode, fast):
+    """The logits of our own model with the same constants, in pieces and token by token."""
+    choices: dict[str, Any] = {
+        "contextual": {"mode": "contextual", "k_rank": 1, "v_rank": 2, "kv_dtype": "float32"},
+        "fixed-b": {"mode": "fixed-b", "k_rank": 12, "v_rank": 9, "kv_dtype": "float32"},
+        "latent": {"mode": "latent", "k_rank": 20, "v_rank": 24, "kv_dtype": "float32"},
+        "V alone": {"k_mode": "fixed-a", "rate": 6.0, "k_dtype": "float32"},
+        "newest exact": {"mode": "latent", "k_rank": 24, "v_rank": 24, "kv_dtype": "float32", "sinks": 2, "recent": 3},
+    }
+    codec = calibrate_cache(hf, Words(), helpers.CALIBRATION, tokens=300, **choices[mode])
+    ours = tpa_torch.Model(own.config, own.weights, own.tokenizer, codec.tpa, codec.pairs)
+    expected = helpers.logits(ours, ids_of(PROMPT).numpy())
+    found = logits_of(hf, TPACache(codec, hf, fast), piece=1 if mode == "newest exact" else 9)
+    assert helpers.relative(found, expected) < (2e-2 if mode == "V alone" else 2e-3)
+
+
+def test_the_table_of_what_works_is_that_of_the_docs():
+    """docs/transformers.md names what is tested here, and every test exists."""
+    page = (helpers.ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    for what, test in WORKS.items():
+        assert f"| {what} |" in page and test in globals()
+
+
+def test_a_text_without_bos_is_warned_of(hf, codecs):
+    """Once a text, and not where there is one, behind padding or not."""
+    with pytest.warns(UserWarning, match="does not begin with BOS, token 2"):
+        generated(hf, TPACache(codecs.coded, hf), torch.tensor([[7, 8, 9]]), new=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generated(hf, TPACache(codecs.coded, hf), **padded("a", "longer"), new=3)
