@@ -28,8 +28,8 @@ def codecs(hf: Any) -> Any:
     from tpa_torch.hf import calibrate_cache
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    common = {"text": helpers.CALIBRATION, "tokens": 600, "sensitivity_tokens": 300}
-    exact = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2}
+    common: dict[str, Any] = {"text": helpers.CALIBRATION, "tokens": 600, "sensitivity_tokens": 300}
+    exact: dict[str, Any] = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2}
     return SimpleNamespace(
         exact=calibrate_cache(hf, Words(), **common, **exact, kv_dtype="float32"),
         int8=calibrate_cache(hf, Words(), **common, **exact, kv_dtype="int8"),

@@ -355,7 +355,7 @@ REFUSED = {
     "another size": (lambda hf, codec: TPACache(codec, random_model(num_hidden_layers=6)), "num_layers is 7"),
     "no Gemma": (lambda hf, codec: TPACache(codec, torch.nn.Linear(2, 2)), "got Linear"),
     "no model": (lambda hf, codec: TPACache(codec, "gemma"), "got str"),
-    "no codec": (lambda hf, codec: TPACache("codec", hf), "got str"),
+    "no codec": (lambda hf, codec: TPACache(*["codec", hf]), "got str"),
     "a static cache": (lambda hf, codec: TPACache(codec, hf, max_cache_len=100), "max_cache_len"),
     "an offloaded cache": (lambda hf, codec: TPACache(codec, hf, offloading=True), "offloading"),
     "no tokenizer": (lambda hf, codec: calibrate_cache(hf, None, rate=2), "tokenizer"),

@@ -87,7 +87,7 @@ def find(model: Any) -> Theirs:
     text = by_name.get("Gemma3TextModel")
     if text is None:
         raise TPAError(f"cache: a Gemma 3 model of transformers is needed, got {type(model).__name__}")
-    outer = by_name.get("Gemma3Model", text)
+    outer: Any = by_name.get("Gemma3Model", text)
     return Theirs(model, outer, text, GemmaConfig.from_hf(outer.config.to_dict()))
 
 
