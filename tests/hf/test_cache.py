@@ -175,8 +175,10 @@ def test_adapters(merged):
 
 
 def test_pipeline(hf, codecs, tmp_path):
+    hf.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(helpers.tokenizer_proto())
-    tokenizer = transformers.GemmaTokenizer(vocab_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    assert len(tokenizer("the return value is").input_ids) > 5
     say = transformers.pipeline("text-generation", model=hf, tokenizer=tokenizer)
     given = {"do_sample": False, "max_new_tokens": 16, "return_full_text": False}
     expected = say("the return value is", **given)
