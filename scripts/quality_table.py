@@ -135,7 +135,7 @@ class Bench:
     def planned(self, context: int, budget: float, predict: bool = True) -> dict[str, Any]:
         base = TPAConfig(rate=1.0, predict=predict)
         plan = make_plan(self.dense, self.moments, kv_budget=budget, context=context, base=base)
-        name = "spectral" if predict else "spectral without words"
+        name = "spectral" if predict else "spectral without prediction"
         about: dict[str, Any] = {"name": name, "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
         about |= {"predicted": plan.chosen.predicted, "bound": plan.bound_damage, "rate": plan.chosen.rate}
         return self._measured(plan.config, context, about)
@@ -287,7 +287,7 @@ def draw_pareto(content: dict[str, Any], path: str) -> None:
         "fixed-b": ("D", "#2f6f9f"),
         "latent": ("o", "#7a5195"),
         "exact int8 K": ("X", "#a3be8c"),
-        "spectral without words": ("P", "#d08770"),
+        "spectral without prediction": ("P", "#d08770"),
         "spectral": ("*", plots.INK["tpa"]),
     }
     for name, (marker, colour) in groups.items():

@@ -38,11 +38,9 @@ def codecs(hf: Any) -> Any:
     )
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: Any, call: Any) -> Any:
-    report = (yield).get_result()
+def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" and report.passed:
-        passed.add(item.originalname or item.name)
+        passed.add(report.nodeid.split("::")[-1].split("[")[0])
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

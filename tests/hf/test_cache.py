@@ -194,6 +194,7 @@ def test_offloaded_weights(codecs, tmp_path, monkeypatch):
     expected = generated(hf, None)
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     places |= {f"model.layers.{layer}": "disk" if layer > 2 else "cpu" for layer in range(7)}
+    places |= {"model.embed_tokens": "disk", "lm_head": "disk"}
     spread = accelerate.dispatch_model(hf, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert spread.model.layers[5].self_attn.k_proj.weight.device.type == "meta"
     exact = {"mode": "fixed-a", "k_rank": 2, "v_rank": 2, "kv_dtype": "float32"}
@@ -201,6 +202,18 @@ def test_offloaded_weights(codecs, tmp_path, monkeypatch):
     cache = TPACache(codec, spread)
     assert torch.equal(generated(spread, cache), expected)
     assert all(layer.held.device == torch.device("cpu") for layer in cache.layers)
+    coded = calibrate_cache(spread, Words(), helpers.CALIBRATION, tokens=300, rate=4.0)
+    assert generated(spread, TPACache(coded, spread)).shape == expected.shape
+
+
+@pytest.mark.parametrize("hidden", [656, 1168])
+def test_larger_models_predict_less(hidden):
+    """Above a hidden size of 640 only the first layer is known from the tokens, above 1,152 none is."""
+    larger = random_model(hidden_size=hidden, num_hidden_layers=2, intermediate_size=16)
+    codec = calibrate_cache(larger, Words(), helpers.CALIBRATION, tokens=100, rate=4.0)
+    assert (codec.pairs[0].token_bytes == 0) == (hidden < 1_152)
+    assert codec.pairs[1].k.predictor is None
+    assert generated(larger, TPACache(codec, larger), new=4).shape[1] == ids_of(PROMPT).shape[1] + 4
 
 
 def test_each_layer_lives_on_its_device(hf, codecs, monkeypatch):

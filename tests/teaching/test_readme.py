@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT
 
 import update_readme
+from tpa_ref.compress.config import DEFAULT_RATE
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -98,12 +99,16 @@ def test_ratios_of_settings_are_those_of_real_weights():
     """What the table of settings says of a size is what was measured on 270M; contextual is the tiny model's."""
     measured = json.loads((ROOT / "results" / "gemma_settings.json").read_text())["settings"]
     said = {cells[1]: cells[2] for cells in rows(README[README.index("## Which setting") :])}
-    named = {f"spectral, rate {rate}": f"`--rate {rate}`" for rate in (4, 3, 1)} | {
-        "spectral, rate 2": "nothing, or `--rate 2`",
+    named = {f"rate {rate}": f"`--rate {rate}`" for rate in (4, 3, 2, 1)} | {
+        f"rate {DEFAULT_RATE:g}": f"nothing, or `--rate {DEFAULT_RATE:g}`",
         "dense, int8": "`--mode fixed-a --k-rank 16 --v-rank 16 --kv-dtype int8`",
     }
     for name, options in named.items():
-        assert said[options] == f"{measured[name]['ratio_longest']:.1f}", name
+        assert said[options] == f"{measured[name]['prose 2048']['ratio']:.1f}", name
+    ours, theirs = (measured[name]["prose 2048"] for name in ("rate 2", "like KIVI, 4 bits"))
+    assert ours["kl"] < theirs["kl"] and ours["ratio"] > 2 * theirs["ratio"]  # "at half its size"
+    default = measured[f"rate {DEFAULT_RATE:g}"]
+    assert all(default[f"{text} 8192"]["kl"] <= 0.005 for text in ("prose", "code"))
     tiny = json.loads((ROOT / "results" / "tiny_quality.json").read_text())["rows"]
     contextual = next(row for row in tiny if row["name"] == "contextual" and row["rank"] == 2)
     claim = f"{contextual['ratio_vs_windowed']:.1f} times smaller at a KL of {contextual['kl']:.2f}"

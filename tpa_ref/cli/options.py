@@ -30,7 +30,7 @@ VERY_LARGE = 2_000_000_000  # parameters from which on memory matters more than 
 # Help texts that are long
 CHECKPOINT = "checkpoint: Hugging Face folder, .gguf, gemma_pytorch .ckpt or folder, .safetensors"
 DTYPE = "compute dtype (default: float32; bfloat16 for large models stored in it, where the device is fast in it)"
-PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 1,152, no images)"
+PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 640, no images)"
 CALIBRATION = "text for the model constants (default: the shipped one); self: the model writes it; none: no text"
 
 

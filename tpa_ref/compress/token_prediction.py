@@ -26,7 +26,8 @@ from ..gemma.token_vectors import EPS
 from .config import Choice, Spectral, TPAConfig
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the variance of an entry of e, which is 1
-AFFORDABLE = 1152  # hidden size up to which the maps are small beside the model, and conversion makes them by itself
+AFFORDABLE = 640  # hidden size up to which conversion makes the maps by itself: reading K takes 2 m coefficients more
+AFFORDABLE_ONCE = 1152  # and up to which the first layer's are looked up, which read twice as much as its own weights
 
 
 # ---- the maps, from moments ----
@@ -116,7 +117,8 @@ def knows(layer: int, tpa: TPAConfig, config: GemmaConfig, choice: Choice | None
     alone, where every position is a token, and cost nothing but its id.
     """
     free = isinstance(choice, Spectral) and choice.k is None and not choice.widths and tpa.predict is not False
-    return layer == 0 and free and affordable(config) and config.rms_eps == EPS
+    small = config.hidden_size <= AFFORDABLE_ONCE and config.vision is None and config.rms_eps == EPS
+    return layer == 0 and free and small
 
 
 def wanted(predict: bool | None, config: GemmaConfig) -> bool:

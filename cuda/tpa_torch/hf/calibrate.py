@@ -5,6 +5,7 @@ devices, it is calibrated as it will run. What is looked for is `tpa_ref.compres
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tpa_ref.compress import token_prediction
 from tpa_ref.compress.calibrate import WINDOW, add, backwards_of, sensitivity_windows, share
 from tpa_ref.compress.config import DEFAULT_CONTEXT, TPAConfig
 from tpa_ref.compress.convert import convert, predicts
@@ -55,25 +57,23 @@ def calibrate_cache(
     tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards. progress: wraps the
     windows (default: a bar on a terminal).
     """
-    theirs = find(model)
-    base = TPAConfig(**choice)
-    predict = predicts(base, theirs.config) and is_here(theirs.text.embed_tokens)
-    ours = mirror(theirs, tokenizer, predict)
+    theirs, base, planned = find(model), TPAConfig(**choice), kv_budget is not None or max_kl is not None
+    if planned and (base.rate is not None or base.mode is not None):
+        raise TPAError("calibrate_cache: a rate or a mode, or else kv_budget and max_kl")
+    if base.predict is None and not is_here(theirs.text.embed_tokens):
+        base = replace(base, predict=False)  # token vectors would be read from where the table is offloaded to
+    base = replace(base, rate=1.0) if planned else base
+    predict = predicts(base, theirs.config)
+    ours = mirror(theirs, tokenizer, predict or token_prediction.knows(0, base, theirs.config, base.choice))
     with theirs.at_rest():
         said = shipped("calibration") if text is None else read_text(text)
         windows = list(text_windows(ours, said, tokens, WINDOW))
         backwards = sensitivity_windows(windows, sensitivity_tokens or backwards_of(windows))
         moments = measured(ours, windows, backwards, predict, progress or bar)
-        if kv_budget is None and max_kl is None:
-            converted = convert(ours, base, moments)
-        else:
-            if base.rate is not None or base.mode is not None:
-                raise TPAError("calibrate_cache: a rate or a mode, or else kv_budget and max_kl")
-            plan_on = holdout or shipped("holdout")
-            base = TPAConfig(**choice | {"rate": 1.0})
+        if planned:
             context = base.context or min(DEFAULT_CONTEXT, theirs.config.max_positions)
-            plan = make_plan(ours, moments, kv_budget, max_kl, context, plan_on, base)
-            converted = convert(ours, plan.config, moments)
+            base = make_plan(ours, moments, kv_budget, max_kl, context, holdout or shipped("holdout"), base).config
+        converted = convert(ours, base, moments)
     return Codec(theirs.config, converted.tpa, converted.pairs, theirs.k_norms)
 
 
@@ -103,12 +103,12 @@ class Mirror(Model):
             return self.theirs.logits(x_bqm).float()
 
 
-def mirror(theirs: Theirs, tokenizer: Any, predict: bool) -> Mirror:
-    """Their model for `compress`. predict: with their embedding table and first layer, which prediction needs."""
+def mirror(theirs: Theirs, tokenizer: Any, reads_tokens: bool) -> Mirror:
+    """Their model for `compress`. reads_tokens: with their embedding table and first layer, which prediction needs."""
     kind = type("Mirror", (Mirror,), {"theirs": theirs})
     layers: list[Any] = []
-    embed_vm = weight_of(theirs.text.embed_tokens) if predict else torch.zeros(1, 1)
-    if predict:
+    embed_vm = weight_of(theirs.text.embed_tokens) if reads_tokens else torch.zeros(1, 1)
+    if reads_tokens:
         layers.append(first_layer(theirs, embed_vm))
     made: Mirror = kind(theirs.config, Weights(embed_vm, layers, torch.zeros(1)), Words(tokenizer))
     return made
