@@ -19,9 +19,9 @@ def own_text(model: Any, tokens: int, seed: int = 0, progress: Callable = iter) 
     progress: wraps the steps, of which each writes one token of every text.
     """
     tokenizer = require_tokenizer(model, "calibrate")
-    chat = tokenizer.marks_turns and END_OF_TURN in model.side_files.stop_tokens
+    chat = tokenizer.marks_turns and model.side_files.chat_template is not None
     beginning = tokenizer.encode("<start_of_turn>user\n" if chat else "")
-    stop = model.side_files.stop_tokens - {END_OF_TURN}
+    stop = model.side_files.stop_tokens - ({END_OF_TURN} if chat else set())
     length = min(-(-tokens // ROWS), model.config.max_positions - len(beginning))
     texts: list[str] = []
     written = 0
@@ -33,5 +33,5 @@ def own_text(model: Any, tokens: int, seed: int = 0, progress: Callable = iter) 
                 row += [] if token is None or token in stop else [token]
         texts += [tokenizer.decode(beginning[1:] + row) for row in rows]
         written += max(1, sum(map(len, rows)))
-        seed += ROWS
+        seed += 1
     return "\n\n".join(texts)
