@@ -36,7 +36,8 @@ def attend(Q_bqhd: Tensor, keys: Any, scale: float) -> Tensor:
 def formed(segment: Segment, dtype: torch.dtype) -> tuple[Any, Any]:
     """K after RoPE and V of a segment, [b,k,g,d] each."""
     parts_k, parts_v = segment.pair.load(segment.stored, dtype)
-    tokens: Any = Tokens(segment.tokens.tables, segment.tokens.Z_bkz)  # looked up once, for K and for V
+    Z_bkz = segment.tokens.Z_bkz if segment.pair.reads_tokens else None  # looked up once, for K and for V
+    tokens: Any = Tokens(segment.tokens.tables, Z_bkz)
     return segment.pair.k.rotated_keys(parts_k, tokens), segment.pair.v.decode(parts_v, tokens)
 
 

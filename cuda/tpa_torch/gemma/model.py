@@ -131,9 +131,12 @@ class Model(reference.Model):
         return turns
 
     def _new_turns(self, is_global: bool, size: int) -> Tensor:
-        cos, sin = rope.rope_tables(torch.arange(size)[None], self.config.head_dim, *self.config.rope(is_global))
         work = torch.complex128 if self.dtype == "float64" else torch.complex64
-        return torch.complex(cos[0], sin[0]).to(work).to(self.device)  # not every device knows float64
+        turns_tp = torch.empty(size, self.config.head_dim // 2, dtype=work)
+        for part_tp, positions_t in zip(turns_tp.split(4096), torch.arange(size).split(4096), strict=True):
+            cos, sin = rope.rope_tables(positions_t[None], self.config.head_dim, *self.config.rope(is_global))
+            part_tp.copy_(torch.complex(cos[0], sin[0]))
+        return turns_tp.to(self.device)  # made here: not every device knows float64
 
     # ---- caches ----
 

@@ -17,7 +17,7 @@ class TokenTable:
     def __init__(self, embed_vm: Tensor, factor: Tensor):
         """factor: what the model multiplies its embeddings with."""
         self.embed_vm = embed_vm
-        scales = [rms_scale(_wide(rows * factor), EPS)[:, 0] * _wide(factor) for rows in embed_vm.split(8192)]
+        scales = [rms_scale(_wide(rows * factor), EPS)[:, 0] * _wide(factor) for rows in embed_vm.split(1024)]
         self.scale_n = torch.cat([torch.zeros_like(scales[0][:1]), *scales])  # of number 0: no token
 
     def __call__(self, own_bk: Tensor, previous_bk: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tpa_ref.core.cache import Keys
+from tpa_ref.core.cache import Keys, Segment
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.token_vectors import id_dtype
 from tpa_ref.gemma.weights import Weights
@@ -30,13 +30,14 @@ from ..core.rope import rotate
 from ..fast import kernels, prefill
 from ..fast.decode import FEW_QUERIES
 from ..gemma.model import Model
-from ..gemma.positions import Positions
+from ..gemma.positions import Positions, Tokens
 from ..gemma.token_vectors import TokenTable
 from ..lasting import lasting
 from . import attention
 from .codec import Codec
 from .theirs import Theirs, find, weight_of
 
+PIECE = 1024  # tokens whose K and V are formed at a time
 ROOM = 256  # tokens that a cache grows by, at least; else by an eighth
 
 
@@ -161,7 +162,7 @@ class TPALayer(CacheLayerMixin):
         config = self.cache.codec.config
         shape = *wanted_bk.shape, config.num_kv_heads, config.head_dim
         K_bkgd, V_bkgd = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "KV")
-        for segment in keys.segments:
+        for segment in in_pieces(keys.segments):
             slots_bk = slots_of(segment.positions_bk, wanted_bk)
             if segment.kind == "recent":
                 slots_bk[wanted_bk <= keys.at.positions_bq.max(1, keepdims=True) - keys.held.exact.recent] = -1
@@ -205,6 +206,16 @@ class TPALayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise TPAError("cache: rows are reordered in all layers at once, by the cache")
+
+
+def in_pieces(segments: list[Segment]) -> Iterator[Segment]:
+    """Stretches of so many tokens that forming K and V takes little memory beside them."""
+    for segment in segments:
+        for start in range(0, segment.positions_bk.shape[1], PIECE):
+            at, tokens = slice(start, start + PIECE), cast(Tokens, segment.tokens)
+            stored = {name: x[:, at] for name, x in segment.stored.items()}
+            positions_bk = segment.positions_bk[:, at]
+            yield replace(segment, stored=stored, positions_bk=positions_bk, tokens=cast(Any, tokens.of(at)))
 
 
 def slots_of(positions_bk: np.ndarray, wanted_bk: np.ndarray) -> np.ndarray:
