@@ -250,7 +250,8 @@ class TPACache(Cache):
         self.codec, self.theirs, self.fast = codec, find(model), fast
         codec.check(self.theirs)
         self.reads_tokens = any(pair.reads_tokens for pair in codec.pairs)
-        self.places: dict[torch.device, Place] = {}
+        # shared by all caches of a model: tables of RoPE and of the tokens, on each device
+        self.places: dict[torch.device, Place] = self.theirs.outer.__dict__.setdefault("_tpa_places", {})
         self.room, self.spare, self.records = ROOM, 0, False
         super().__init__(layers=[TPALayer(self, index) for index in range(codec.config.num_layers)])
         self._forget()
@@ -402,7 +403,7 @@ class TPACache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TPACache:
         """Many texts can begin with one: codes are copied, the model and the codec are not."""
         made = TPACache(self.codec, self.theirs.whole, self.fast)
-        made.places, made.room, made.spare, made.records = self.places, self.room, self.spare, self.records
+        made.room, made.spare, made.records = self.room, self.spare, self.records
         made.positions_bc, made.shift_b = self.positions_bc.copy(), copy(self.shift_b)
         made.text_bt = None if self.text_bt is None else self.text_bt.copy()
         for new, old in zip(made.layers, self.layers, strict=True):
