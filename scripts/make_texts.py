@@ -54,7 +54,7 @@ def source_files(*folders: Path) -> str:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """The text in parts of about PIECE characters that end with a line."""
+    """The text in parts of about PIECE characters that end with a line, without what is left at its end."""
     part: list[str] = []
     for line in text.splitlines():
         part.append(line)

@@ -541,7 +541,7 @@ def test_room_grows(backend, name):
     assert cache.nbytes == fresh.nbytes and strides(cache) == strides(fresh)
 
 
-@pytest.mark.parametrize("name", ["dense", "spectral"])
+@pytest.mark.parametrize("name", ["dense", "spectral", "newest exact"])
 def test_spare_slots_take_tokens_back_past_the_window(backend, name):
     """As many as there are spare slots, and not one more; a cache that grows them has them from then on."""
     model, ids, other = of_form(backend, name), helpers.tokens(30), helpers.tokens(6, seed=9)

@@ -31,9 +31,8 @@ class Words:
         return {"input_ids": [3 + byte for byte in text.encode()]}
 
 
-def ids_of(*texts: str) -> Any:
+def ids_of(text: str) -> Any:
     """Ids [1,q] of a text behind BOS."""
-    (text,) = texts
     return torch.tensor([[2, *(3 + byte for byte in text.encode())]])
 
 

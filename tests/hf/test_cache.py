@@ -93,7 +93,7 @@ def test_beam_search(hf, codecs, fast, name, monkeypatch):
 @pytest.mark.parametrize("how", ["draft", "lookup"])
 def test_assisted_generation(hf, codecs, fast, how):
     """Tokens are taken back, also past the window of 11."""
-    if tuple(map(int, transformers.__version__.split(".")[:1])) < (5,):
+    if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 4 takes no tokens back past a window")
     assisted = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": random_model(1)}
     same(hf, codecs.exact, fast, new=40, **assisted)
@@ -185,7 +185,7 @@ def test_pipeline(hf, codecs, tmp_path):
     assert say("the return value is", past_key_values=TPACache(codecs.exact, hf), **given) == expected
 
 
-def test_offloaded_weights(codecs, tmp_path, monkeypatch):
+def test_offloaded_weights(codecs, tmp_path):
     """Weights that accelerate keeps on disk and brings to the device layer by layer; each layer's codes lie where its
     keys are, and constants are moved there.
     """
@@ -439,3 +439,147 @@ def test_a_text_without_bos_is_warned_of(hf, codecs):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         generated(hf, TPACache(codecs.coded, hf), **padded("a", "longer"), new=3)
+
+
+# ---- what users do ----
+
+
+def step(hf: Any, cache: Any, ids: Any, **given: Any) -> np.ndarray:
+    """Logits of some tokens."""
+    with torch.no_grad():
+        return helpers.to_numpy(hf(ids, past_key_values=cache, **given).logits)
+
+
+def test_a_model_in_training_mode_is_calibrated_at_rest():
+    """Dropout of an adapter does not reach the codec, and the mode is as it was."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj"], lora_alpha=64, lora_dropout=0.9)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(random_model(), config).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    made = [calibrate_cache(model, Words(), helpers.CALIBRATION, tokens=100, rate=4.0) for _ in range(2)]
+    assert model.training and torch.equal(*(codec.pairs[0].k.predictor for codec in made))
+
+
+@pytest.mark.parametrize("recent", [0, 6])
+def test_tokens_are_taken_back_past_the_window(hf, recent):
+    """In all rings, also that of the newest tokens; and rings stay short, however long the prompt was."""
+    exact = {"mode": "latent", "k_rank": 24, "v_rank": 24, "kv_dtype": "int8", "recent": recent}
+    codec = calibrate_cache(hf, Words(), helpers.CALIBRATION, tokens=100, **exact)
+    ids = ids_of(helpers.CALIBRATION[:600])
+    cache, fresh = TPACache(codec, hf), TPACache(codec, hf)
+    cache.activate_past_recording()
+    step(hf, cache, ids[:, :580])
+    step(hf, cache, ids[:, 580:584])
+    cache.crop(-4)
+    step(hf, fresh, ids[:, :580])
+    assert cache.get_seq_length() == 580
+    found, expected = (step(hf, of, ids[:, 590:591]) for of in (cache, fresh))
+    assert helpers.relative(found, expected) < 1e-5
+    windows = [layer.held.nbytes for layer in cache.layers if layer.window]
+    one = [layer.held.nbytes for layer in fresh.layers if layer.window]
+    assert sum(windows) <= sum(one) * (11 + module.SPARE + 1 + 2 * recent + module.SPARE * bool(recent)) / 11
+
+
+@pytest.mark.parametrize("q", [1, 2, 12])
+def test_masks_that_hide_what_is_cached_are_refused(hf, codecs, q):
+    cache, ids = TPACache(codecs.exact, hf), ids_of(PROMPT)
+    step(hf, cache, ids[:, :40])
+    mask = torch.ones(1, 40 + q, dtype=torch.long)
+    mask[:, 20:30] = 0
+    with pytest.raises(TPAError, match="hides tokens"):
+        step(hf, cache, ids[:, 40 : 40 + q], attention_mask=mask)
+
+
+def test_a_mask_of_four_dimensions_is_obeyed(hf, codecs):
+    """As with their own cache: K and V are given back then, and their attention masks."""
+    ids = ids_of(PROMPT)
+    mask = torch.zeros(1, 1, 1, 41)
+    mask[..., 5:30] = torch.finfo(torch.float32).min
+    masks = {"full_attention": mask, "sliding_attention": mask[..., -11:]}
+    found = []
+    for cache in (transformers.DynamicCache(config=hf.config), TPACache(codecs.exact, hf)):
+        step(hf, cache, ids[:, :40])
+        given = {"attention_mask": masks, "position_ids": torch.tensor([[40]])}
+        found.append(step(hf, cache, ids[:, 40:41], **given))
+    assert helpers.relative(found[1], found[0]) < 1e-4
+    cache = TPACache(codecs.exact, hf)
+    step(hf, cache, ids[:, :40])
+    assert helpers.relative(step(hf, cache, ids[:, 40:41]), found[0]) > 1e-3
+
+
+def test_padding_on_the_right_is_no_prefix(hf, codecs):
+    """It is read as theirs is, but no text goes on behind it."""
+    ids = torch.cat([ids_of(PROMPT)[:, :20], torch.tensor([[*ids_of("short")[0].tolist(), *[0] * 14]])])
+    mask = (ids > 0).long()
+    expected = step(hf, None, ids, attention_mask=mask)
+    cache = TPACache(codecs.exact, hf)
+    found = step(hf, cache, ids, attention_mask=mask)
+    assert np.abs((found - expected)[mask.numpy() > 0]).max() < 1e-4 * np.abs(expected).max()
+    with pytest.raises(TPAError, match="on the left"):
+        step(hf, cache, ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1]], 1))
+
+
+def test_inference_mode_and_then_not(hf, codecs):
+    """A prefix read under inference_mode, grown, reordered and continued outside of it."""
+    cache = TPACache(codecs.coded, hf)
+    with torch.inference_mode():
+        hf(ids_of(PROMPT), past_key_values=cache)
+        hf(torch.randint(3, 300, (1, 300)), past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+    assert step(hf, cache, torch.tensor([[5], [6]])).shape == (2, 1, 300)
+
+
+def test_a_cache_that_is_empty_again_takes_any_batch(hf, codecs):
+    """After a call that failed, after crop to nothing, after reset."""
+    for codec in (codecs.exact, codecs.coded):
+        cache = TPACache(codec, hf)
+        with pytest.raises(TPAError, match="gradients"):
+            hf(ids_of(PROMPT), past_key_values=cache)
+        step(hf, cache, ids_of("two").repeat(2, 1))
+        cache.crop(-4)
+        step(hf, cache, ids_of("three").repeat(3, 1))
+        cache.reset()
+        expected = step(hf, TPACache(codec, hf), ids_of(PROMPT))
+        assert np.array_equal(step(hf, cache, ids_of(PROMPT)), expected)
+
+
+def test_the_model_can_be_changed_pickled_and_saved(codecs, tmp_path):
+    """The hook is no hindrance, and a larger vocabulary is looked up anew."""
+    model = random_model()
+    generated(model, TPACache(codecs.coded, model), new=4)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(*(generated(of, TPACache(codecs.coded, of)) for of in (model, again)))
+    model.resize_token_embeddings(310)
+    step(model, TPACache(codecs.coded, model), torch.tensor([[2, 305, 309]]))
+
+
+def test_a_piece_of_padding_alone(hf, codecs):
+    """Prompts that are read in pieces, padded to a multiple of them."""
+    whole = padded(PROMPT[:10])
+    ids = torch.cat([torch.zeros(1, 6, dtype=torch.long), whole["ids"]], 1)
+    mask = torch.cat([torch.zeros(1, 6, dtype=torch.long), whole["attention_mask"]], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = TPACache(codecs.exact, hf)
+    for part in (slice(0, 6), slice(6, 17)):
+        found = step(hf, cache, ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part])
+    expected = step(hf, None, whole["ids"])
+    assert helpers.relative(found[:, -1], expected[:, -1]) < 1e-4
+
+
+def test_a_forward_pass_that_calls_it_cache(hf, codecs, monkeypatch):
+    """The argument's other name."""
+    right = hf.model.forward
+
+    def forward(input_ids: Any = None, cache: Any = None, use_cache: bool = True) -> Any:
+        return right(input_ids=input_ids, past_key_values=cache, use_cache=use_cache)
+
+    with torch.no_grad():
+        expected = find(hf).run(ids_of(PROMPT), TPACache(codecs.coded, hf))
+        monkeypatch.setattr(hf.model, "forward", forward)
+        found = find(hf).run(ids_of(PROMPT), TPACache(codecs.coded, hf))
+    assert torch.equal(found, expected)

@@ -251,7 +251,7 @@ class Cache:
         if kept.sinks:
             rings["sinks"] = self._new_ring(dense, kept.sinks, windowed=False)
         if kept.recent:
-            rings["recent"] = self._new_ring(dense, kept.recent, windowed=True)
+            rings["recent"] = self._new_ring(dense, kept.recent + self.spare, windowed=True)
         return self.layer_class(window, kept, rings)
 
     def _new_ring(self, pair: Pair, slots: int, windowed: bool) -> Ring:
@@ -314,7 +314,7 @@ class Cache:
         if np.min(n) < 0 or lost_b.any():
             raise TPAError(
                 f"cache: cannot truncate to {n} tokens: window layers hold the newest {self._window_slots} of "
-                f"{self._least_b.max() + 1 + self.spare}; reset() and run the text again"
+                f"{self.lengths_b.max()}; reset() and run the text again"
             )
         self.lengths_b = np.minimum(self.lengths_b, n)
 

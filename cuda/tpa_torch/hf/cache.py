@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -39,32 +40,39 @@ from .theirs import Theirs, find, weight_of
 
 PIECE = 1024  # tokens whose K and V are formed at a time
 ROOM = 256  # tokens that a cache grows by, at least; else by an eighth
+SPARE = 128  # tokens that can be taken back past a window: more than any assistant proposes
 
 
 class Place(Model):
-    """What attention asks of a model, on one device."""
+    """What attention asks of a model, on one device: tables of RoPE and of the tokens, shared by all of its caches."""
 
     def __init__(self, theirs: Theirs, device: torch.device):
         one = torch.zeros(1, 1, device=device)
         super().__init__(theirs.config, Weights(one, [], one[0]))
-        self.theirs = theirs
+        self.embedding = ref(theirs.text.embed_tokens)
+        self.made_of: tuple[Any, ...] = ()
 
     @property
     def token_table(self) -> TokenTable:
         """Their embedding table as token vectors."""
-        if self._token_table is None:
+        weight_vm = weight_of(self.embedding())  # another one, where the vocabulary was resized
+        if self._token_table is None or self.made_of != (weight_vm.data_ptr(), weight_vm.shape):
+            self.made_of = weight_vm.data_ptr(), weight_vm.shape
             with lasting():
-                embed_vm = weight_of(self.theirs.text.embed_tokens).to(self.device)
+                embed_vm = weight_vm.to(self.device)
                 factor = torch.tensor(self.config.hidden_size**0.5, dtype=embed_vm.dtype, device=self.device)
                 self._token_table = TokenTable(embed_vm, factor)
         return self._token_table
+
+
+PLACES: WeakKeyDictionary[Any, dict[torch.device, Place]] = WeakKeyDictionary()  # by the model that they are for
 
 
 @dataclass
 class New:
     """The tokens of one forward pass: where they stand, -1 for padding; theirs_bq: the same by their own count.
 
-    shift_b: how far their count is ahead of ours, where it is.
+    shift_b: how far their count is ahead of ours, where it is. plain: each token sees all real ones before it.
     """
 
     cache: TPACache
@@ -72,6 +80,7 @@ class New:
     theirs_bq: np.ndarray
     shift_b: np.ndarray | None
     text_bt: np.ndarray | None
+    plain: bool
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, name: str, place: Place, is_global: bool, make: Callable[[], Any]) -> Any:
@@ -127,14 +136,13 @@ class TPALayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Room on the layer's device, for as many rows as the first keys have."""
-        cache, device, pair = self.cache, key_states.device, self.cache.codec.pairs[self.index]
-        moved = [mode.with_arrays({name: None if x is None else x.to(device) for name, x in mode.arrays().items()})
-                 for mode in pair.modes]  # fmt: skip
+        cache, device = self.cache, key_states.device
         self.dtype, self.device = key_states.dtype, device
-        self.held = ours.Cache(
-            [type(pair)(*moved)], [self.window], len(key_states), cache.room, cache.codec.exact, None,
-            device, kernels.runs_on(device), cache.spare,
-        )  # fmt: skip
+        with lasting():  # inference mode, too, may only be the first caller's
+            self.held = ours.Cache(
+                [cache.codec.pair_on(self.index, device)], [self.window], len(key_states), cache.room,
+                cache.codec.exact, None, device, kernels.runs_on(device), cache.spare,
+            )  # fmt: skip
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +159,7 @@ class TPALayer(CacheLayerMixin):
         self.held.advance(new.positions_bq)
         start = self.get_mask_sizes(0)[1]
         self.columns += key_states.shape[2]
-        if key_states.shape[2] <= FEW_QUERIES and self.cache.reads_codes:
+        if new.plain and key_states.shape[2] <= FEW_QUERIES and self.cache.reads_codes:
             key_states.tpa = keys, place, new.shift(place, is_global)  # type: ignore[attr-defined]
             return key_states, value_states
         return self.formed(keys, start, new.shift(place, is_global))
@@ -199,7 +207,8 @@ class TPALayer(CacheLayerMixin):
     def select(self, rows: np.ndarray) -> None:
         """Keep these rows."""
         if self.held is not None:
-            self.held.select(rows)
+            with lasting():
+                self.held.select(rows)
 
     def reset(self) -> None:
         self.held, self.columns, self.is_initialized = None, 0, False
@@ -250,8 +259,7 @@ class TPACache(Cache):
         self.codec, self.theirs, self.fast = codec, find(model), fast
         codec.check(self.theirs)
         self.reads_tokens = any(pair.reads_tokens for pair in codec.pairs)
-        # shared by all caches of a model: tables of RoPE and of the tokens, on each device
-        self.places: dict[torch.device, Place] = self.theirs.outer.__dict__.setdefault("_tpa_places", {})
+        self.places: dict[torch.device, Place] = PLACES.setdefault(self.theirs.outer, {})
         self.room, self.spare, self.records = ROOM, 0, False
         super().__init__(layers=[TPALayer(self, index) for index in range(codec.config.num_layers)])
         self._forget()
@@ -275,16 +283,14 @@ class TPACache(Cache):
             raise TPAError("cache: the model was called without input_ids and inputs_embeds")
         (b, q), first = told.shape[:2], self.get_seq_length()
         if first == 0:
+            self.reset()
             self.positions_bc = np.zeros((b, 0), np.int32)
         if len(self.positions_bc) != b:
             raise TPAError(f"cache: it holds {len(self.positions_bc)} rows, got a batch of {b}")
         before_bc = self.positions_bc[:, :first]
-        real_bq = np.ones((b, q), bool)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            if q > 1 and mask.shape[1] == first + q and (host(mask[:, :first]) != (before_bc >= 0)).any():
-                raise TPAError("cache: attention_mask hides tokens that are already cached")
-            real_bq = host(mask[:, -q:]).astype(bool)
-        positions_bq = 1 + before_bc.max(1, initial=-1, keepdims=True) + np.cumsum(real_bq, 1) - 1
+        mask_bc = host(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        real_bq = np.ones((b, q), bool) if mask_bc is None else self._real(mask_bc, before_bc, q)
+        positions_bq = before_bc.max(1, initial=-1, keepdims=True) + np.cumsum(real_bq, 1)
         positions_bq = np.where(real_bq, positions_bq, -1).astype(np.int64)
         theirs_bq = np.broadcast_to(first + np.arange(q) if theirs is None else host(theirs), (b, q))
         self.positions_bc = np.concatenate([before_bc, positions_bq.astype(np.int32)], 1)
@@ -293,14 +299,26 @@ class TPACache(Cache):
             self._expect_bos(host(ids), real_bq)
         self._make_room(int(positions_bq.max(initial=0)) + 1, q)
         text_bt = self._remember(ids, positions_bq) if self.reads_tokens else None
-        self.now = New(self, positions_bq, theirs_bq, self.shift_b, text_bt)
+        plain = bool(real_bq.any()) and (mask is None or mask_bc is not None)
+        self.now = New(self, positions_bq, theirs_bq, self.shift_b, text_bt, plain)
+
+    @staticmethod
+    def _real(mask_bc: np.ndarray, before_bc: np.ndarray, q: int) -> np.ndarray:
+        """Which new tokens are real, of a mask over all columns or the new ones."""
+        real_bq, first = mask_bc[:, -q:].astype(bool), before_bc.shape[1]
+        if mask_bc.shape[1] == first + q and (mask_bc[:, :first].astype(bool) != (before_bc >= 0)).any():
+            raise TPAError("cache: attention_mask hides tokens that are already cached")
+        behind_b = (before_bc >= 0).any(1) & (before_bc[:, -1:] < 0).all(1) if first else np.zeros(len(mask_bc), bool)
+        if (behind_b & real_bq.any(1)).any():
+            raise TPAError("cache: padding must stand before a text that goes on, on the left, not behind it")
+        return real_bq
 
     def _expect_bos(self, ids_bq: np.ndarray, real_bq: np.ndarray) -> None:
         """A Gemma is lost without BOS, with any cache, and a codec expects it."""
         bos = self.theirs.outer.config.get_text_config().bos_token_id
         first_b = np.take_along_axis(ids_bq, real_bq.argmax(1)[:, None], 1)[:, 0]
-        if bos is not None and (first_b != bos).any():
-            warnings.warn(f"the text does not begin with BOS, token {bos}: does the tokenizer add it?", stacklevel=9)
+        if bos is not None and (first_b != bos)[real_bq.any(1)].any():
+            warnings.warn(f"the text does not begin with BOS, token {bos}: does the tokenizer add it?", stacklevel=2)
 
     def _count_ahead(self, theirs_bq: np.ndarray, positions_bq: np.ndarray) -> None:
         """Their positions are ours but for a number that is the same for all tokens of a row."""
@@ -309,19 +327,20 @@ class TPACache(Cache):
         known_b = (self.positions_bc[:, : -positions_bq.shape[1]] >= 0).any(1)
         shift_b = np.where(known_b, 0 if self.shift_b is None else self.shift_b, first_b)
         if ((ahead_bq != shift_b[:, None]) & (positions_bq >= 0)).any():
-            raise TPAError("cache: position_ids must rise by one from token to token")
+            raise TPAError("cache: position_ids must rise by one from token to token, padding left out")
         self.shift_b = shift_b if shift_b.any() else None
 
     def _make_room(self, tokens: int, q: int) -> None:
         """Longer texts, and rings from which the last forward pass can be taken back, where that may be asked."""
-        spare = max(self.spare, q) if self.records else self.spare
+        spare = max(self.spare, min(q, SPARE)) if self.records else self.spare
         if tokens <= self.room and spare == self.spare:
             return
         self.room = max(self.room, tokens + max(ROOM, tokens // 8)) if tokens > self.room else self.room
         self.spare = spare
         for layer in self.layers:
             if layer.held is not None:
-                layer.held.grow(self.room, spare)
+                with lasting():
+                    layer.held.grow(self.room, spare)
 
     def _remember(self, ids: Tensor | None, positions_bq: np.ndarray) -> np.ndarray:
         """The text so far, numbered from 1, by position; 0 for places of an image."""
@@ -425,15 +444,14 @@ def host(x: Tensor) -> np.ndarray:
 
 def listen(theirs: Theirs) -> None:
     """A hook, once a model: a TPACache that it is called with is told where the new tokens stand."""
-    if hasattr(theirs.outer, "_tpa_listens"):
-        return
-    signature = inspect.signature(theirs.outer.forward)
+    if not hasattr(theirs.outer, "_tpa_listens"):
+        theirs.outer._tpa_listens = True
+        theirs.outer.register_forward_pre_hook(before_forward, with_kwargs=True)
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(signature.bind_partial(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        for value in tuple(given.values()):
-            if isinstance(value, TPACache):
-                value.begin(given)
 
-    theirs.outer._tpa_listens = theirs.outer.register_forward_pre_hook(before, with_kwargs=True)
+def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
+    for value in tuple(given.values()):
+        if isinstance(value, TPACache):
+            value.begin(given)

@@ -64,8 +64,8 @@ def calibrate_cache(
         base = replace(base, predict=False)  # token vectors would be read from where the table is offloaded to
     base = replace(base, rate=1.0) if planned else base
     predict = predicts(base, theirs.config)
-    ours = mirror(theirs, tokenizer, predict or token_prediction.knows(0, base, theirs.config, base.choice))
     with theirs.at_rest():
+        ours = mirror(theirs, tokenizer, predict or token_prediction.knows(0, base, theirs.config, base.choice))
         said = shipped("calibration") if text is None else read_text(text)
         windows = list(text_windows(ours, said, tokens, WINDOW))
         backwards = sensitivity_windows(windows, sensitivity_tokens or backwards_of(windows))

@@ -23,6 +23,7 @@ from tpa_ref.gemma.memory import windowed_bytes
 from tpa_ref.gemma.token_vectors import id_dtype
 
 from ..gemma.model import Model
+from ..lasting import lasting
 from .theirs import Theirs
 
 FORMAT = "tpa-codec"
@@ -42,6 +43,7 @@ class Codec:
     tpa: TPAConfig
     pairs: Sequence[Any] = field(repr=False)
     k_norm_ld: Tensor = field(repr=False)
+    moved: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # pairs by layer and device
 
     @classmethod
     def of(cls, model: Any) -> Codec:
@@ -68,6 +70,14 @@ class Codec:
     def ratio_at(self, tokens: int) -> float:
         """How many times smaller than the best dense cache (bfloat16, windows where layers have them)."""
         return windowed_bytes(self.config, tokens) / self.nbytes_at(tokens)
+
+    def pair_on(self, layer: int, device: torch.device) -> Any:
+        """How a layer caches, its constants on a device; made once for all caches."""
+        if (layer, device) not in self.moved:
+            pair = self.pairs[layer]
+            with lasting():
+                self.moved[layer, device] = type(pair)(*(moved_to(mode, device) for mode in pair.modes))
+        return self.moved[layer, device]
 
     def check(self, theirs: Theirs) -> None:
         """One line if it was made for another model."""
@@ -113,3 +123,8 @@ class Codec:
         if len(made) != config.num_layers:
             raise TPAError(f"codec: {path} must hold {config.num_layers} layers, got {len(made)}")
         return cls(config, tpa, made, k_norm_ld)
+
+
+def moved_to(mode: Any, device: torch.device) -> Any:
+    """A mode with its constants on a device."""
+    return mode.with_arrays({name: None if x is None else x.to(device) for name, x in mode.arrays().items()})
