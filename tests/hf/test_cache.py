@@ -583,3 +583,121 @@ def test_a_forward_pass_that_calls_it_cache(hf, codecs, monkeypatch):
         monkeypatch.setattr(hf.model, "forward", forward)
         found = find(hf).run(ids_of(PROMPT), TPACache(codecs.coded, hf))
     assert torch.equal(found, expected)
+
+
+def tuned_model(noise: float) -> Any:
+    """The random model, trained further."""
+    model = random_model()
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight += noise * weight.std() * torch.randn_like(weight)
+    return model
+
+
+def test_a_codec_knows_its_model(codecs, hf, tmp_path):
+    """Also with the same norms; a model that was tuned a little is still the same."""
+    TPACache(codecs.exact, tuned_model(0.02))
+    with pytest.raises(TPAError, match="trained further"):
+        TPACache(codecs.exact, tuned_model(0.5))
+    ours = tpa_torch.convert(own_copy(hf, tmp_path), TPAConfig(rate=4.0))
+    assert torch.allclose(Codec.of(ours).samples_ln, codecs.exact.samples_ln, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+def test_the_models_own_attention_stays(codecs, how):
+    """One that attends eagerly goes on doing so, and can still tell its weights."""
+    model = random_model()
+    model.set_attn_implementation(how)
+    expected = generated(model, None)
+    assert torch.equal(generated(model, TPACache(codecs.exact, model)), expected)
+    assert model.model.config._attn_implementation == {"eager": "eager", "sdpa": "tpa"}[how]
+    with torch.no_grad():
+        weights = model(ids_of(PROMPT), past_key_values=TPACache(codecs.exact, model), output_attentions=how == "eager")
+    assert how == "sdpa" or weights.attentions[0].shape[1:] == (4, 54, 54)
+    assert torch.equal(generated(model, None), expected)
+
+
+def test_compiled(codecs):
+    """torch.compile breaks its graph at the cache."""
+    model = random_model(num_hidden_layers=6)
+    codec = calibrate_cache(model, Words(), helpers.CALIBRATION, tokens=100, mode="fixed-a", k_rank=2, v_rank=2)
+    expected = generated(model, TPACache(codec, model), new=4)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(generated(model, TPACache(codec, model), new=4), expected)
+
+
+def test_a_cache_is_of_one_text(hf, codecs):
+    """Another prompt in the same cache is refused where that can be seen, and says what to do."""
+    cache = TPACache(codecs.exact, hf)
+    generated(hf, cache)
+    with pytest.raises(TPAError, match="reset"):
+        generated(hf, cache, ids_of("short"))
+
+
+def test_a_short_text_takes_little(hf, codecs):
+    for codec in (codecs.exact, codecs.coded):
+        cache = TPACache(codec, hf)
+        step(hf, cache, ids_of("a few words"))
+        assert cache.nbytes <= codec.nbytes_at(12 + module.ROOM)
+
+
+def test_copies_are_independent(hf, codecs):
+    cache = TPACache(codecs.coded, hf)
+    step(hf, cache, ids_of(PROMPT))
+    for how in (copy.copy, copy.deepcopy):
+        other = how(cache)
+        step(hf, other, ids_of("x")[:, 1:])
+        assert other.get_seq_length() == cache.get_seq_length() + 1
+
+
+def test_calibration_under_inference_mode(hf, codecs):
+    with torch.inference_mode():
+        made = calibrate_cache(
+            hf, Words(), helpers.CALIBRATION, tokens=600, sensitivity_tokens=300, rate=4.0, context=64
+        )
+    assert torch.equal(made.pairs[3].k.basis, codecs.coded.pairs[3].k.basis)
+
+
+def test_few_tokens_are_warned_of(hf):
+    with pytest.warns(UserWarning, match="on 41 tokens alone"):
+        calibrate_cache(hf, Words(), "a text of forty characters, no more, I f\n"[:40], rate=2.0)
+
+
+BAD = {
+    "keyword": ({"ratio": 3}, "'ratio'"),
+    "queries": ({"rate": 3.0, "q_rank": 4}, "q_rank"),
+    "tokens": ({"tokens": "2048"}, "tokens"),
+    "negative": ({"tokens": -5}, "tokens"),
+    "holdout": ({"holdout": "nowhere.txt"}, "holdout"),
+    "file": ({"text": "data/mine"}, "no such file"),
+    "folder": ({"text": "/tmp"}, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_that_mean_nothing(hf, name):
+    given, words = BAD[name]
+    with pytest.raises(TPAError, match=words) as caught:
+        calibrate_cache(hf, Words(), **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan"])
+def test_a_codec_without_all_of_its_numbers(codecs, tmp_path, damage):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = codecs.coded.save(tmp_path / "x.codec")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = "tpa.layers.2.k.predictor"
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name][0, 0, 0] = float("nan")
+    save_file(tensors, path, metadata)
+    with pytest.raises(TPAError, match=name):
+        Codec.load(path)

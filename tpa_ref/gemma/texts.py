@@ -33,7 +33,8 @@ def read_text(text_or_path: str | Path) -> str:
         except OSError as problem:
             if isinstance(text_or_path, Path):
                 raise TPAError(f"text: cannot read {path}: {problem.strerror or problem}") from None
-    if not any(map(str.isspace, text_or_path)) and Path(text_or_path).suffix:
+    one_word = bool(text_or_path) and len(text_or_path) < 4096 and not any(map(str.isspace, text_or_path))
+    if one_word and (Path(text_or_path).suffix or {"/", "\\"} & set(text_or_path) or Path(text_or_path).is_dir()):
         raise TPAError(f"text: no such file: {text_or_path}")
     return str(text_or_path)
 

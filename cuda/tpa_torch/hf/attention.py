@@ -16,8 +16,10 @@ from ..core.rope import rotate
 from ..fast import attend
 
 NAME = "tpa"
+LIKE = ("sdpa", NAME)  # what it takes the place of: models that attend in another way go on doing so
 
 
+@torch.compiler.disable
 def tpa_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor | None]:

@@ -39,7 +39,7 @@ from .codec import Codec
 from .theirs import Theirs, find, weight_of
 
 PIECE = 1024  # tokens whose K and V are formed at a time
-ROOM = 256  # tokens that a cache grows by, at least; else by an eighth
+ROOM = 16  # tokens that a cache grows by, at least; else by an eighth
 SPARE = 128  # tokens that can be taken back past a window: more than any assistant proposes
 
 
@@ -145,13 +145,14 @@ class TPALayer(CacheLayerMixin):
             )  # fmt: skip
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Code new keys (after RoPE) and values, [b,g,q,d] each, and give back what their queries read."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise TPAError("cache: codes have no gradients; train without a cache, or run under torch.no_grad()")
+        new = self.cache.new_tokens(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-        new = self.cache.new_tokens(key_states)
         place, is_global = self.cache.place(key_states.device), not self.is_sliding
         turns = new.turns(place, is_global)
         K_bkgd = rotate(key_states.transpose(1, 2).float(), turns.real, -turns.imag)
@@ -244,8 +245,9 @@ class TPACache(Cache):
     """The cache of one `generate`, or of one conversation.
 
     codec: of `calibrate_cache`, for this model. model: a Gemma 3 of transformers, on one device or many, with images or
-    without, in PEFT or not; from now on it attends through "tpa", which is its own `sdpa` for every other cache. fast:
-    read codes where they lie; False: always give back K and V, so that any attention function will do.
+    without, in PEFT or not. fast: read codes where they lie; a model that attends by "sdpa", as they do by default,
+    attends by "tpa" from then on, which is the same for every other cache. False, or any other attention: K and V are
+    given back.
     """
 
     layers: list[Any]
@@ -264,7 +266,7 @@ class TPACache(Cache):
         super().__init__(layers=[TPALayer(self, index) for index in range(codec.config.num_layers)])
         self._forget()
         listen(self.theirs)
-        if fast:
+        if fast and self.theirs.text.config._attn_implementation in attention.LIKE:
             self.theirs.text.config._attn_implementation = attention.NAME
 
     def _forget(self) -> None:
@@ -275,6 +277,7 @@ class TPACache(Cache):
 
     # ---- where new tokens stand ----
 
+    @torch.compiler.disable
     def begin(self, given: dict[str, Any]) -> None:
         """The hook: what the model was called with."""
         ids, mask, theirs = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
@@ -282,6 +285,8 @@ class TPACache(Cache):
         if told is None:
             raise TPAError("cache: the model was called without input_ids and inputs_embeds")
         (b, q), first = told.shape[:2], self.get_seq_length()
+        if q == 0:
+            raise TPAError(f"cache: no new tokens beside the {first} that it holds; another text wants reset()")
         if first == 0:
             self.reset()
             self.positions_bc = np.zeros((b, 0), np.int32)
@@ -327,7 +332,11 @@ class TPACache(Cache):
         known_b = (self.positions_bc[:, : -positions_bq.shape[1]] >= 0).any(1)
         shift_b = np.where(known_b, 0 if self.shift_b is None else self.shift_b, first_b)
         if ((ahead_bq != shift_b[:, None]) & (positions_bq >= 0)).any():
-            raise TPAError("cache: position_ids must rise by one from token to token, padding left out")
+            held = int((self.positions_bc[:, : -positions_bq.shape[1]] >= 0).sum(1).max())
+            raise TPAError(
+                f"cache: these tokens do not follow on the {held} that it holds: position_ids must rise by one from "
+                f"token to token, padding left out; another text wants a new cache or reset()"
+            )
         self.shift_b = shift_b if shift_b.any() else None
 
     def _make_room(self, tokens: int, q: int) -> None:
@@ -335,7 +344,8 @@ class TPACache(Cache):
         spare = max(self.spare, min(q, SPARE)) if self.records else self.spare
         if tokens <= self.room and spare == self.spare:
             return
-        self.room = max(self.room, tokens + max(ROOM, tokens // 8)) if tokens > self.room else self.room
+        if tokens > self.room:
+            self.room = tokens + max(ROOM, tokens // 8)
         self.spare = spare
         for layer in self.layers:
             if layer.held is not None:
@@ -345,7 +355,10 @@ class TPACache(Cache):
     def _remember(self, ids: Tensor | None, positions_bq: np.ndarray) -> np.ndarray:
         """The text so far, numbered from 1, by position; 0 for places of an image."""
         if ids is None:
-            raise TPAError("cache: K and V are predicted from the tokens, so input_ids are needed, not inputs_embeds")
+            raise TPAError(
+                "cache: K and V follow from the tokens in part, so input_ids are needed, not inputs_embeds; "
+                "or calibrate with predict=False"
+            )
         numbers_bq, vision = host(ids) + 1, self.codec.config.vision
         if vision is not None:
             numbers_bq = np.where(numbers_bq == vision.image_token + 1, 0, numbers_bq)
@@ -430,6 +443,9 @@ class TPACache(Cache):
             if old.is_initialized:
                 new.dtype, new.device = old.dtype, old.device
         return made
+
+    def __copy__(self) -> TPACache:
+        return deepcopy(self)
 
     @property
     def nbytes(self) -> int:

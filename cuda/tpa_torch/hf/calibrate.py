@@ -4,6 +4,7 @@ devices, it is calibrated as it will run. What is looked for is `tpa_ref.compres
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from .cache import TPACache
 from .codec import Codec
 from .theirs import Theirs, find, is_here, weight_of
 
-TOKENS = 16_384
+TOKENS, FEW = 16_384, 512
 
 
 def calibrate_cache(
@@ -57,24 +58,41 @@ def calibrate_cache(
     tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards. progress: wraps the
     windows (default: a bar on a terminal).
     """
-    theirs, base, planned = find(model), TPAConfig(**choice), kv_budget is not None or max_kl is not None
+    theirs, base, planned = find(model), chosen(choice), kv_budget is not None or max_kl is not None
+    if holdout is not None and max_kl is None:
+        raise TPAError("calibrate_cache: holdout is the text of max_kl, which is not given")
+    if not (type(tokens) is int and tokens > 0):
+        raise TPAError(f"calibrate_cache: tokens must be a whole number >= 1, got {tokens!r}")
     if planned and (base.rate is not None or base.mode is not None):
         raise TPAError("calibrate_cache: a rate or a mode, or else kv_budget and max_kl")
     if base.predict is None and not is_here(theirs.text.embed_tokens):
         base = replace(base, predict=False)  # token vectors would be read from where the table is offloaded to
     base = replace(base, rate=1.0) if planned else base
     predict = predicts(base, theirs.config)
-    with theirs.at_rest():
+    with theirs.at_rest(), torch.inference_mode(False):
         ours = mirror(theirs, tokenizer, predict or token_prediction.knows(0, base, theirs.config, base.choice))
         said = shipped("calibration") if text is None else read_text(text)
         windows = list(text_windows(ours, said, tokens, WINDOW))
+        if (count := sum(map(len, windows))) < FEW:
+            warnings.warn(f"calibrated on {count} tokens alone: the codec will be poor", stacklevel=2)
         backwards = sensitivity_windows(windows, sensitivity_tokens or backwards_of(windows))
         moments = measured(ours, windows, backwards, predict, progress or bar)
         if planned:
             context = base.context or min(DEFAULT_CONTEXT, theirs.config.max_positions)
             base = make_plan(ours, moments, kv_budget, max_kl, context, holdout or shipped("holdout"), base).config
         converted = convert(ours, base, moments)
-    return Codec(theirs.config, converted.tpa, converted.pairs, theirs.k_norms)
+        return Codec(theirs.config, converted.tpa, converted.pairs, theirs.k_norms, theirs.samples)
+
+
+def chosen(choice: dict[str, Any]) -> TPAConfig:
+    """What was asked for, or one line about a keyword that does not exist or means nothing here."""
+    try:
+        base = TPAConfig(**choice)
+    except TypeError as problem:
+        raise TPAError(f"calibrate_cache: {str(problem).replace('TPAConfig.__init__() ', '')}") from None
+    if base.q_rank is not None:
+        raise TPAError("calibrate_cache: q_rank is about queries, which are the model's own here")
+    return base
 
 
 def bar(items: Any) -> Any:
@@ -94,7 +112,7 @@ class Mirror(Model):
         with torch.no_grad():
             cache = None
             if self.tpa is not None:
-                codec = Codec(self.config, self.tpa, self.pairs, self.theirs.k_norms)
+                codec = Codec(self.config, self.tpa, self.pairs, self.theirs.k_norms, self.theirs.samples)
                 cache = TPACache(codec, self.theirs.whole, fast=False)
             return self.theirs.run(torch.from_numpy(np.asarray(tokens_bq)), cache)
 

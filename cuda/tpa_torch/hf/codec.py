@@ -24,25 +24,27 @@ from tpa_ref.gemma.token_vectors import id_dtype
 
 from ..gemma.model import Model
 from ..lasting import lasting
-from .theirs import Theirs
+from .theirs import Theirs, sample
 
 FORMAT = "tpa-codec"
-SAME = 0.02  # how far apart gains of one model's norms may be: what is trained further, or rounded, is still that model
+SAME_GAINS, SAME_SAMPLES = 0.02, 0.2  # how far apart those of one model may be: it may be tuned further, or rounded
 SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "is_global", "sliding_window")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codec:
-    """tpa: what was asked for. pairs: how each layer caches. k_norm_ld: gains of the K norms of the model it is for.
+    """tpa: what was asked for. pairs: how each layer caches. k_norm_ld, samples_ln: what its model is known by again,
+    the gains of its K norms and `Theirs.samples`.
 
     >>> Codec.load("gemma.codec").ratio_at(32_768)                             # doctest: +SKIP
     5.3
     """
 
     config: GemmaConfig
-    tpa: TPAConfig
+    tpa: TPAConfig = field(repr=False)
     pairs: Sequence[Any] = field(repr=False)
     k_norm_ld: Tensor = field(repr=False)
+    samples_ln: Tensor = field(repr=False)
     moved: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # pairs by layer and device
 
     @classmethod
@@ -55,7 +57,12 @@ class Codec:
         if model.tpa is None:
             raise TPAError("codec: the model has no TPA cache; convert it, or use calibrate_cache")
         k_norm_ld = torch.stack([torch.as_tensor(w.k_norm_d).float().cpu() for w in model.weights.layers])
-        return cls(model.config, model.tpa, model.pairs, k_norm_ld)
+        unit_m = sample(model.config.hidden_size)
+        samples = [
+            torch.cat([torch.as_tensor(W).float().cpu().flatten(0, 1) @ unit_m for W in (w.WK_gdm, w.WV_gem)])
+            for w in model.weights.layers
+        ]
+        return cls(model.config, model.tpa, model.pairs, k_norm_ld, torch.stack(samples))
 
     @property
     def exact(self) -> Exact:
@@ -85,18 +92,27 @@ class Codec:
             ours, other = getattr(self.config, name), getattr(theirs.config, name)
             if ours != other:
                 raise TPAError(f"cache: the codec is for a model whose {name} is {ours}, this one's is {other}")
-        apart = float((self.k_norm_ld - theirs.k_norms).norm() / (1 + self.k_norm_ld).norm())
-        if not apart < SAME:
+        gains = apart(1 + self.k_norm_ld, 1 + theirs.k_norms)
+        if not gains < SAME_GAINS:
             raise TPAError(
-                f"cache: the codec was calibrated on another model: gains of the K norms differ by {100 * apart:.0f} %"
+                f"cache: the codec was calibrated on another model: gains of the K norms differ by {100 * gains:.0f} %"
+            )
+        samples = apart(self.samples_ln, theirs.samples)
+        if not samples < SAME_SAMPLES:
+            raise TPAError(
+                f"cache: the codec was calibrated on another model, or before it was trained further: K and V of one "
+                f"vector differ by {100 * samples:.0f} %"
             )
 
     def save(self, path: str | Path) -> Path:
         """One .safetensors file, whatever its name."""
         tensors = {name: x for layer, pair in enumerate(self.pairs) for name, x in named_arrays(pair, layer)}
-        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()} | {"k_norm": self.k_norm_ld}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()} | {
+            "k_norm": self.k_norm_ld, "samples": self.samples_ln,
+        }  # fmt: skip
         said = {
             "config": self.config.to_hf(), "tpa": self.tpa.to_dict(), "factors": [describe(p) for p in self.pairs],
+            "tensors": sorted(tensors),
         }  # fmt: skip
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "codec": json.dumps(said)})
@@ -116,13 +132,22 @@ class Codec:
         try:
             said = json.loads(metadata["codec"])
             config, tpa = GemmaConfig.from_hf(said["config"]), TPAConfig.from_dict(said["tpa"])
-            k_norm_ld, factors = tensors.pop("k_norm"), said["factors"]
+            if lost := set(said["tensors"]) ^ set(tensors):
+                raise TPAError(f"codec: {path} is damaged: {min(lost)} is missing, or should not be there")
+            if broken := [name for name, x in tensors.items() if not torch.isfinite(x).all()]:
+                raise TPAError(f"codec: {path} is damaged: {broken[0]} must be finite")
+            k_norm_ld, samples_ln, factors = tensors.pop("k_norm"), tensors.pop("samples"), said["factors"]
             made = [saved_pair(Model, entry, tensors, config, layer) for layer, entry in enumerate(factors)]
         except (KeyError, ValueError, TypeError) as problem:
             raise TPAError(f"codec: {path} is damaged: {problem!r}") from None
         if len(made) != config.num_layers:
             raise TPAError(f"codec: {path} must hold {config.num_layers} layers, got {len(made)}")
-        return cls(config, tpa, made, k_norm_ld)
+        return cls(config, tpa, made, k_norm_ld, samples_ln)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """How far, relative to ours."""
+    return float((ours - theirs).norm() / ours.norm())
 
 
 def moved_to(mode: Any, device: torch.device) -> Any:

@@ -34,6 +34,19 @@ class Theirs:
         """The gains of every layer's K norm, [l,d], which tell one model from another."""
         return torch.stack([weight_of(attention.k_norm).float().cpu() for attention in self.attentions])
 
+    @property
+    def samples(self) -> Tensor:
+        """What every layer's K and V projections make of one vector, [l,n]: another model's are others."""
+        found = []
+        with torch.no_grad():
+            for attention in self.attentions:
+                maps = attention.k_proj, attention.v_proj
+                like = next((x for x in attention.parameters() if x.is_floating_point()), torch.zeros(1))
+                device = like.device if like.device.type != "meta" else "cpu"
+                unit_m = sample(self.config.hidden_size).to(device, like.dtype)
+                found.append(torch.cat([project(unit_m).float().cpu() for project in maps]))
+        return torch.stack(found)
+
     def run(self, ids: Tensor, cache: Any = None) -> Tensor:
         """The states behind the last norm, [b,q,m]."""
         name = "cache" if "cache" in inspect.signature(self.outer.forward).parameters else "past_key_values"
@@ -78,6 +91,11 @@ class Theirs:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def sample(size: int) -> Tensor:
+    """A vector with entries of about 1, always the same."""
+    return torch.cos(torch.arange(size) ** 2 * 0.37) * 1.4
 
 
 def find(model: Any) -> Theirs:
