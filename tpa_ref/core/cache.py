@@ -306,7 +306,7 @@ class Cache:
         least_b = np.maximum(self._least_b, self.lengths_b - 1 - self.spare)
         self._least_b = np.where(overwritten_b, least_b, self._least_b)
 
-    def truncate(self, n: int | np.ndarray) -> None:
+    def truncate(self, n: Any) -> None:
         """Keep the first n tokens of every row, or n[b]. Past its window a ring has overwritten older keys: then only
         the newest token can be taken back, and as many more as there are spare slots.
         """

@@ -246,14 +246,15 @@ def write_index(folder: Path) -> None:
 def side_files_of(model: Any) -> dict[str, bytes]:
     """The small files that are saved with a model, but for config.json."""
     files = dict(model.side_files.files) | (model.tokenizer.files if model.tokenizer else {})
-    if "tokenizer.model" in files and not {"tokenizer_config.json", "tokenizer.json"} & files.keys():
-        files["tokenizer_config.json"] = json.dumps(TOKENIZER, indent=2).encode() + b"\n"
     return {name: content for name, content in files.items() if name != "config.json"}
 
 
 def write_side_files(model: Any, folder: Path) -> None:
     """All side files; config.json last, since it says that everything is there."""
-    for name, content in side_files_of(model).items():
+    files = side_files_of(model)
+    if "tokenizer.model" in files and not {"tokenizer_config.json", "tokenizer.json"} & files.keys():
+        files["tokenizer_config.json"] = json.dumps(TOKENIZER, indent=2).encode() + b"\n"
+    for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "config.tmp").write_text(config_json(model), encoding="utf-8")
     os.replace(folder / "config.tmp", folder / "config.json")

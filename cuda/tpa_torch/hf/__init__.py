@@ -1,11 +1,13 @@
 """A drop-in cache for Gemma 3 in `transformers`: three lines, docs/transformers.md.
 
-codec = calibrate_cache(model, tokenizer)                                # or Codec.load(path)
-out = model.generate(**inputs, past_key_values=TPACache(codec, model))
+    codec = calibrate_cache(model, tokenizer)                                # or Codec.load(path)
+    out = model.generate(**inputs, past_key_values=TPACache(codec, model))
 
-theirs.py     what of their model is looked at, by hooks        codec.py   how K and V are cached; files
-calibrate.py  moments, by their own forward and backward pass   cache.py   a `Cache` of theirs that holds our codes
-attention.py  attention on the codes, registered with them
+The files:
+
+    theirs.py     what of their model is looked at, by hooks        codec.py      how K and V are cached; files
+    calibrate.py  moments, by their own forward and backward pass   cache.py      a `Cache` of theirs with our codes
+    places.py     where new tokens stand, on which device           attention.py  attention on the codes
 """
 
 from tpa_ref.errors import TPAError

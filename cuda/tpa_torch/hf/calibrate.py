@@ -58,16 +58,10 @@ def calibrate_cache(
     tokens: how much of the text is used; sensitivity_tokens: how much of it also goes backwards. progress: wraps the
     windows (default: a bar on a terminal).
     """
-    theirs, base, planned = find(model), chosen(choice), kv_budget is not None or max_kl is not None
-    if holdout is not None and max_kl is None:
-        raise TPAError("calibrate_cache: holdout is the text of max_kl, which is not given")
-    if not (type(tokens) is int and tokens > 0):
-        raise TPAError(f"calibrate_cache: tokens must be a whole number >= 1, got {tokens!r}")
-    if planned and (base.rate is not None or base.mode is not None):
-        raise TPAError("calibrate_cache: a rate or a mode, or else kv_budget and max_kl")
+    theirs, planned = find(model), kv_budget is not None or max_kl is not None
+    base = chosen(choice, planned, max_kl, holdout, tokens)
     if base.predict is None and not is_here(theirs.text.embed_tokens):
         base = replace(base, predict=False)  # token vectors would be read from where the table is offloaded to
-    base = replace(base, rate=1.0) if planned else base
     predict = predicts(base, theirs.config)
     with theirs.at_rest(), torch.inference_mode(False):
         ours = mirror(theirs, tokenizer, predict or token_prediction.knows(0, base, theirs.config, base.choice))
@@ -84,15 +78,21 @@ def calibrate_cache(
         return Codec(theirs.config, converted.tpa, converted.pairs, theirs.k_norms, theirs.samples)
 
 
-def chosen(choice: dict[str, Any]) -> TPAConfig:
-    """What was asked for, or one line about a keyword that does not exist or means nothing here."""
+def chosen(choice: dict[str, Any], planned: bool, max_kl: float | None, holdout: Any, tokens: Any) -> TPAConfig:
+    """What was asked for, to convert with or to plan from, or one line about what means nothing here."""
     try:
         base = TPAConfig(**choice)
     except TypeError as problem:
         raise TPAError(f"calibrate_cache: {str(problem).replace('TPAConfig.__init__() ', '')}") from None
     if base.q_rank is not None:
         raise TPAError("calibrate_cache: q_rank is about queries, which are the model's own here")
-    return base
+    if holdout is not None and max_kl is None:
+        raise TPAError("calibrate_cache: holdout is the text of max_kl, which is not given")
+    if not (type(tokens) is int and tokens > 0):
+        raise TPAError(f"calibrate_cache: tokens must be a whole number >= 1, got {tokens!r}")
+    if planned and (base.rate is not None or base.mode is not None):
+        raise TPAError("calibrate_cache: a rate or a mode, or else kv_budget and max_kl")
+    return replace(base, rate=1.0) if planned else base
 
 
 def bar(items: Any) -> Any:

@@ -22,6 +22,7 @@ from tpa_ref.gemma.config import GemmaConfig
 from tpa_ref.gemma.memory import windowed_bytes
 from tpa_ref.gemma.token_vectors import id_dtype
 
+from ..files.checkpoint import load
 from ..gemma.model import Model
 from ..lasting import lasting
 from .theirs import Theirs, sample
@@ -51,8 +52,6 @@ class Codec:
     def of(cls, model: Any) -> Codec:
         """From a model with a TPA cache of this package, or the path of one that was saved."""
         if isinstance(model, str | Path):
-            from ..files.checkpoint import load
-
             model = load(model)
         if model.tpa is None:
             raise TPAError("codec: the model has no TPA cache; convert it, or use calibrate_cache")
