@@ -283,7 +283,7 @@ def test_a_kill_at_any_point_gives_the_same_bytes(backend, tmp_path, over, first
     source = small_seeing_model(tmp_path / "model")
     arguments = {"calibration": TEXT, "max_tokens": 60}
     undisturbed = files(backend.convert_checkpoint(source, tmp_path / "undisturbed", **arguments))
-    assert len(undisturbed) == 4 + 3  # outer, two layers, tower; index, config, tokenizer
+    assert len(undisturbed) == 4 + 4  # outer, two layers, tower; index, config, tokenizer and its config
     for at in itertools.count(first):
         place = tmp_path / f"{at}"
         target, partial = place / "tpa", place / ".tpa.partial"
