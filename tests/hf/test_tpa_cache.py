@@ -630,6 +630,8 @@ def test_compiled(codecs):
 
 def test_a_cache_is_of_one_text(hf, codecs):
     """Another prompt in the same cache is refused where that can be seen, and says what to do."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 fails before it asks the cache")
     cache = TPACache(codecs.exact, hf)
     generated(hf, cache)
     with pytest.raises(TPAError, match="reset"):
