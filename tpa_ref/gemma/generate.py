@@ -77,7 +77,7 @@ class Sampling:
         """
         if self.temperature == 0:
             return int(logits_v.argmax())
-        order = np.argsort(-logits_v, kind="stable")[: self.top_k or len(logits_v)]
+        order = self.candidates(logits_v)
         logits = logits_v[order].astype(np.float64)
         with np.errstate(over="ignore"):  # a tiny temperature makes -inf of the others, which is what it means
             p = np.exp((logits - logits.max()) / self.temperature)
@@ -86,6 +86,18 @@ class Sampling:
             p = p[: int(np.searchsorted(np.cumsum(p), self.top_p - 1e-12)) + 1]
             p /= p.sum()
         return int(order[rng.choice(len(p), p=p)])
+
+    def candidates(self, logits_v: np.ndarray) -> np.ndarray:
+        """The tokens to draw from, the most likely first; as they are where nothing is cut off, since sorting a large
+        vocabulary takes longer than all the rest.
+        """
+        if self.top_k is not None and self.top_k < len(logits_v):
+            least = np.partition(logits_v, -self.top_k)[-self.top_k]
+            order = np.flatnonzero(logits_v >= least)
+            return order[np.argsort(-logits_v[order], kind="stable")][: self.top_k]
+        if self.top_p is not None:
+            return np.argsort(-logits_v, kind="stable")
+        return np.arange(len(logits_v))
 
 
 GREEDY = Sampling()

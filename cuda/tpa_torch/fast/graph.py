@@ -231,9 +231,11 @@ def choose(sampling: Sampling, L_bv: Tensor, uniform_b1: Tensor) -> Tensor:
     """One token a row [b]: where the cumulated probability of the kept ones passes the row's uniform number."""
     if sampling.temperature == 0:
         return L_bv.argmax(-1)
-    count = L_bv.shape[-1] if sampling.top_k is None else min(sampling.top_k, L_bv.shape[-1])
-    L_bv, order_bv = L_bv.topk(count, dim=-1)
-    P_bv = torch.softmax((L_bv - L_bv[:, :1]) / sampling.temperature, -1)
+    count = min(sampling.top_k or L_bv.shape[-1], L_bv.shape[-1])
+    order_bv = torch.arange(count, device=L_bv.device).expand(len(L_bv), -1)
+    if count < L_bv.shape[-1] or sampling.top_p is not None:
+        L_bv, order_bv = L_bv.topk(count, dim=-1)
+    P_bv = torch.softmax((L_bv - L_bv.amax(-1, keepdim=True)) / sampling.temperature, -1)
     if sampling.top_p is not None:
         before_bv = P_bv.cumsum(-1) - P_bv
         P_bv = torch.where(before_bv < sampling.top_p - 1e-7, P_bv, 0.0)
