@@ -66,9 +66,8 @@ def calibrate(
     windows = list(text_windows(model, text_or_path, max_tokens, WINDOW))
     kept = sorted(chosen_layers(layers, model.config))
     predict = token_prediction.wanted(predict, model.config)
-    if sensitivity_tokens is None:
-        sensitivity_tokens = backwards_of(windows)
-    name = f"moments-{fingerprint(model, windows, kept, seed, sensitivity_tokens, predict)}.safetensors"
+    backwards = sensitivity_windows(windows, sensitivity_tokens)
+    name = f"moments-{fingerprint(model, windows, kept, seed, backwards, predict)}.safetensors"
     file = Path(cache_dir) / name if cache_dir else None
     if file and file.is_file():
         return Moments.load(file)
@@ -94,8 +93,7 @@ class Calibration:
         predict: bool = False,
     ):
         self.model, self.windows, self.store, self.seed, self.predict = model, windows, store, seed, predict
-        tokens = backwards_of(windows) if sensitivity_tokens is None else sensitivity_tokens
-        self.backwards = sensitivity_windows(windows, tokens)
+        self.backwards = sensitivity_windows(windows, sensitivity_tokens)
         self.tokens = max(1, sum(len(window) - 1 for window in windows))  # without the first of each
         self.num_layers: int = model.config.num_layers
 
@@ -202,21 +200,16 @@ def fingerprint(model: Any, windows: list[list[int]], *arguments: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def backwards_of(windows: list[list[int]]) -> int:
-    """How many tokens go backwards where nothing is said.
-
-    >>> backwards_of([[2] * 1024] * 32), backwards_of([[2] * 100])
-    (4096, 2048)
-    """
-    return max(LEAST_BACKWARDS, sum(map(len, windows)) // 8)
-
-
-def sensitivity_windows(windows: list[list[int]], tokens: int) -> int:
-    """How many of the windows go backwards: as many as `tokens` fill, at least one if any.
+def sensitivity_windows(windows: list[list[int]], tokens: int | None) -> int:
+    """How many of the windows go backwards: as many as `tokens` fill, at least one if any. None: an eighth of the text.
 
     >>> sensitivity_windows([[2] * 1024] * 4, 2048), sensitivity_windows([[2] * 10], 1), sensitivity_windows([[2]], 0)
     (2, 1, 0)
+    >>> sensitivity_windows([[2] * 1024] * 32, None), sensitivity_windows([[2] * 1024] * 8, None)
+    (4, 2)
     """
+    lengths = np.cumsum([len(window) for window in windows])
+    tokens = max(LEAST_BACKWARDS, sum(map(len, windows)) // 8) if tokens is None else tokens
     if tokens < 1:
         return 0
-    return max(1, int(np.searchsorted(np.cumsum([len(window) for window in windows]), tokens, side="right")))
+    return max(1, int(np.searchsorted(lengths, tokens, side="right")))

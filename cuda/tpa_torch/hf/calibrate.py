@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tpa_ref.compress import token_prediction
-from tpa_ref.compress.calibrate import WINDOW, add, backwards_of, sensitivity_windows, share
+from tpa_ref.compress.calibrate import WINDOW, add, sensitivity_windows, share
 from tpa_ref.compress.config import DEFAULT_CONTEXT, TPAConfig
 from tpa_ref.compress.convert import convert, predicts
 from tpa_ref.compress.moments import LayerMoments, Moments
@@ -69,13 +70,13 @@ def calibrate_cache(
         windows = list(text_windows(ours, said, tokens, WINDOW))
         if (count := sum(map(len, windows))) < FEW:
             warnings.warn(f"calibrated on {count} tokens alone: the codec will be poor", stacklevel=2)
-        backwards = sensitivity_windows(windows, sensitivity_tokens or backwards_of(windows))
+        backwards = sensitivity_windows(windows, sensitivity_tokens or None)
         moments = measured(ours, windows, backwards, predict, progress or bar)
         if planned:
             context = base.context or min(DEFAULT_CONTEXT, theirs.config.max_positions)
             base = make_plan(ours, moments, kv_budget, max_kl, context, holdout or shipped("holdout"), base).config
         converted = convert(ours, base, moments)
-        return Codec(theirs.config, converted.tpa, converted.pairs, theirs.k_norms, theirs.samples)
+        return converted.codec
 
 
 def chosen(choice: dict[str, Any], planned: bool, max_kl: float | None, holdout: Any, tokens: Any) -> TPAConfig:
@@ -107,13 +108,15 @@ class Mirror(Model):
 
     theirs: Theirs
 
+    @cached_property
+    def codec(self) -> Codec:
+        """How it caches, once it is converted."""
+        return Codec(self.config, self.tpa, self.pairs, self.theirs.k_norms, self.theirs.samples)
+
     def hidden(self, tokens_bq: Any, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
         """The final states of their model, with a cache of ours once there is one."""
         with torch.no_grad():
-            cache = None
-            if self.tpa is not None:
-                codec = Codec(self.config, self.tpa, self.pairs, self.theirs.k_norms, self.theirs.samples)
-                cache = TPACache(codec, self.theirs.whole, fast=False)
+            cache = None if self.tpa is None else TPACache(self.codec, self.theirs.whole, fast=False)
             return self.theirs.run(torch.from_numpy(np.asarray(tokens_bq)), cache)
 
     def logits(self, x_bqm: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
