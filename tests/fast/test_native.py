@@ -29,12 +29,12 @@ def build(tmp_path_factory):
 
     def make(name, *flags, change=("", "")):
         folder = tmp_path_factory.mktemp(name)
-        text = native.SOURCE.read_text()
-        assert change[0] in text
-        source = folder / "cpu.cpp"
-        source.write_text(text.replace(*change) if change[0] else text)
+        texts = {name: text.decode() for name, text in native.sources().items()}
+        assert any(change[0] in text for text in texts.values())
+        for name, text in texts.items():
+            (folder / name).write_text(text.replace(*change) if change[0] else text)
         patch = pytest.MonkeyPatch()
-        patch.setattr(native, "SOURCE", source)
+        patch.setattr(native, "SOURCE", folder)
         patch.setattr(native, "cache_folder", lambda: folder)
         try:
             found = native.loaded(native.built(COMPILER, [*native.FLAGS, "-march=native", "-fopenmp", *flags]))

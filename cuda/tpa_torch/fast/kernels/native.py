@@ -1,4 +1,4 @@
-"""The functions of `cpu.cpp`: products with numbers and packed codes that are read as they lie in memory.
+"""The functions of `cpu/`: products with numbers and packed codes that are read as they lie in memory.
 
 They are compiled once, at the first use, by the machine's C++ compiler for the machine's own processor, and kept in
 ~/.cache/tpa_torch ($XDG_CACHE_HOME). Where there is no compiler, or with TPA_NATIVE=0, `available` says no and PyTorch
@@ -27,7 +27,7 @@ from torch import Tensor
 from ...core import codes
 from ...lasting import lasting
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).with_name("cpu")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 LANES = 16  # head sizes are multiples of it
 MOST_ROWS = 4  # rows of a matrix product that still only wait for the weights
@@ -70,19 +70,27 @@ def library() -> ctypes.CDLL | None:
 def built(compiler: str, flags: list[str]) -> Path:
     """The file of a library compiled with these flags, from the cache if it is there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
-    parts = [SOURCE.read_bytes(), version, " ".join(flags).encode(), processor().encode(), torch.__version__.encode()]
+    parts = [*sources().values(), version, " ".join(flags).encode(), processor().encode(), torch.__version__.encode()]
     name = f"cpu-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     folder = cache_folder()
     if (folder / name).is_file():
         return folder / name
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects, made = f"{scratch}/cpu.o", f"{scratch}/{name}"
-        steps = [compiler, *flags, "-c", str(SOURCE), "-o", objects], [compiler, "-shared", objects, "-o", made]
+        steps = (
+            [compiler, *flags, "-c", str(SOURCE / "cpu.cpp"), "-o", objects],
+            [compiler, "-shared", objects, "-o", made],
+        )
         # The second step names no OpenMP library: threads are those that PyTorch has already started.
         for step in steps:
             subprocess.run(step, capture_output=True, check=True, timeout=PATIENCE)
         os.replace(made, folder / name)
     return folder / name
+
+
+def sources() -> dict[str, bytes]:
+    """What is compiled: `cpu.cpp` and what it includes."""
+    return {file.name: file.read_bytes() for file in sorted(SOURCE.glob("*.?pp"))}
 
 
 def cache_folder() -> Path:
@@ -293,7 +301,7 @@ _COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
 @lru_cache(maxsize=512)
 @lasting()
 def _coefficients(widths: tuple[int, ...]) -> Tensor:
-    """Where the windows of each coefficient lie, as `cpu.cpp` reads it; a tensor of bytes."""
+    """Where the windows of each coefficient lie, as `codes.hpp` reads it; a tensor of bytes."""
     found = np.zeros(len(widths), _COEFFICIENT)
     found["width"] = widths
     found["row"][:, 0], found["row"][:, 1], found["shift"] = codes.places(widths)
