@@ -333,6 +333,7 @@ ONLY_TORCH = {
     "gemma.model.Model.rope_turns": "tables are kept on the device",
     "gemma.model.StaticModel": "the model that a CUDA graph records",
     "gemma.positions.Tokens.of": "`fast.readers` goes from tile to tile",
+    "gemma.positions.Tokens.turn": "few tokens in one compiled call",
     "gemma.token_vectors.TokenTable": "the scales of the embedding's rows are kept",
     "gemma.token_vectors.TokenVectors": "token vectors are looked up once for all layers",
 }

@@ -20,40 +20,6 @@ from tpa_torch.fast.kernels import native
 from tpa_torch.fast.linear import linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Compiles the source, perhaps with a change in it, and loads it."""
-
-    def make(name, *flags, change=("", "")):
-        folder = tmp_path_factory.mktemp(name)
-        texts = {name: text.decode() for name, text in native.sources().items()}
-        assert any(change[0] in text for text in texts.values())
-        for name, text in texts.items():
-            (folder / name).write_text(text.replace(*change) if change[0] else text)
-        patch = pytest.MonkeyPatch()
-        patch.setattr(native, "SOURCE", folder)
-        patch.setattr(native, "cache_folder", lambda: folder)
-        try:
-            found = native.loaded(native.built(COMPILER, [*native.FLAGS, "-march=native", "-fopenmp", *flags]))
-        finally:
-            patch.undo()
-        return found
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def builds(build):
-    return {"of this machine": native.library(), "plain": build("plain", "-DTPA_PLAIN", "-O1")}
-
-
-@pytest.fixture(params=["of this machine", "plain"])
-def library(request, builds, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: builds[request.param])
-    return builds[request.param]
 
 
 def rows(kind, shape, rng, rounded=False):
@@ -229,24 +195,6 @@ def test_rebuilt_keys_are_turned(library, dtype, rows_of_turns):
         turned = rope.rotate(whole, *tables)
         expected = np.einsum("bgxd,bkgd->bgxk", Q.double().numpy(), turned)
         assert relative(native.dot_rotated(Q, K, centre, turns), expected) < 3e-6
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 4, 1152), (3, 1, 160)])
-def test_a_matrix_times_few_rows(library, shape):
-    """As `torch.nn.functional.linear` in bfloat16: sums in float32, one rounding at the end."""
-    rng = np.random.default_rng(0)
-    x, W = random(rng, *shape).bfloat16(), random(rng, 77, shape[-1]).bfloat16()
-    with torch.inference_mode():
-        assert native.linear_takes(x, W)
-        got = linear(x, W)
-    exact = x.double() @ W.double().T
-    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
-    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-4).all()
-    assert not native.linear_takes(x, W), "a gradient may be wanted"
-    with torch.inference_mode():
-        assert not native.linear_takes(x.float(), W.float())
-        assert not native.linear_takes(x.repeat(1, 9, 1), W)
-        assert not native.linear_takes(x, W[:, :-1])
 
 
 # ---- can it be seen? ----

@@ -6,6 +6,7 @@ Lengths live on the host, so that asking for them never makes a GPU wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,16 @@ class Keys(reference.Keys):
 class Ring(reference.Ring):
     """The arrays of one stretch of slots: {"k.part.field": [b, slots, ...]}."""
 
+    def read(self, lengths_b: np.ndarray) -> tuple[Stored, np.ndarray]:
+        """The filled slots, as views, and the position of the token in each, [b,k], made once for layers alike."""
+        filled = min(self.slots, int(lengths_b.max(initial=0)))
+        stored = {name: array[:, :filled] for name, array in self.arrays.items()}
+        return stored, slot_positions(filled, lengths_b.tobytes(), self.slots)
+
     def write(self, new: Stored, positions_bq: np.ndarray) -> None:
         """Put each token into slot position mod slots; of a chunk longer than the ring only the newest remain."""
-        if (positions_bq < 0).any() or (positions_bq != positions_bq[:1]).any():
+        alike = len(positions_bq) == 1 or (positions_bq == positions_bq[:1]).all()
+        if not alike or positions_bq.min(initial=0) < 0:
             return super().write(new, positions_bq)
         # Every row the same, nothing padded: whole slices instead of single entries
         first = max(0, positions_bq.shape[1] - self.slots)
@@ -57,6 +65,12 @@ class Ring(reference.Ring):
     def joined(before: Stored, now: Stored) -> Stored:
         """Two stretches of tokens side by side."""
         return {name: torch.cat([before[name], array], 1) for name, array in now.items()}
+
+
+@lru_cache(maxsize=8)
+def slot_positions(filled: int, lengths: bytes, slots: int) -> np.ndarray:
+    """See `tpa_ref.core.cache.slot_positions`; lengths: the bytes of lengths_b."""
+    return reference.slot_positions(filled, np.frombuffer(lengths, np.int64), slots)
 
 
 class LayerCache(reference.LayerCache):

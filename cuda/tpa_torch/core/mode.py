@@ -20,8 +20,8 @@ class Mode(reference.Mode):
 
     @staticmethod
     def turned(X_bksd: Any, tokens: Any) -> Any:
-        """RoPE."""
-        return rotate(X_bksd, *tokens.tables)
+        """RoPE, as the tokens of a model do it, or by their tables."""
+        return tokens.turn(X_bksd) if hasattr(tokens, "turn") else rotate(X_bksd, *tokens.tables)
 
     @staticmethod
     def cast(x: Any, dtype: Any) -> Any:

@@ -21,6 +21,7 @@ from ..core.attention import split_heads
 from ..core.cache import Segment
 from ..core.masks import MASKED
 from .blocks import unless_all
+from .heads import heads
 from .kernels import native
 from .readers import reader
 from .scratch import Scratch
@@ -49,7 +50,11 @@ def attend(Q_bqhd: Tensor, keys: Any, scale: float, scratch: Scratch) -> Tensor:
 def read_segment(
     Q_bgxd: Tensor, dtype: torch.dtype, segment: Segment, seen_bqk: Tensor | None, q: int, scratch: Scratch
 ) -> Partial:
-    """One segment, tile by tile. seen [b,q,k], None: all of it."""
+    """One segment, tile by tile, or in one go. seen [b,q,k], None: all of it."""
+    rows = heads(segment, dtype, scratch) if seen_bqk is None and Q_bgxd.shape[2] <= FEW_QUERIES else None
+    if rows is not None:
+        largest, total, Y = (x.unflatten(0, Q_bgxd.shape[:2]) for x in native.attend(Q_bgxd.flatten(0, 1), *rows))
+        return largest, total, Y
     K, V = reader(segment, dtype, scratch)
     asked, tokens = K.ask(Q_bgxd), segment.tokens
     partials = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import native
+from .kernels import matrices
 
 
 def linear(x: Tensor, W_nm: Tensor) -> Tensor:
@@ -13,4 +13,4 @@ def linear(x: Tensor, W_nm: Tensor) -> Tensor:
 
     Of a bfloat16 matrix and one row, PyTorch's product takes a CPU nearly three times as long as reading the matrix.
     """
-    return native.linear(x, W_nm) if native.linear_takes(x, W_nm) else F.linear(x, W_nm)
+    return matrices.linear(x, W_nm) if matrices.linear_takes(x, W_nm) else F.linear(x, W_nm)

@@ -24,6 +24,7 @@ from ..core.latent import Latent
 from ..core.norm import rms_scale
 from ..core.pair import Joint
 from ..core.spectral import CodedLatent
+from .heads import is_heads, tokens_last
 from .kernels import native
 from .kernels.native import Rows
 from .products import dequantized, dot, unpacked, weigh
@@ -45,24 +46,17 @@ def reader(segment: Segment, dtype: torch.dtype, scratch: Scratch) -> tuple[Side
 
 def side(mode: Any, held: Stored, work: torch.dtype, scratch: Scratch, rounded: bool) -> Side:
     """The reader of a mode."""
-    if isinstance(mode, Dense):
-        return Heads(mode, held, work, scratch, rounded, "X")
+    if is_heads(mode, scratch):
+        return Heads(mode, held, work, scratch, rounded, "X" if isinstance(mode, Dense) else "B")
     if isinstance(mode, Contextual):
         return ByRank(mode, held, work, scratch, rounded, "B")
     if isinstance(mode, FixedA):
-        exact = mode.rank == mode.g and mode.basis.ndim == 2
-        exact = exact and scratch.constant("exact", mode.basis, lambda: picks_heads(mode))
-        return (Heads if exact else Absorbed)(mode, held, work, scratch, rounded, "B")
+        return Absorbed(mode, held, work, scratch, rounded, "B")
     if isinstance(mode, FixedB):
         return Rebuilt(mode, held, work, scratch, rounded, "A")
     if isinstance(mode, Latent):
         return Rebuilt(mode, held, work, scratch, rounded, "C")
     return Formed(mode, held, work, scratch, rounded, "")
-
-
-def picks_heads(mode: FixedA) -> bool:
-    """Is this `fixed-a` of full rank the dense cache?"""
-    return torch.equal(mode.basis, mode.rank * torch.eye(mode.rank, dtype=mode.basis.dtype, device=mode.basis.device))
 
 
 @dataclass
@@ -128,11 +122,6 @@ class Side:
     def kind(self, part: str) -> tuple[str, int]:
         """(dtype, numbers in a row) of a stored part."""
         return self.mode.part_dtype(part), self.mode.parts()[part][-1]
-
-
-def tokens_last(array: Tensor) -> Tensor:
-    """[b,k,n] -> [b,n,k]; [b,k,s,n] -> [b,s,k,n]."""
-    return array.mT if array.ndim == 3 else array.transpose(1, 2)
 
 
 class Formed(Side):

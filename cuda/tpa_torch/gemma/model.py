@@ -22,7 +22,7 @@ from ..core.cache import Cache, WholeText
 from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
-from ..fast import attend, graph, kernels
+from ..fast import attend, graph, kernels, step
 from ..fast.linear import linear
 from ..fast.scratch import Scratch
 from ..fast.spectral import CodedLatent
@@ -45,13 +45,21 @@ class Model(reference.Model):
         super().__init__(*args, **more)
         self.device = self.weights.embed_vm.device
         self.healing: Any = None  # the history of `heal.heal`, where it made this model
-        self.scratch = Scratch()
+        self.scratch, self.compiled = Scratch(), step.Layers()
         self._turns: dict[bool, Tensor] = {}
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
         self._token_table: TokenTable | None = None
 
     __call__ = inference(reference.Model.__call__)
     hidden = inference(reference.Model.hidden)
+
+    def block(
+        self, x_bqm: Tensor, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer = no_trace
+    ) -> Tensor:
+        compiled = self.compiled.take(self, x_bqm, layer, w, trace)
+        if compiled is None:
+            return super().block(x_bqm, layer, w, at, cache, trace)
+        return step.block(self, compiled, x_bqm, layer, at[self.config.is_global[layer]], cache)
 
     def attend(self, a_bqm: Tensor, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer) -> Tensor:
         """Project, norm, write, read, score, mask, average, project back: the heart of the matter."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from tpa_ref.gemma import positions as reference
 from tpa_ref.gemma.token_vectors import with_previous
 
+from ..core.rope import rotate
+from ..fast.kernels import matrices
 from .token_vectors import TokenVectors
 
 
@@ -30,6 +32,12 @@ class Tokens:
     def Z_bkz(self) -> Tensor | None:
         """The token vectors, where something is predicted from them."""
         return None if self.vectors is None else self.vectors(self.keys)
+
+    def turn(self, X_bksd: Tensor) -> Tensor:
+        """RoPE, of few tokens in one compiled call."""
+        if matrices.turn_takes(X_bksd):
+            return matrices.turned(X_bksd, self.turns_bkp)
+        return rotate(X_bksd, *self.tables)
 
     def of(self, keys: slice) -> Tokens:
         """A slice of them."""

@@ -30,7 +30,6 @@ from ...lasting import lasting
 SOURCE = Path(__file__).with_name("cpu")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 LANES = 16  # head sizes are multiples of it
-MOST_ROWS = 4  # rows of a matrix product that still only wait for the weights
 # Reordered sums let a compiler make vectors; the rest of -ffast-math would change how the whole process rounds.
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fno-signed-zeros"
@@ -132,6 +131,10 @@ def loaded(path: Path) -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     arguments = {
         "tpa_linear": [pointer] * 3 + [whole] * 4,
+        "tpa_before": [pointer] * 3 + [whole] + [pointer] * 3 + [whole] * 3,
+        "tpa_after": [pointer] * 4 + [whole] * 2,
+        "tpa_turn": [pointer, whole, pointer, whole, pointer] + [whole] * 5,
+        "tpa_attend": [pointer] * 6 + [whole] * 6,
         "tpa_dot": [pointer] * 4 + [whole] * 7,
         "tpa_weigh": [pointer] * 4 + [whole] * 6,
         "tpa_exponentials": [pointer] * 3 + [whole] * 3,
@@ -146,35 +149,10 @@ def loaded(path: Path) -> ctypes.CDLL:
     return found
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Tensors go as the addresses of their numbers, None as a null pointer."""
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     getattr(library(), name)(*plain, torch.get_num_threads())
-
-
-# ---- matrix times a few rows ----
-
-
-def linear_takes(x: Tensor, W_nm: Tensor) -> bool:
-    """Is this a product of a bfloat16 matrix with few rows, outside of training?"""
-    return (
-        W_nm.dtype == torch.bfloat16 == x.dtype
-        and W_nm.device.type == "cpu"
-        and 0 < x.numel() <= MOST_ROWS * W_nm.shape[1]
-        and W_nm.shape[1] % LANES == 0
-        and W_nm.is_contiguous()
-        and not torch.is_grad_enabled()
-        and available()
-    )
-
-
-def linear(x: Tensor, W_nm: Tensor) -> Tensor:
-    """`torch.nn.functional.linear`: sums in float32, the result in bfloat16."""
-    n, m = W_nm.shape
-    rows = x.reshape(-1, m).float().contiguous()
-    y = torch.empty(len(rows), n)
-    _call("tpa_linear", W_nm, rows, y, len(rows), n, m)
-    return y.view(*x.shape[:-1], n).to(x.dtype)
 
 
 # ---- stored rows of keys or values ----
@@ -270,7 +248,7 @@ def dot(Q_bxd: Tensor, K: Rows, L_bxk: Tensor | None = None, A_bgk: Tensor | Non
     L_bxk = torch.empty(b, x, k) if L_bxk is None else L_bxk
     assert L_bxk.is_contiguous() and L_bxk.dtype == torch.float32
     Q_bxd, weights = Q_bxd.float().contiguous(), ctypes.byref(_weights(A_bgk, x))
-    _call("tpa_dot", ctypes.byref(K._array()), Q_bxd, weights, L_bxk, b, x, k, d, int(add), int(K.rounded))
+    call("tpa_dot", ctypes.byref(K._array()), Q_bxd, weights, L_bxk, b, x, k, d, int(add), int(K.rounded))
     return L_bxk
 
 
@@ -280,8 +258,21 @@ def weigh(P_bxk: Tensor, V: Rows, A_bgk: Tensor | None = None) -> Tensor:
     x = P_bxk.shape[1]
     Y_bxe = torch.empty(b, x, e)
     P_bxk, weights = P_bxk.float().contiguous(), ctypes.byref(_weights(A_bgk, x))
-    _call("tpa_weigh", ctypes.byref(V._array()), P_bxk, weights, Y_bxe, b, x, k, e, int(V.rounded))
+    call("tpa_weigh", ctypes.byref(V._array()), P_bxk, weights, Y_bxe, b, x, k, e, int(V.rounded))
     return Y_bxe
+
+
+def attend(Q_bxd: Tensor, K: Rows, V: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Few queries over all keys: the largest logit [b,x,1], the sum of exponentials beside it, and values [b,x,d]
+    weighed with those.
+    """
+    b, k, d = K.shape
+    x = Q_bxd.shape[1]
+    Q_bxd, largest, total = Q_bxd.float().contiguous(), torch.empty(b, x, 1), torch.empty(b, x, 1)
+    Y_bxd = torch.empty(b, x, d)
+    arrays = (ctypes.byref(rows._array()) for rows in (K, V))
+    call("tpa_attend", *arrays, Q_bxd, largest, total, Y_bxd, b, x, k, d, int(K.rounded))
+    return largest, total, Y_bxd
 
 
 def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +280,7 @@ def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
     assert L.is_contiguous() and L.dtype == torch.float32
     shape = *L.shape[:-1], 1
     largest, total = torch.empty(shape), torch.empty(shape)
-    _call("tpa_exponentials", L, largest, total, largest.numel(), L.shape[-1])
+    call("tpa_exponentials", L, largest, total, largest.numel(), L.shape[-1])
     return largest, total
 
 
@@ -344,7 +335,7 @@ def quantize(C_ks: Tensor, widths: tuple[int, ...]) -> Tensor:
     out = torch.empty(tokens, codes.packed_bytes(widths), dtype=torch.uint8)
     scale, inverse = _scales()
     arrays = C_ks, width, _levels()[0], scale, inverse, reach, price, out
-    _call("tpa_quantize", *arrays, tokens, count, out.shape[1], codes.FREE)
+    call("tpa_quantize", *arrays, tokens, count, out.shape[1], codes.FREE)
     return out
 
 
@@ -352,7 +343,7 @@ def levels(codes_bck: Tensor, widths: tuple[int, ...], out_bsk: Tensor) -> Tenso
     """Codes [b,bytes,k] -> coefficients [b,s,k]."""
     b, s, k = out_bsk.shape
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    _call("tpa_levels", codes_bck, *strides, _coefficients(widths), _levels()[0], _scales()[0], out_bsk, b, s, k)
+    call("tpa_levels", codes_bck, *strides, _coefficients(widths), _levels()[0], _scales()[0], out_bsk, b, s, k)
     return out_bsk
 
 
@@ -363,7 +354,7 @@ def weigh_codes(P_byk: Tensor, codes_bck: Tensor, widths: tuple[int, ...], round
     rounded = rounded and has_bf16_dot()
     arrays = _coefficients(widths), *_levels(), _scales()[0], P_byk.contiguous(), Y_bys
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    _call("tpa_weigh_codes", codes_bck, *strides, *arrays, b, y, k, len(widths), int(rounded))
+    call("tpa_weigh_codes", codes_bck, *strides, *arrays, b, y, k, len(widths), int(rounded))
     return Y_bys
 
 
@@ -380,5 +371,5 @@ def dot_rotated(Q_bgxd: Tensor, K_bkgd: Tensor, mean_gd: Tensor | None, turns_bk
     strides = K_bkgd.stride(0), K_bkgd.stride(1), K_bkgd.stride(2)
     kind = KINDS[str(K_bkgd.dtype).removeprefix("torch.")]
     Q_bgxd = Q_bgxd.float().contiguous()
-    _call("tpa_dot_rotated", kind, K_bkgd, *strides, mean_gd, turns, batch, Q_bgxd, L_bgxk, b, g, x, k, d)
+    call("tpa_dot_rotated", kind, K_bkgd, *strides, mean_gd, turns, batch, Q_bgxd, L_bgxk, b, g, x, k, d)
     return L_bgxk

@@ -6,8 +6,9 @@
 // numbers are made in registers; with many the multiplications do, and a block of keys is made numbers in the nearest
 // cache. Letters as everywhere: b batch (or batch times heads), k keys, d head size, x or y queries, s coefficients.
 
+#include "attend.hpp"
 #include "codes.hpp"
-#include "products.hpp"
+#include "layer.hpp"
 #include "rotated.hpp"
 #include "trellis.hpp"
 

@@ -1,4 +1,4 @@
-// Matrices, keys and values as they are stored, times queries or probabilities.
+// Keys and values as they are stored, times queries or probabilities.
 
 #pragma once
 
@@ -40,18 +40,6 @@ int64_t splits(int64_t batch, int64_t keys, int64_t threads) {  // of the keys o
 }  // namespace
 
 extern "C" {
-
-// y[r,n] = sum_m x[r,m] W[n,m], W in bfloat16, the rest in float32.
-void tpa_linear(const uint16_t* weights, const float* x, float* y, int64_t rows, int64_t n, int64_t m, int64_t threads) {
-    const Rows<BF16> all_rows{(const uint8_t*)weights, nullptr, nullptr, 2 * m, 0};
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t start = 0; start < n; start += ROWS) {
-        const int64_t end = std::min(n, start + ROWS);
-        in_blocks(rows, [&](int64_t r, auto X) {
-            dot<decltype(X)::value>(all_rows, x + r * m, y + r * n + start, n, start, end, m);
-        });
-    }
-}
 
 // L[b,x,k] = sum_d K[b,k,d] Q[b,x,d], times the weights A; add: to what L has already. rounded: few queries of int8
 // and int4 keys in 16 bits, many queries and their keys in bfloat16, where the machine multiplies those.

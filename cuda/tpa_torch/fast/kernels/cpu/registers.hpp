@@ -42,6 +42,7 @@ inline float sum(F x) { return _mm512_reduce_add_ps(x); }
 inline F larger(F x, F y) { return _mm512_max_ps(x, y); }
 inline float largest(F x) { return _mm512_reduce_max_ps(x); }
 inline F minus(F x, F y) { return _mm512_sub_ps(x, y); }
+inline F over(F x, F y) { return _mm512_div_ps(x, y); }
 // Of x <= 0: 2^n times the first eight terms of the series of what is left, at most ln(2)/2. Zero where float32 ends.
 inline F exponential(F x) {
     x = _mm512_max_ps(all(-105), x);
@@ -105,6 +106,7 @@ inline float sum(const F& x) {
 inline F larger(const F& x, const F& y) { return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline float largest(const F& x) { return *std::max_element(x.v, x.v + W); }
 inline F minus(const F& x, const F& y) { return each([&](int i) { return x.v[i] - y.v[i]; }); }
+inline F over(const F& x, const F& y) { return each([&](int i) { return x.v[i] / y.v[i]; }); }
 inline F exponential(const F& x) { return each([&](int i) { return std::exp(x.v[i]); }); }
 inline void transpose(F (&x)[W]) {
     for (int i = 0; i < W; i++)
