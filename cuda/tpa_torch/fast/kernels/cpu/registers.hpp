@@ -79,6 +79,7 @@ inline void transpose(F (&x)[W]) {
         x[i] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0x88), x[i + 8] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0xdd);
 }
 inline float from_half(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+inline F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 #else
 
@@ -129,6 +130,7 @@ inline float from_half(uint16_t x) {  // also subnormal; a scale is never infini
     std::memcpy(&y, &bits, 4);
     return y;
 }
+inline F load_half(const uint16_t* p) { return each([=](int i) { return from_half(p[i]); }); }
 
 #endif
 
