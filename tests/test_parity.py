@@ -379,9 +379,9 @@ def find(module, name):
 
 
 def same_arguments(ref, torch):
-    """The same argument names in the same order; torch may add a device at the end."""
+    """The same argument names in the same order; torch may add a device at the end, and how weights are held there."""
     ref, torch = (list(inspect.signature(value).parameters) for value in (ref, torch))
-    return torch in (ref, [*ref, "device"])
+    return torch in (ref, [*ref, "device"], [*ref, "device", "weights"])
 
 
 def function(value):

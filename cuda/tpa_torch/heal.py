@@ -191,6 +191,10 @@ def check_arguments(tpa: Model, dense: Model, steps: int, batch: int, learning_r
         raise TPAError("heal: a converted model and its dense original are needed, in this order")
     if tpa.config != dense.config:
         raise TPAError("heal: the two models must be of one config, got different ones")
+    if tpa.rounded_weights:
+        raise TPAError(
+            "heal: the weights of this model are rounded to int8; load it without weights='int8' to train it"
+        )
     if steps < 1 or batch < 1:
         raise TPAError(f"heal: steps and batch must be >= 1, got {steps} and {batch}")
     if predict and not any(isinstance(pair.k, CodedLatent) for pair in tpa.pairs):

@@ -144,6 +144,24 @@ def test_int8_with_scales(backend, tmp_path, as_shards):
     assert 1e-4 < relative(ours, expected(backend, config)) < 0.3
 
 
+def test_int8_with_scales_held_so(tmp_path):
+    """The codes as they are, a row's scale for every 32, Q, K and V taken apart; too fine a scale is rounded."""
+    tpa_torch = pytest.importorskip("tpa_torch")
+    config = helpers.config(hidden_size=64)
+    state = quantized(gemma_pytorch(config))
+    for name in [name for name in state if name.endswith("_scaler")]:
+        state[name] = state[name].half().float()
+    fine = "model.layers.1.mlp.up_proj.weight_scaler"
+    state[fine] = state[fine] * 1.0001
+    torch.save({"model_state_dict": state}, tmp_path / "model.ckpt")
+    model, held = (tpa_torch.load(tmp_path / "model.ckpt", config=config, **how) for how in ({}, {"weights": "int8"}))
+    for layer, (ours, exact) in enumerate(zip(held.weights.layers, model.weights.layers, strict=True)):
+        for name in ("WQ_hdm", "WV_gem", "WO_mhe", "W_up_fm"):
+            same = torch.equal(getattr(ours, name).wide(), getattr(exact, name))
+            assert same != (layer == 1 and name == "W_up_fm"), name
+    assert torch.equal(held.weights.embed_vm.wide(), model.weights.embed_vm)
+
+
 def test_int8_without_its_scales_is_refused(backend, tmp_path):
     """Scales of another length, or none at all."""
     config = helpers.config()

@@ -173,6 +173,28 @@ def theirs(path):
         return helpers.to_numpy(hf(torch.tensor(IDS)).logits)
 
 
+def test_held_in_8_bits_as_they_are_stored(made):
+    """Blocks of whole numbers behind one scale: to the last bit. Others: the largest of 32 numbers in 127 steps."""
+    torch, tpa_torch = pytest.importorskip("torch"), pytest.importorskip("tpa_torch")
+    path, meant = made
+    loader = tpa_torch.files.checkpoint.Loader(inspect(path), "float32", torch.device("cpu"), "int8")
+    seen = set()
+    for name, numbers in meant.items():
+        held, part = loader.read(name), next((part for part in KINDS if f"{part}." in name), None)
+        if part is None or numbers.ndim != 2:
+            continue
+        got, expected = held.wide().numpy(), np.asarray(numbers, np.float32)
+        if KINDS[part] in ("Q8_0", "Q5_0", "Q4_0"):
+            assert np.array_equal(got, expected), name
+        else:
+            groups = expected.reshape(len(expected), -1, 32)
+            step = np.abs(groups).max(-1, keepdims=True) / 127
+            assert (np.abs(got.reshape(groups.shape) - groups) <= 0.51 * step + 1e-7).all(), name
+            assert not np.array_equal(got, expected), name
+        seen.add(KINDS[part])
+    assert seen == set(KINDS.values())
+
+
 def error(backend, path):
     return relative(helpers.logits(backend.load(path), IDS), theirs(path))
 

@@ -30,6 +30,7 @@ VERY_LARGE = 2_000_000_000  # parameters from which on memory matters more than 
 # Help texts that are long
 CHECKPOINT = "checkpoint: Hugging Face folder, .gguf, gemma_pytorch .ckpt or folder, .safetensors"
 DTYPE = "compute dtype (default: float32; bfloat16 for large models stored in it, where the device is fast in it)"
+WEIGHTS = "how weights are held in memory: in the compute dtype, or in int8 with a scale for 32 (torch)"
 PREDICT = "predict K and V from token embeddings and code the rest (default: up to a hidden size of 640, no images)"
 CALIBRATION = "text for the model constants (default: the shipped one); self: the model writes it; none: no text"
 
@@ -88,6 +89,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     option("--backend", choices=("torch", "numpy"), default="torch")
     option("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
     option("--dtype", choices=("float32", "bfloat16", "float64"), help=DTYPE)
+    option("--weights", choices=("as-computed", "int8"), default="as-computed", help=WEIGHTS)
 
 
 def shared_parser(description: str | None) -> Parser:

@@ -58,6 +58,8 @@ class Work:
         if args.backend == "torch":
             self.device = str(importlib.import_module("tpa_torch.files.checkpoint").choose_device(args.device))
             self.place = {"device": self.device}
+        elif args.weights != "as-computed":
+            raise TPAError(f"--weights {args.weights} needs --backend torch, got {args.backend}")
         self.found = inspect(source, args.variant, args.config, args.tokenizer)
         self.config = self.found.config
         self.environment = environment(args.backend, self.device)
@@ -71,10 +73,11 @@ class Work:
             print(f"note: {note}")
 
     def load(self, on_disk: bool = False) -> Any:
-        """The model; on_disk: its blocks are read whenever they are needed."""
+        """The model; on_disk: its blocks are read whenever they are needed, and as they are, since they are written."""
         args = self.args
         what = self.source, args.variant, args.config, args.tokenizer, args.dtype
-        return self.backend.load(*what, progress_bar("loading"), on_disk, **self.place)
+        held = {} if on_disk or args.backend == "numpy" else {"weights": args.weights}
+        return self.backend.load(*what, progress_bar("loading"), on_disk, **self.place, **held)
 
     def calibration_text(self, model: Any = None) -> str | None:
         """The text for the model constants, or None; without a model, None for what it has still to write."""

@@ -139,6 +139,8 @@ def save(model: Any, path: str | Path) -> Path:
     folder. A folder above 4 GB gets one file for each layer, and an index.
     """
     path = check_output(path)
+    if model.rounded_weights:
+        raise TPAError("save: the weights of this model are rounded to int8; load it without weights='int8' to save it")
     with replacing(path) as temporary:
         {".pt": save_pt, ".safetensors": save_safetensors, "": save_folder}[path.suffix](model, temporary)
     return path

@@ -30,6 +30,19 @@ class Entry:
     rows: slice | None = None  # only these
     transposed: bool = False  # whole ones only
 
+    def codes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The numbers of a matrix as int8 codes [n,m] and float16 scales [n,m / 32], where just these are stored."""
+        if self.transposed:
+            return None
+        if self.scale is None:
+            return self.file.codes(self.key, self.rows or slice(None)) if hasattr(self.file, "codes") else None
+        rows = self.rows or slice(None)
+        scale_n = self.scale.read("numpy")[rows].astype(np.float32)
+        if (scale_n != scale_n.astype(np.float16)).any():
+            return None
+        scale_ns = scale_n.astype(np.float16)[:, None].repeat(self.shape[1] // 32, 1)
+        return self.file.read(self.key, "numpy", rows), scale_ns
+
     def read(self, framework: str) -> Any:
         """An array ("numpy") or a torch tensor ("pt")."""
         is_numpy, rows = framework == "numpy", self.rows or slice(None)

@@ -153,6 +153,21 @@ class GgufFile:
 
         return torch.from_numpy(x)
 
+    def codes(self, key: str, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray] | None:
+        """See `Entry.codes`: of blocks of 32 whole numbers behind a scale. With a scale of one these are the codes."""
+        tensor = self.header.tensors[key]
+        if tensor.kind.name not in ("Q8_0", "Q5_0", "Q4_0"):
+            return None
+        whole = self.header.data[tensor.start : tensor.stop].reshape(tensor.shape[0], -1)[rows]
+        blocks = whole.reshape(-1, import_gguf(self.path).GGML_QUANT_SIZES[tensor.kind][1])
+        codes, one = np.empty((len(blocks), 32), np.int8), np.frombuffer(np.float16(1).tobytes(), np.uint8)
+        for at in range(0, len(blocks), step := CHUNK // 32):
+            part = blocks[at : at + step].copy()
+            part[:, :2] = one
+            codes[at : at + step] = widen(part.reshape(1, -1), tensor.kind).reshape(-1, 32)
+        scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16)
+        return codes.reshape(len(whole), -1), scale.reshape(len(whole), -1)
+
 
 def widen(data: np.ndarray, kind: Any) -> np.ndarray:
     """Bytes of whole blocks as float32."""

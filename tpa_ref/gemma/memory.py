@@ -54,7 +54,8 @@ def parameter_count(config: GemmaConfig) -> int:
 
 def weights_bytes(dense: Any, tpa: Any) -> dict[str, int]:
     """Bytes of the weights in memory; TPA adds its model constants and, with a q rank, exchanges W_Q."""
-    size = parameter_count(dense.config) * dense.weights.embed_vm.dtype.itemsize
+    embed_vm = dense.weights.embed_vm  # whose numbers take as many bytes as nearly all others
+    size = parameter_count(dense.config) * embed_vm.nbytes // math.prod(embed_vm.shape)
     extra = sum(x.nbytes for pair in tpa.pairs for mode in pair.modes for x in mode.arrays().values() if x is not None)
     for query, block in zip(tpa.query_factors, dense.weights.layers, strict=True):
         if query is not None:

@@ -48,6 +48,7 @@ class Model:
     MODES: Any = MODES
     backward: Any = backward
     vision: Any = vision
+    rounded_weights = False  # are the weights held coarser than they were stored?
 
     def __init__(
         self,

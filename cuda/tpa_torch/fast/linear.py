@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import matrices
+from .int8 import ROWS, Int8
+from .kernels import matrices, native
 
 
-def linear(x: Tensor, W_nm: Tensor) -> Tensor:
+def linear(x: Tensor, W_nm: Tensor | Int8) -> Tensor:
     """[..., m] -> [..., n].
 
     Of a bfloat16 matrix and one row, PyTorch's product takes a CPU nearly three times as long as reading the matrix.
     """
-    return matrices.linear(x, W_nm) if matrices.linear_takes(x, W_nm) else F.linear(x, W_nm)
+    if matrices.linear_takes(x, W_nm):
+        return matrices.linear(x, W_nm)
+    if isinstance(W_nm, Int8) and not torch.is_grad_enabled():
+        return torch.cat([F.linear(x, rows(W_nm, first)) for first in range(0, len(W_nm), ROWS)], -1)
+    return F.linear(x, W_nm)  # type: ignore[arg-type]
+
+
+def rows(W_nm: Int8, first: int) -> Tensor:
+    """A block of rows as numbers, which stays in the processor's cache until it is multiplied."""
+    last = min(first + ROWS, len(W_nm))
+    if matrices.readable(W_nm) and W_nm.dtype in matrices.DTYPES and native.available():
+        return matrices.widened(W_nm, first, last)
+    return W_nm[first:last]

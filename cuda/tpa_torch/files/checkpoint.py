@@ -17,7 +17,9 @@ from tpa_ref.files.found import Found, inspect
 from tpa_ref.files.pairs import is_basis
 from tpa_ref.files.stream import check_folder, convert_on_disk
 from tpa_ref.gemma.config import GemmaConfig
+from tpa_ref.gemma.weights import EMBED, HEAD
 
+from ..fast.int8 import Int8
 from ..gemma.model import Model
 
 
@@ -30,14 +32,22 @@ def load(
     progress: Callable[[Iterable], Iterable] = iter,
     on_disk: bool = False,
     device: str | torch.device = "cpu",
+    weights: str = "as-computed",
 ) -> Model:
-    """`tpa_ref.load` onto a device ("auto": the best one). dtype: what is computed in, also bfloat16."""
+    """`tpa_ref.load` onto a device ("auto": the best one). dtype: what is computed in, also bfloat16. weights: how they
+    are held, in that dtype or in "int8" (`fast.int8`), in half the bytes of bfloat16.
+    """
+    if weights not in WEIGHTS:
+        raise TPAError(f"load: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if dtype not in ("float32", "bfloat16", "float64"):
         raise TPAError(f"load: dtype must be one of float32, bfloat16, float64, got {dtype!r}")
     place = choose_device(device)
     if place.type == "mps" and dtype == "float64":
         raise TPAError("load: float64 does not exist on Apple GPUs; use device cpu or dtype float32")
-    return Loader(inspect(path, variant, config, tokenizer), dtype, place).model(progress, on_disk)
+    return Loader(inspect(path, variant, config, tokenizer), dtype, place, weights).model(progress, on_disk)
+
+
+WEIGHTS = ("as-computed", "int8")
 
 
 class Loader(reference.Loader):
@@ -45,19 +55,41 @@ class Loader(reference.Loader):
 
     model_class = Model
 
-    def __init__(self, found: Found, dtype: str, device: torch.device):
+    def __init__(self, found: Found, dtype: str, device: torch.device, weights: str = "as-computed"):
         super().__init__(found, dtype)
-        self.device = device
+        self.device, self.weights = device, weights
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor | Int8:  # type: ignore[override]
         """One tensor; infinities and NaN are named and refused."""
+        entry, dtype = self.found.entries[name], getattr(torch, self.dtype)
+        if not (self.weights == "int8" and is_matrix(name) and Int8.fits(entry.shape)):
+            return self.tensor(name, dtype)
+        if (stored := entry.codes()) is None:
+            whole = Int8.of(self.tensor(name, torch.float32), dtype)
+        else:
+            whole = Int8(torch.from_numpy(stored[0]), torch.from_numpy(stored[1]), dtype)
+        check_finite(name, whole.scale_ns)
+        return Int8(whole.codes_nm.to(self.device), whole.scale_ns.to(self.device), dtype)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor as it is computed with."""
         x = self.found.entries[name].read("pt")
         too_wide = x.dtype == torch.float64 and self.device.type not in ("cpu", "cuda")  # Apple GPUs know no float64
-        x = x if is_basis(name) and not too_wide else x.to(getattr(torch, self.dtype))
-        if x.is_floating_point() and x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
-            count = int((~torch.isfinite(x)).sum())
-            raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
+        x = x if is_basis(name) and not too_wide else x.to(dtype)
+        check_finite(name, x)
         return x.to(self.device)
+
+
+def is_matrix(name: str) -> bool:
+    """Is this a matrix of the text model, if it is a matrix?"""
+    return name.startswith("model.layers.") or name in (EMBED, HEAD)
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Infinities and NaN are named and refused."""
+    if x.is_floating_point() and x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
+        count = int((~torch.isfinite(x)).sum())
+        raise TPAError(f"load: {name} must be finite, got {count} NaN or infinite numbers")
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -16,6 +16,7 @@ from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Watch
 
 from ..core.norm import rms_norm
+from ..fast.int8 import wide
 
 
 @torch.enable_grad()
@@ -35,7 +36,7 @@ def block_backward(
 @torch.no_grad()
 def logits_backward(model: Any, x_bqm: Tensor, rng: np.random.Generator) -> Tensor:
     """Gradient of -log p(y) with respect to the last state, y drawn from the model's own p. [b,q,m] twice."""
-    head_vm, norm_m, eps = model.weights.head_vm, model.weights.final_norm_m, model.config.rms_eps
+    head_vm, norm_m, eps = wide(model.weights.head_vm), model.weights.final_norm_m, model.config.rms_eps
     gradients = []
     for part_bqm in x_bqm.split(ROWS, 1):
         with torch.enable_grad():

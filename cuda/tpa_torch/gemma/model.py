@@ -23,6 +23,7 @@ from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
 from ..fast import attend, graph, kernels, step
+from ..fast.int8 import Int8, wide
 from ..fast.linear import linear
 from ..fast.scratch import Scratch
 from ..fast.spectral import CodedLatent
@@ -49,6 +50,12 @@ class Model(reference.Model):
         self._turns: dict[bool, Tensor] = {}
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
         self._token_table: TokenTable | None = None
+
+    @property
+    def rounded_weights(self) -> bool:  # type: ignore[override]
+        """Are weights held in 8 bits?"""
+        held = self.weights.embed_vm, *vars(self.weights.layers[0]).values()
+        return any(isinstance(x, Int8) for x in held)
 
     __call__ = inference(reference.Model.__call__)
     hidden = inference(reference.Model.hidden)
@@ -175,6 +182,7 @@ class Model(reference.Model):
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, kind).contiguous()
 
     def to_numpy(self, x: Any) -> np.ndarray:
+        x = wide(x)
         if not isinstance(x, Tensor):
             return np.asarray(x)
         x = x.detach().cpu()

@@ -23,7 +23,7 @@ class TokenTable:
     def __call__(self, own_bk: Tensor, previous_bk: Tensor) -> Tensor:
         """Numbers of tokens and of those before them -> [b,k,2m]."""
         b, k = own_bk.shape
-        Z_bknm = self.embed_vm.new_empty((b, k, 2, self.embed_vm.shape[1]), dtype=self.scale_n.dtype)
+        Z_bknm = self.scale_n.new_empty((b, k, 2, self.embed_vm.shape[1]))
         for place, numbers_bk in enumerate((own_bk, previous_bk)):
             rows_bkm = F.embedding((numbers_bk - 1).clamp(min=0), self.embed_vm)
             torch.mul(rows_bkm, self.scale_n[numbers_bk][..., None], out=Z_bknm[:, :, place])

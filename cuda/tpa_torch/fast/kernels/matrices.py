@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..int8 import Int8
 from . import native
 from .native import KINDS, LANES
 
@@ -40,17 +41,16 @@ class Layer(ctypes.Structure):
 
 def readable(W: Any) -> bool:
     """Can the compiled functions read this matrix, whose last axis is the one that is summed over?"""
-    return (
-        isinstance(W, Tensor)
-        and W.dtype in DTYPES
-        and W.device.type == "cpu"
-        and W.shape[-1] % LANES == 0
-        and W.is_contiguous()
-    )
+    if isinstance(W, Int8):
+        return W.device.type == "cpu" and W.codes_nm.is_contiguous() and W.scale_ns.is_contiguous()
+    in_memory = isinstance(W, Tensor) and W.device.type == "cpu" and W.is_contiguous()
+    return in_memory and W.dtype in DTYPES and W.shape[-1] % LANES == 0
 
 
-def matrix(W: Tensor) -> Matrix:
+def matrix(W: Tensor | Int8) -> Matrix:
     """A readable matrix; it must outlive what is returned."""
+    if isinstance(W, Int8):
+        return Matrix(KINDS["int8"], W.codes_nm.data_ptr(), W.scale_ns.data_ptr())
     return Matrix(DTYPES[W.dtype], W.data_ptr(), None)
 
 
@@ -68,13 +68,21 @@ def linear_takes(x: Tensor, W_nm: Any) -> bool:
     )
 
 
-def linear(x: Tensor, W_nm: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`torch.nn.functional.linear`: sums in float32, the result in x's dtype, or in another."""
+def linear(x: Tensor, W_nm: Tensor | Int8) -> Tensor:
+    """`torch.nn.functional.linear`: sums in float32, the result in x's dtype."""
     n, m = W_nm.shape
     rows = x.reshape(-1, m).float().contiguous()
     y = torch.empty(len(rows), n)
     native.call("tpa_linear", ctypes.byref(matrix(W_nm)), rows, y, len(rows), n, m)
-    return y.view(*x.shape[:-1], n).to(dtype or x.dtype)
+    return y.view(*x.shape[:-1], n).to(x.dtype)
+
+
+def widened(W_nm: Int8, first: int, last: int) -> Tensor:
+    """Some rows of a readable matrix as numbers."""
+    rows = torch.empty(last - first, W_nm.shape[1], dtype=W_nm.dtype)
+    codes, scale = W_nm.codes_nm[first:last], W_nm.scale_ns[first:last]
+    native.call("tpa_widen", codes, scale, DTYPES[W_nm.dtype], rows, rows.numel())
+    return rows
 
 
 # ---- a layer ----

@@ -131,6 +131,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     arguments = {
         "tpa_linear": [pointer] * 3 + [whole] * 4,
+        "tpa_widen": [pointer, pointer, whole, pointer, whole, whole],
         "tpa_before": [pointer] * 3 + [whole] + [pointer] * 3 + [whole] * 3,
         "tpa_after": [pointer] * 4 + [whole] * 2,
         "tpa_turn": [pointer, whole, pointer, whole, pointer] + [whole] * 5,

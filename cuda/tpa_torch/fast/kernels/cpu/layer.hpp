@@ -17,18 +17,6 @@ constexpr int64_t ENOUGH = 1 << 15;  // weights from which on a further thread s
 
 inline int64_t team(int64_t weights, int64_t threads) { return std::min(threads, 1 + weights / ENOUGH); }
 
-inline F read(const uint8_t* p, int64_t kind, int64_t j) {
-    return kind == F32 ? load((const float*)p + j) : load_bf16((const uint16_t*)p + j);
-}
-
-inline void write(uint8_t* p, int64_t kind, int64_t j, F x) {
-    if (kind == F32) return save((float*)p + j, x);
-    float numbers[W];
-    save(numbers, x);
-    for (int i = 0; i < W; i++)  // rounding would make an infinity, or a number, of some NaN
-        ((uint16_t*)p)[j + i] = numbers[i] == numbers[i] ? to_bf16(numbers[i]) : 0x7fc0;
-}
-
 void read_all(const uint8_t* p, int64_t kind, float* x, int64_t count) {
     for (int64_t j = 0; j < count; j += W) save(x + j, read(p, kind, j));
 }

@@ -15,6 +15,19 @@ struct Matrix {  // [n,m], row behind row; scale: of int8, in float16, [n,m / 32
     const uint16_t* scale;
 };
 
+// Numbers j ... j + 15 of an array in float32 or bfloat16.
+inline F read(const uint8_t* p, int64_t kind, int64_t j) {
+    return kind == F32 ? load((const float*)p + j) : load_bf16((const uint16_t*)p + j);
+}
+
+inline void write(uint8_t* p, int64_t kind, int64_t j, F x) {
+    if (kind == F32) return save((float*)p + j, x);
+    float numbers[W];
+    save(numbers, x);
+    for (int i = 0; i < W; i++)  // rounding would make an infinity, or a number, of some NaN
+        ((uint16_t*)p)[j + i] = numbers[i] == numbers[i] ? to_bf16(numbers[i]) : 0x7fc0;
+}
+
 // Some rows of a matrix; scales: theirs, in float32.
 template <Kind KIND> struct Strip {
     const uint8_t* at;
@@ -69,6 +82,14 @@ void multiply(const Matrix& matrix, const float* x, float* y, int64_t rows, int6
 }  // namespace
 
 extern "C" {
+
+// int8 weights, whole groups of them, as float32 or bfloat16.
+void tpa_widen(const uint8_t* codes, const uint16_t* scale, int64_t kind, uint8_t* out, int64_t count, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t group = 0; group < count / SHARE; group++)
+        for (int64_t i = group * SHARE; i < (group + 1) * SHARE; i += W)
+            write(out, kind, i, times(load_int8((const int8_t*)codes + i), all(from_half(scale[group]))));
+}
 
 // y[r,n] = sum_m x[r,m] W[n,m], x and y in float32.
 void tpa_linear(const Matrix* weights, const float* x, float* y, int64_t rows, int64_t n, int64_t m, int64_t threads) {
