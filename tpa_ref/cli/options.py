@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..compress.config import DEFAULT_CONTEXT, FORM, KV_DTYPES, MODES, TPAConfig
+from ..compress.config import DEFAULT_CONTEXT, FORM, KV_DTYPES, MODES, PREFER, TPAConfig
 from ..compress.plan import check_bounds
 from ..errors import TPAError
 from ..files.found import Found
@@ -97,13 +97,14 @@ def shared_parser(description: str | None) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"tpa-gemma3 {__version__}")
     add_model_options(parser)
-    option = parser.add_argument_group("TPA (nothing given: --rate 2.6, spectral latent, 6x smaller)").add_argument
+    option = parser.add_argument_group("TPA (nothing given: --rate 3, spectral, 5x smaller)").add_argument
     option("--rate", type=float, metavar="BITS", help="bits per number of dense K and V, in (0, 8]")
     option("--kv-budget", type=float, metavar="X", help="plan: at least X times smaller than windowed")
     option("--max-kl", type=float, metavar="NATS", help="plan: at most this KL to the dense model")
     option("--holdout", metavar="FILE", help="text --max-kl is measured on (default: the shipped one)")
     option("--sinks", type=int, metavar="N", help="first tokens that converted layers keep exactly")
     option("--recent", type=int, default=0, metavar="N", help="newest tokens that they keep exactly")
+    option("--prefer", choices=PREFER, help="speed (default): K in two bands, decodes fast; size: fewer bytes, slower")
     option("--predict", action=argparse.BooleanOptionalAction, help=PREDICT)
     option("--mode", choices=tuple(MODES), help="for K and V, instead of a rate")
     option("--k-mode", choices=tuple(MODES))
@@ -148,7 +149,7 @@ def wants_plan(args: argparse.Namespace) -> bool:
 
 def tpa_config(args: argparse.Namespace) -> TPAConfig:
     """The TPAConfig that the options mean."""
-    names = [*FORM, "q_rank", "layers", "rate", "sinks", "recent", "predict", "context"]
+    names = [*FORM, "q_rank", "layers", "rate", "sinks", "recent", "predict", "prefer", "context"]
     chosen = {name: getattr(args, name) for name in names}
     if wants_plan(args):
         given = [name for name in (*FORM, "rate") if chosen[name] is not None]

@@ -11,6 +11,7 @@ from typing import Any
 from ..atomic import replacing
 from ..compress.config import widths_of
 from ..core.mode import Mode
+from ..core.banded import Banded
 from ..core.pair import Joint
 from ..errors import TPAError
 from ..files.pairs import describe
@@ -53,6 +54,11 @@ def _describe_pair(pair: Any) -> str:
         return "K and V follow from the token, nothing is stored"
     if isinstance(pair, Joint):
         return f"K and V {_describe_mode(pair.k, 2)}"
+    if isinstance(pair, Banded):
+        (fast, slow), (last,) = pair.k.strings, pair.v.strings  # type: ignore[attr-defined]
+        numbers, bits = pair.k.g * pair.k.d, sum(pair.k.widths) + sum(pair.v.widths)  # type: ignore[attr-defined]
+        coded = f"{fast} + {slow} of {numbers} coefficients of K (fast pairs, slow ones) and {last} of V coded"
+        return f"banded, {bits / (2 * numbers):.2f} bits/number; {coded}"
     return f"K {_describe_mode(pair.k)}, V {_describe_mode(pair.v)}"
 
 

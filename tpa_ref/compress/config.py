@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.banded import STRINGS
 from ..core.mode import MODES
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 
 KV_DTYPES = ("float32", "bfloat16", "int8", "int4")
-DEFAULT_RATE = 2.6  # bits per number: KL is at most .005 on the real Gemma 3 270M (docs/quality.md)
+DEFAULT_RATE = 3.0  # bits per number: KL is at most .005 on the real Gemma 3 270M (docs/quality.md)
+PREFER = ("speed", "size")
 MAX_RATE = 8
 DEFAULT_CONTEXT = 32_768  # where bytes are compared, or the model's positions if they are fewer
 DEFAULT_SINKS = 1
@@ -71,29 +73,41 @@ class Spectral:
     """Coefficients with a width of their own each.
 
     rate: mean bits per number of dense K and V, in (0, 8]. k: K by itself, of fixed rank, so that the rate is V's
-    alone: the fast cache, since nothing costs more time than K that must be rebuilt. predict: code only what the
-    tokens do not predict; None: where calibration has measured that. widths: the bits of each coefficient that
-    has any, strongest first, once they are chosen for a layer.
+    alone. predict: code only what the tokens do not predict; None: where calibration has measured that. widths: the
+    bits of each coefficient that has any, strongest first, once they are chosen for a layer. prefer: "speed" (K in two
+    bands, `core.banded`) or "size" (K and V as one vector). strings: the widths of fast K, slow K and V, for "speed".
     """
 
     rate: float = DEFAULT_RATE
     k: Side | None = None
     predict: bool | None = None
     widths: tuple[int, ...] = ()
+    prefer: str = PREFER[0]
+    strings: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        known = isinstance(self.widths, tuple) and set(map(type, self.widths)) <= {int}  # thousands, in every trial
-        if (
-            not known
-            or not set(self.widths) <= set(range(1, MAX_RATE + 1))
-            or list(self.widths) != sorted(self.widths, reverse=True)
-        ):
-            raise TPAError(f"tpa config: widths must fall from at most {MAX_RATE} to 1, got {self.widths!r:.60}")
+        if len(self.strings) not in (0, STRINGS) or (self.strings and not self.banded):
+            raise TPAError(f"tpa config: {STRINGS} strings of widths belong to prefer 'speed', got {self!r:.80}")
+        for widths in (self.widths, *self.strings):
+            known = isinstance(widths, tuple) and set(map(type, widths)) <= {int}  # thousands, in every trial
+            falls = known and list(widths) == sorted(widths, reverse=True)
+            if not falls or not set(widths) <= set(range(1, MAX_RATE + 1)):
+                raise TPAError(f"tpa config: widths must fall from at most {MAX_RATE} to 1, got {widths!r:.60}")
+
+    @property
+    def banded(self) -> bool:
+        """Is K coded in two bands, with V behind it?"""
+        return self.prefer == PREFER[0] and self.k is None and not self.predict and not self.widths
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The widths of all coefficients."""
+        return self.widths or sum(self.strings, ())
 
     def resolved(self, config: GemmaConfig, notes: list[str]) -> Spectral:
         most = exact_rank("latent", config) * (1 if self.k else 2)
-        if len(self.widths) > most:
-            raise TPAError(f"tpa config: at most {most} coefficients have a width, got {len(self.widths)}")
+        if len(self.given) > most:
+            raise TPAError(f"tpa config: at most {most} coefficients have a width, got {len(self.given)}")
         if self.k is None:
             return self
         rank = exact_rank(self.k.mode, config) if self.k.rank is None else self.k.rank
@@ -108,7 +122,7 @@ Choice = FixedRank | Spectral
 
 @dataclass(frozen=True)
 class TPAConfig:
-    """How to convert a model. Nothing given: the spectral cache at 2.6 bits a number, 6x smaller than bfloat16.
+    """How to convert a model. Nothing given: the spectral cache at 3 bits a number, 5x smaller than bfloat16.
 
     rate: mean bits per number of dense K and V, in (0, 8]: `Spectral`. With a k_mode other than latent (k_rank, default
     exact; k_dtype, default int8) it is V's alone.
@@ -122,7 +136,10 @@ class TPAConfig:
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
     sinks: how many first tokens are kept exactly, in bfloat16 (default: 1, BOS, with a rate, else none). recent: how
     many of the newest the global layers keep so (default: none).
-    predict: whether a spectral cache codes only what the tokens do not predict; default: where calibration measured it.
+    prefer: of a spectral cache. "speed", the default: K in two bands, so that a query need not wait for K to be
+    rebuilt. "size": K and V as one vector, and what tokens predict of them not coded: fewer bytes at an equal loss.
+    predict: whether a spectral cache codes only what the tokens do not predict; default: with prefer "size", where
+    calibration measured it.
     per_layer: the complete choice, one `FixedRank`, `Spectral` with widths, or None (dense) a layer.
 
     >>> TPAConfig(k_rank=2, v_rank=2).choice.k.mode
@@ -145,8 +162,10 @@ class TPAConfig:
     sinks: int | None = None
     recent: int = 0
     predict: bool | None = None
+    prefer: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_one_of("prefer", PREFER)
         for name in ("mode", "k_mode", "v_mode"):
             self._check_one_of(name, tuple(MODES))
         for name in ("kv_dtype", "k_dtype", "v_dtype"):
@@ -159,6 +178,10 @@ class TPAConfig:
             raise TPAError(f"tpa config: predict must be true, false or not given, got {self.predict!r}")
         if self.predict and not self.spectral:
             raise TPAError("tpa config: only a spectral cache is predicted from tokens, so predict wants a rate")
+        if self.predict and self.prefer == "speed":
+            raise TPAError(
+                "tpa config: what is predicted from tokens must be rebuilt, so predict excludes prefer 'speed'"
+            )
         if self.rate is not None:
             self._check_rate(self.rate)
         for choice in self.per_layer or ():
@@ -206,9 +229,10 @@ class TPAConfig:
             raise TPAError(f"tpa config: must be a TPAConfig, FixedRank, Spectral or None, got {choice!r:.60}")
         if not isinstance(choice, Spectral):
             return cls(**side_keywords(choice))
-        if choice.widths:
+        if choice.given:
             raise TPAError(f"tpa config: widths are those of one layer, so they go into per_layer, got {choice!r:.80}")
-        return cls(rate=choice.rate, predict=choice.predict, **side_keywords(choice))
+        prefer = None if choice.predict else choice.prefer
+        return cls(rate=choice.rate, predict=choice.predict, prefer=prefer, **side_keywords(choice))
 
     @property
     def spectral(self) -> bool:
@@ -223,7 +247,8 @@ class TPAConfig:
         if self.spectral:
             alone = self.rate is not None and self.k_mode not in (None, "latent")
             k = Side(str(self.k_mode), self.k_rank, self.k_dtype or "int8") if alone else None
-            return Spectral(self.rate or DEFAULT_RATE, k, self.predict)
+            prefer = "size" if self.predict else self.prefer or PREFER[0]
+            return Spectral(self.rate or DEFAULT_RATE, k, self.predict, prefer=prefer)
         ranks_given = self.k_rank is not None or self.v_rank is not None
         mode = self.mode or ("contextual" if ranks_given else "latent")
         dtype = self.kv_dtype or "bfloat16"
@@ -289,10 +314,16 @@ def side_keywords(choice: Choice | None) -> dict[str, Any]:
 
 
 def choice_to_dict(choice: Choice) -> dict[str, Any]:
-    """One entry a side, {k_mode, k_rank, k_dtype, k_widths, v_...}; "shared": V's coefficients are those of K."""
+    """One entry a side, {k_mode, k_rank, k_dtype, k_widths, v_...}; "shared": V's coefficients are those of K. Of a
+    banded choice the widths are a list of counts for each string.
+    """
     none: list[int] = []
     if isinstance(choice, FixedRank):
         sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
+    elif choice.banded:
+        counts = [width_counts(widths) for widths in choice.strings]
+        ranks = [sum(map(len, choice.strings[:-1])), sum(map(len, choice.strings[-1:]))]
+        sides = [("banded", rank, "spectral", x) for rank, x in zip(ranks, (counts[:-1], counts[-1:]), strict=True)]
     else:
         coded = ("latent", len(choice.widths), "spectral", width_counts(choice.widths))
         shared = (*coded[:2], "shared", none)
@@ -306,9 +337,12 @@ def choice_from_dict(entry: dict[str, Any], rate: float, predict: bool | None) -
     (format 2) count as one choice of K's.
     """
     k, v = (Side(entry[f"{side}_mode"], entry[f"{side}_rank"], entry[f"{side}_dtype"]) for side in "kv")
-    k_widths, v_widths = (widths_of(entry.get(f"{side}_widths", ())) for side in "kv")
+    found = [entry.get(f"{side}_widths", ()) for side in "kv"]
+    if k.mode == "banded":
+        return Spectral(rate, None, predict, strings=tuple(widths_of(counts) for counts in [*found[0], *found[1]]))
+    k_widths, v_widths = map(widths_of, found)
     if k.dtype == "spectral":
-        return Spectral(rate, None, predict, k_widths)
+        return Spectral(rate, None, predict, k_widths, "size")
     if v.dtype == "spectral":
         return Spectral(rate, k, predict, v_widths)
     return FixedRank(k, v)

@@ -15,8 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from ..core import codes
+from ..core.banded import band_features
 from ..core.mode import Mode
-from ..core.transform import Spectrum, loss, moment_from_weights, shrunk, spectrum, truncate_query_heads
+from ..core.rope import frequencies
+from ..core.transform import (
+    Spectrum,
+    loss,
+    moment_from_weights,
+    shrunk,
+    spectrum,
+    successive,
+    truncate_query_heads,
+)
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 from ..gemma.token_vectors import id_dtype
@@ -82,9 +93,23 @@ class Conversion:
 
     def find_spectra(self, progress: Callable = iter) -> None:
         """The transforms of all layers that have a rate."""
+        self.guess_strings()
         for layer in progress(self.spectral):
             if not self.store.has("spectrum", layer):
                 self.store.put("spectrum", layer, self.spectrum(layer))
+
+    def guess_strings(self) -> None:
+        """The bits of banded layers, as if all that is decoded were exact: what is left of V, and of slow K, depends on
+        the bits of what stands before.
+        """
+        choices = self.converted.choices
+        asked = [layer for layer in self.spectral if choices[layer].banded]
+        if not asked or self.converted.tpa.per_layer is not None:
+            return
+        found = {layer: self.spectrum(layer)["variance"] for layer in asked}
+        for layer, choice in enumerate(allocated(self.config, self.converted.tpa, found)):
+            if choice is not None:
+                choices[layer] = choice
 
     def finished(self, layer: int) -> None:
         """A layer is converted."""
@@ -95,7 +120,7 @@ class Conversion:
         if token_prediction.knows(layer, self.converted.tpa, self.config, self.converted.choices[layer]):
             return first_layer(self.converted)
         text = of_tokens(self.converted.tpa, self.moments)
-        found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text)
+        found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text, self.thetas(layer))
         arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
         if found.predictor_zgd is not None:
             arrays["predictor"] = found.predictor_zgd
@@ -129,9 +154,15 @@ class Conversion:
             A_rh, W_rdm, _ = truncate_query_heads(model.to_numpy(model.weights.layers[layer].WQ_hdm), q_rank)
             model.query_factors[layer] = model.array(A_rh), model.array(W_rdm)
 
+    def thetas(self, layer: int) -> np.ndarray:
+        """RoPE's frequencies in a layer."""
+        return frequencies(self.config.head_dim, *self.config.rope(self.config.is_global[layer]))
+
     def spectral_pair(self, layer: int, choice: Spectral) -> Any:
-        """K and V as one vector, or V alone beside a K of fixed rank."""
+        """K in two bands with V behind it, K and V as one vector, or V alone beside a K of fixed rank."""
         model, arrays, g = self.converted, self.store.get("spectrum", layer), self.config.num_kv_heads
+        if choice.banded:
+            return model.Banded(*(self.banded(arrays, choice, side, self.thetas(layer)) for side in "kv"))
         if choice.k is None:
             return model.Joint(*(self.coded(arrays, choice, at) for at in (slice(0, g), slice(g, None))))
         moments = self.moments_of(layer, FixedRank(choice.k, choice.k)).sides[0]
@@ -148,6 +179,24 @@ class Conversion:
         constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
         (g, d), lost = kept["mean"].shape, loss([arrays["variance"]], rank)
         return model.CodedLatent(g, d, rank, "spectral", lost, widths=choice.widths, **constants)
+
+    def banded(self, arrays: dict[str, np.ndarray], choice: Spectral, side: str, theta_p: np.ndarray) -> Mode:
+        """K, or V behind it, with the coefficients that have any bits."""
+        model, g = self.converted, self.config.num_kv_heads
+        starts = np.cumsum([0, *string_sizes(self.config, theta_p)])
+        rows = [start + np.arange(len(widths)) for start, widths in zip(starts, choice.strings, strict=False)]
+        own, heads = (rows[:-1], slice(0, g)) if side == "k" else (rows[-1:], slice(g, None))
+        read = np.concatenate(rows[:-1] if side == "k" else rows)
+        kept = {"basis": arrays["basis"][read, heads], "encoder": arrays["encoder"][np.concatenate(own), heads]}
+        kept |= {"mean": arrays["mean"][heads]} | ({"theta": theta_p} if side == "k" else {})
+        constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
+        strings = choice.strings[:-1] if side == "k" else choice.strings[-1:]
+        rank, before = sum(map(len, strings)), len(read) - sum(map(len, strings))
+        lost = loss(np.split(arrays["variance"], starts[1:-1]), rank)
+        sizes: dict[str, Any] = {"strings": tuple(map(len, strings)), "before": before}
+        return model.BandedLatent(
+            g, self.config.head_dim, rank, "spectral", lost, widths=sum(strings, ()), **sizes, **constants
+        )
 
     def fitted(self, side: Side, moments: SideMoments) -> Mode:
         """How K (or V) of one layer is cached by itself."""
@@ -199,13 +248,35 @@ def moments_from_weights(model: Any, layer: int, choice: Choice | None = None) -
     return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
 
 
-def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments | None = None) -> Spectrum:
+def string_sizes(config: GemmaConfig, theta_p: np.ndarray) -> list[int]:
+    """How many numbers of a token fast K, slow K and V have."""
+    fast, slow = band_features(theta_p)
+    return [config.num_kv_heads * n for n in (len(fast), len(slow), config.head_dim)]
+
+
+def banded_spectrum(moments: LayerMoments, strings: tuple[tuple[int, ...], ...], theta_p: np.ndarray) -> Spectrum:
+    """The transform of fast K, slow K behind it, and V behind both. strings: their widths; none: as if exact."""
+    g, d = len(moments.mean_gd) // 2, len(theta_p) * 2
+    index_gd = np.arange(g * d).reshape(g, d)
+    blocks = [index_gd[:, band].reshape(-1) for band in band_features(theta_p)] + [g * d + np.arange(g * d)]
+    distortions = [np.full(len(block), 0.0 if not strings else 1.0) for block in blocks[:-1]]
+    for D_s, widths in zip(distortions, strings, strict=False):
+        D_s[: len(widths)] = codes.DISTORTION[np.array(widths, int)]
+    return successive(moments.M_gdgd, moments.mean_gd, moments.F, blocks, distortions)
+
+
+def layer_spectrum(
+    moments: LayerMoments, choice: Spectral, text: TokenMoments | None = None, theta_p: np.ndarray | None = None
+) -> Spectrum:
     """The spectral transform of K and V of one layer, or of V alone.
 
-    text: moments of the token vectors, where K and V are predicted from them.
+    text: moments of the token vectors, where K and V are predicted from them. theta: RoPE's frequencies, for bands.
     """
     F_k, F_v = (None if F_gdgd is None else shrunk(F_gdgd) for F_gdgd in moments.F)
     moments = replace(moments, F=(F_k, F_v))
+    if choice.banded:
+        assert theta_p is not None
+        return banded_spectrum(moments, choice.strings, theta_p)
     if choice.k is not None:
         V = moments.sides[1]
         return spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
@@ -218,7 +289,8 @@ def layer_spectrum(moments: LayerMoments, choice: Spectral, text: TokenMoments |
 def predicts(tpa: TPAConfig, config: GemmaConfig) -> bool:
     """Are K and V to be predicted from the tokens?"""
     choice = tpa.choice
-    return isinstance(choice, Spectral) and choice.k is None and token_prediction.wanted(tpa.predict, config)
+    joint = isinstance(choice, Spectral) and choice.k is None and not choice.banded
+    return joint and token_prediction.wanted(tpa.predict, config)
 
 
 def of_tokens(tpa: TPAConfig, moments: Any) -> TokenMoments | None:
@@ -226,8 +298,8 @@ def of_tokens(tpa: TPAConfig, moments: Any) -> TokenMoments | None:
     found = moments.of_tokens if moments else None
     if tpa.predict and found is None:
         raise TPAError("convert: predict wants moments of the tokens: calibrate on a text, with predict=True")
-    alone = isinstance(tpa.choice, Spectral) and tpa.choice.k is not None
-    return None if tpa.predict is False or alone else found
+    joint = isinstance(tpa.choice, Spectral) and tpa.choice.k is None and not tpa.choice.banded
+    return None if tpa.predict is False or not joint else found
 
 
 def allocated(
@@ -240,15 +312,33 @@ def allocated(
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
     layers, choice = sorted(variances), tpa.choice
     assert isinstance(choice, Spectral)
-    entries = [config.slots(layer, context) for layer in layers]
-    numbers = sum(entries) * (2 if choice.k is None else 1) * config.num_kv_heads * config.head_dim
-    text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
-    coded = [held for held, layer in zip(entries, layers, strict=True) if len(variances[layer])]
-    bits = choice.rate * numbers - text - 8 * sum(coded)  # every token has a byte for its scale
-    widths = allocate_bits([variances[layer] for layer in layers], entries, max(0, bits))
-    given = {layer: tuple(width for width in found if width) for layer, found in zip(layers, widths, strict=True)}
-    choices, _ = tpa.resolve(config)
-    return tuple(
-        replace(choice, widths=given[layer]) if isinstance(choice, Spectral) else None
-        for layer, choice in enumerate(choices)
+    numbers = (
+        sum(config.slots(layer, context) for layer in layers)
+        * (2 if choice.k is None else 1)
+        * config.num_kv_heads
+        * config.head_dim
     )
+    text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
+    strings = [(layer, part) for layer in layers for part in parts_of(config, choice, layer, variances[layer])]
+    held = [config.slots(layer, context) for layer, _ in strings]
+    bits = choice.rate * numbers - text - 8 * sum(n for n, (_, part) in zip(held, strings, strict=True) if len(part))
+    widths = allocate_bits([part for _, part in strings], held, max(0, bits))  # 8: a string has a byte for its scale
+    given: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
+    for (layer, _), found in zip(strings, widths, strict=True):
+        given[layer].append(tuple(width for width in found if width))
+    choices, _ = tpa.resolve(config)
+    return tuple(with_widths(asked, given[layer]) if asked else None for layer, asked in enumerate(choices))
+
+
+def parts_of(config: GemmaConfig, choice: Spectral, layer: int, variance_s: np.ndarray) -> list[np.ndarray]:
+    """The variances of each string of codes of a layer."""
+    if not choice.banded:
+        return [variance_s]
+    theta_p = frequencies(config.head_dim, *config.rope(config.is_global[layer]))
+    return np.split(variance_s, np.cumsum(string_sizes(config, theta_p))[:-1])
+
+
+def with_widths(choice: Choice, widths: list[tuple[int, ...]]) -> Choice:
+    """A choice with the widths of its strings."""
+    assert isinstance(choice, Spectral)
+    return replace(choice, strings=tuple(widths)) if choice.banded else replace(choice, widths=widths[0])

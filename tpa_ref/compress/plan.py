@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.cache import Exact, cache_bytes
 from ..core.mode import MODES
+from ..core.banded import Banded, BandedLatent
 from ..core.pair import Joint, Pair
 from ..core.spectral import CodedLatent
 from ..errors import TPAError
@@ -25,8 +26,8 @@ from ..gemma.config import GemmaConfig
 from ..gemma.memory import full_bytes, windowed_bytes
 from ..gemma.token_vectors import id_dtype
 from .bits import damage, gaussian_bound
-from .config import DEFAULT_CONTEXT, MAX_RATE, Spectral, TPAConfig
-from .convert import Conversion, allocated, begin_conversion
+from .config import DEFAULT_CONTEXT, DEFAULT_RATE, MAX_RATE, Spectral, TPAConfig
+from .convert import Conversion, allocated, begin_conversion, parts_of
 from .evaluate import evaluate
 from .moments import Moments
 from .store import Memory
@@ -84,7 +85,7 @@ class Plan:
             "chosen": vars(self.chosen),
             "bound_damage": self.bound_damage,
             "trials": [vars(trial) for trial in self.trials],
-            "bits_per_token": [sum(choice.widths) if isinstance(choice, Spectral) else None for choice in per_layer],
+            "bits_per_token": [sum(choice.given) if isinstance(choice, Spectral) else None for choice in per_layer],
             "config": self.config.to_dict(),
         }
 
@@ -120,7 +121,8 @@ def make_plan(
     none, the one of the budget. base: layers, sinks and newest tokens to plan with. progress: wraps the trials.
     """
     check_bounds(kv_budget, max_kl, context, holdout)
-    curve = Curve(model, moments, replace(base or TPAConfig(rate=1.0), context=context, per_layer=None), context)
+    near = DEFAULT_RATE if kv_budget is None else min(MAX_RATE, 16 / kv_budget)  # bits of slow K and V hang on it
+    curve = Curve(model, moments, replace(base or TPAConfig(), rate=near, context=context, per_layer=None), context)
     budget_rate = None if kv_budget is None else curve.largest_rate("ratio_vs_windowed", kv_budget)
     if kv_budget is not None and budget_rate is None:
         raise TPAError(
@@ -207,7 +209,7 @@ class Curve:
         pairs = [planned_pair(choice, shape, layer in self.predicted, layer in known) for layer, choice in choices]
         exact, ids = Exact(*config.exact_tokens), id_dtype(shape.vocab_size)
         held = cache_bytes(pairs, shape.windows, context, exact=exact, ids=ids)
-        predicted = damage(list(self.variances.values()), widths(config))
+        predicted = damage(self.parts(), widths(config))
         return Trial(rate, held, windowed_bytes(shape, context) / held, full_bytes(shape, context) / held, predicted)
 
     def measured(self, rate: float, holdout: Any) -> Trial:
@@ -224,8 +226,17 @@ class Curve:
     def bound(self, rate: float) -> float:
         """The Gaussian rate-distortion bound of the damage with as many bits as a rate gives."""
         entries = [self.model_config.slots(layer, self.context) for layer in self.variances]
-        bits = sum(sum(given) * held for given, held in zip(widths(self.config(rate)), entries, strict=True))
+        config = self.config(rate)
+        choices = [choice for choice in config.per_layer or () if isinstance(choice, Spectral)]
+        bits = sum(sum(choice.given) * held for choice, held in zip(choices, entries, strict=True))
         return gaussian_bound(list(self.variances.values()), entries, bits)
+
+    def parts(self) -> list[np.ndarray]:
+        """The variances of all strings of codes."""
+        choice = self.base.choice
+        assert isinstance(choice, Spectral)
+        of_layers = (parts_of(self.model_config, choice, layer, x) for layer, x in self.variances.items())
+        return [part for parts in of_layers for part in parts]
 
     def largest_rate(self, figure: str, limit: float, steps: int = 24) -> float | None:
         """The largest rate at which a figure of its trial is at least `limit`, None where no rate is low enough. Every
@@ -243,8 +254,9 @@ class Curve:
 
 
 def widths(config: TPAConfig) -> list[tuple[int, ...]]:
-    """Bits of the coefficients that have any, for each converted layer of a plan."""
-    return [choice.widths for choice in config.per_layer or () if isinstance(choice, Spectral)]
+    """Bits of the coefficients that have any, for each string of codes of a plan."""
+    choices = [choice for choice in config.per_layer or () if isinstance(choice, Spectral)]
+    return [widths for choice in choices for widths in choice.strings or (choice.widths,)]
 
 
 class Trials(Conversion):
@@ -259,6 +271,13 @@ def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False, know
     g, d = config.num_kv_heads, config.head_dim
     if choice is None:
         return Pair.dense(g, d)
+    if choice.banded:
+        given = (choice.strings[:-1], choice.strings[-1:])
+        k, v = (
+            BandedLatent(g, d, sum(map(len, x)), "spectral", widths=sum(x, ()), strings=tuple(map(len, x)))
+            for x in given
+        )
+        return Banded(k, v)
     W, k_norm = (np.empty(0) if given else None for given in (predicted, known))
     coded = CodedLatent(g, d, len(choice.widths), "spectral", widths=choice.widths, predictor=W, k_norm=k_norm)
     if choice.k is None:
@@ -288,6 +307,6 @@ def table(found: Plan, config: GemmaConfig) -> str:
         if not isinstance(choice, Spectral):
             lines.append(f"{layer:>5} {kind:<7}{'dense':>7}")
             continue
-        bits, rank = sum(choice.widths), len(choice.widths)
+        bits, rank = sum(choice.given), len(choice.given)
         lines.append(f"{layer:>5} {kind:<7}{bits:>7}{bits / numbers:>13.2f}{rank:>7}")
     return "\n".join(lines)

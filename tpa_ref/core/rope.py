@@ -18,10 +18,18 @@ def rope_tables(
     >>> sin[0].round(4).tolist()
     [[0.0, 0.0], [0.8415, 0.01]]
     """
-    half = head_dim // 2
-    frequency = base ** (-np.arange(half) / half) / scale
-    angle = positions_bk[..., None] * frequency
+    angle = positions_bk[..., None] * frequencies(head_dim, base, scale)
     return np.cos(angle), np.sin(angle)
+
+
+def frequencies(head_dim: int, base: float, scale: float = 1.0) -> np.ndarray:
+    """theta of each pair, in radians a token: base^(-2i/d) / scale, [d/2].
+
+    >>> frequencies(4, 100).tolist()
+    [1.0, 0.1]
+    """
+    half = head_dim // 2
+    return base ** (-np.arange(half) / half) / scale
 
 
 def rotate(x_bkgd: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

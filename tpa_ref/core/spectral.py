@@ -57,11 +57,11 @@ class CodedLatent(Latent):
         return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
 
     def store(self, parts: Parts) -> Stored:
-        return {"C.codes": self.quantized(parts["C"])}
+        return {"C.codes": self.quantized(parts["C"], self.widths)}
 
-    def quantized(self, C_bks: np.ndarray) -> np.ndarray:
+    def quantized(self, C_bks: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
         """The bytes of each token, uint8 [b,k,bytes]."""
-        return self.codes.quantize(C_bks, self.widths)
+        return self.codes.quantize(C_bks, widths)
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
         return {"C": self.cast(self.codes.dequantize(stored["C.codes"], self.widths), dtype)}

@@ -7,6 +7,8 @@
    F^(1/2) Cov F^(1/2): there coefficients are uncorrelated, their variances are lambda_s, and an error of variance D in
    any of them costs D/2 nats, in whatever layer (the Karhunen-Loeve transform in the metric of the damage).
 3. How many bits does each deserve? Those that remove most damage for each stored byte (`compress.bits`).
+4. And if some numbers of x are to be decoded by themselves, for speed (`banded`)? Then they come first, and the others
+   are what is left of them when the first are known: a triangular transform, which codes as well (`successive`).
 
 x is K and V of a token side by side, all heads of both. F has no block between K and V: as measured, one adds nothing.
 Coefficients are divided by their standard deviation, so one table of levels per width serves all of them. Below are the
@@ -48,21 +50,97 @@ def spectrum(M_gdgd: np.ndarray, mean_gd: np.ndarray, F: Sequence[np.ndarray | N
     variance [g d].
     """
     g, d = mean_gd.shape
+    C_xx, F_xx = covariance(M_gdgd, mean_gd, F)
+    blocks = np.arange(g * d).reshape(len(F), -1)
+    roots = [symmetric_root(F_xx[np.ix_(block, block)]) for block in blocks]
+    root_xx, inverse_xx = (block_diagonal(each) for each in zip(*roots, strict=True))
+    encoder_sx, basis_sx, variance_s = decorrelated(C_xx, root_xx, inverse_xx)
+    return Spectrum(encoder_sx.reshape(-1, g, d), basis_sx.reshape(-1, g, d), mean_gd, variance_s)
+
+
+def covariance(
+    M_gdgd: np.ndarray, mean_gd: np.ndarray, F: Sequence[np.ndarray | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cov x and F, [x,x] each, in float64: no variance is quite zero, and F has no entries between its blocks."""
+    g, d = mean_gd.shape
     mean_x = mean_gd.reshape(-1).astype(np.float64)
     C_xx = M_gdgd.reshape(g * d, g * d).astype(np.float64) - np.outer(mean_x, mean_x)
-    root_xx, inverse_xx = np.zeros_like(C_xx), np.zeros_like(C_xx)
-    n = g * d // len(F)
+    n, of_blocks = g * d // len(F), []
     for index, F_gdgd in enumerate(F):
         at = slice(index * n, (index + 1) * n)
         C_xx[at, at] += FLOOR * max(np.trace(C_xx[at, at]) / n, 1e-30) * np.eye(n)
-        F_xx = np.eye(n) / np.trace(C_xx[at, at]) if F_gdgd is None else F_gdgd.reshape(n, n).astype(np.float64)
-        root_xx[at, at], inverse_xx[at, at] = symmetric_root(F_xx)
+        of_blocks.append(np.eye(n) / np.trace(C_xx[at, at]) if F_gdgd is None else F_gdgd.reshape(n, n))
+    return C_xx, block_diagonal(of_blocks)
+
+
+def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Square matrices along the diagonal of one.
+
+    >>> block_diagonal([np.ones((1, 1)), 2 * np.ones((1, 1))]).tolist()
+    [[1.0, 0.0], [0.0, 2.0]]
+    """
+    n = sum(map(len, blocks))
+    whole, start = np.zeros((n, n)), 0
+    for block in blocks:
+        whole[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return whole
+
+
+def decorrelated(
+    C_xx: np.ndarray, root_xx: np.ndarray, inverse_xx: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(encoder, basis [s,x], variances) of the coordinates in which x is uncorrelated and its damage is the sum of
+    squares; root, inverse: F^(1/2), F^(-1/2).
+    """
     values, U_xs = np.linalg.eigh(root_xx @ C_xx @ root_xx)
     variance_s = np.maximum(values[::-1], 1e-12 * max(values[-1], 1e-30))
     U_sx = fix_signs(U_xs[:, ::-1].T)
     deviation_s1 = np.sqrt(variance_s)[:, None]
-    encoder_sx, basis_sx = U_sx @ root_xx / deviation_s1, U_sx @ inverse_xx * deviation_s1
-    return Spectrum(encoder_sx.reshape(-1, g, d), basis_sx.reshape(-1, g, d), mean_gd, variance_s)
+    return U_sx @ root_xx / deviation_s1, U_sx @ inverse_xx * deviation_s1, variance_s
+
+
+def successive(
+    M_gdgd: np.ndarray,
+    mean_gd: np.ndarray,
+    F: Sequence[np.ndarray | None],
+    blocks: Sequence[np.ndarray],
+    distortions: Sequence[np.ndarray],
+) -> Spectrum:
+    """The same, block after block of the numbers of x, so that each can be decoded without those behind it.
+
+    1. Say so much of x is left: y, at first x - mean. Errors of earlier blocks are made, and the numbers R that are
+       still to come can mend some of what they cost: best are y_R + F_RR^-1 F_RA y_A in their place (A: all earlier).
+       An error that will be mended so costs only F_jj - F_jL F_LL^-1 F_Lj (L: all later numbers).
+    2. Coefficients c of block j are what `spectrum` makes of these; of their unit variance codes leave an error D.
+    3. What is decoded, c^, tells of all later numbers as well: their best prediction is P c^ with P = Cov(y, c). So
+       the basis is triangular, and left is y - B^T c^.
+
+    blocks: indices into x, flattened. distortions: D [s] of each block but the last; coefficients without bits have 1.
+    Shapes as in `spectrum`; coefficients come block by block.
+    """
+    g, d = mean_gd.shape
+    C_yy, F_xx = covariance(M_gdgd, mean_gd, F)
+    encoder_sx, basis_sx, variances = np.zeros_like(C_yy), np.zeros_like(C_yy), []
+    order, start = np.concatenate(blocks), 0
+    for block, D_s in zip(blocks, [*distortions, np.zeros(0)], strict=True):
+        before, end = order[:start], start + len(block)
+        rest, later = order[start:], order[end:]
+        mend_xy = np.zeros((len(block), len(order)))  # y -> what block j should be
+        mend_xy[:, before] = np.linalg.solve(F_xx[np.ix_(rest, rest)], F_xx[np.ix_(rest, before)])[: len(block)]
+        mend_xy[np.arange(len(block)), block] = 1
+        mended = F_xx[np.ix_(block, later)] @ np.linalg.solve(F_xx[np.ix_(later, later)], F_xx[np.ix_(later, block)])
+        roots = symmetric_root(F_xx[np.ix_(block, block)] - mended)
+        E_sx, B_sx, variance_s = decorrelated(mend_xy @ C_yy @ mend_xy.T, *roots)
+        at, start = slice(start, end), end
+        encoder_sx[at], basis_sx[at, block] = E_sx @ mend_xy, B_sx
+        variances.append(variance_s)
+        if len(later):
+            P_ys = C_yy @ encoder_sx[at].T
+            basis_sx[at, later] = P_ys[later].T
+            lost_yy = (P_ys * (1 - D_s)) @ basis_sx[at]
+            C_yy = C_yy - lost_yy - lost_yy.T + (basis_sx[at].T * (1 - D_s)) @ basis_sx[at]
+    return Spectrum(encoder_sx.reshape(-1, g, d), basis_sx.reshape(-1, g, d), mean_gd, np.concatenate(variances))
 
 
 def shrunk(F_gdgd: np.ndarray) -> np.ndarray:

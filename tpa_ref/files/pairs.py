@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..compress.config import KV_DTYPES, width_counts, widths_of
+from ..core.banded import STRINGS, BandedLatent
 from ..core.mode import MODES, Mode
 from ..core.pair import Joint
 from ..core.spectral import CodedLatent
@@ -27,7 +28,7 @@ def is_basis(name: str) -> bool:
     >>> is_basis("tpa.layers.0.k.basis"), is_basis("tpa.layers.0.q.A"), is_basis("model.norm.weight")
     (True, False, False)
     """
-    modes: list[type[Mode]] = [*MODES.values(), CodedLatent]
+    modes: list[type[Mode]] = [*MODES.values(), CodedLatent, BandedLatent]
     return name.startswith("tpa.") and any(name.rpartition(".")[2] in mode.constants for mode in modes)
 
 
@@ -42,7 +43,9 @@ def describe(pair: Any) -> list[dict[str, Any]]:
     entries = []
     for mode in pair.modes:
         entries.append({"mode": mode.name, "rank": mode.rank, "dtype": mode.dtype, "error": mode.error})
-        if mode.dtype == "spectral":
+        if isinstance(mode, BandedLatent):
+            entries[-1] |= {"widths": [width_counts(widths) for widths in mode.widths_of_strings]}
+        elif mode.dtype == "spectral":
             entries[-1] |= {"mode": "latent", "widths": width_counts(mode.widths)}
     if isinstance(pair, Joint):
         entries[1] |= {"dtype": "shared"}
@@ -66,6 +69,8 @@ def saved_pair(model_class: Any, entry: Any, tensors: Mapping[str, Any], config:
     k_entry, v_entry = entry
     if unknown := sorted((set(k_entry) | set(v_entry)) - ENTRY):
         raise TPAError(f"load: saved factors of layer {layer}: keys are {', '.join(sorted(ENTRY))}, got {unknown[0]!r}")
+    if "banded" in (k_entry["mode"], v_entry["mode"]):
+        return saved_banded(model_class, entry, tensors, config, layer)
     joint = v_entry["dtype"] == "shared"
     if joint and (v_entry["rank"], v_entry["mode"], k_entry["dtype"]) != (k_entry["rank"], "latent", "spectral"):
         raise TPAError(
@@ -79,6 +84,32 @@ def saved_pair(model_class: Any, entry: Any, tensors: Mapping[str, Any], config:
         for side, described in zip("kv", (k_entry, v_entry), strict=True)
     ]
     return (model_class.Joint if joint else model_class.Pair)(*sides)
+
+
+def saved_banded(model_class: Any, entry: Any, tensors: Mapping[str, Any], config: GemmaConfig, layer: int) -> Any:
+    """K in two bands, and V behind them."""
+    where = f"load: saved factors of layer {layer}"
+    if any((x["mode"], x["dtype"]) != ("banded", "spectral") for x in entry):
+        raise TPAError(f"{where}: a banded K and V belong together, got {entry[0]['mode']!r} and {entry[1]['mode']!r}")
+    widths = [[widths_of(counts) for counts in x["widths"]] for x in entry]
+    if [len(x) for x in widths] != [STRINGS - 1, 1]:
+        raise TPAError(f"{where}: banded K has {STRINGS - 1} strings of widths and V 1, got {[len(x) for x in widths]}")
+    modes, before, (g, d) = [], 0, (config.num_kv_heads, config.head_dim)
+    for side, described, strings in zip("kv", entry, widths, strict=True):
+        rank, flat, name = described["rank"], sum(strings, ()), f"tpa.layers.{layer}.{side}"
+        if rank != len(flat) or rank > g * d:
+            raise TPAError(
+                f"{where}: rank of {side} must be that of its {len(flat)} widths, at most {g * d}, got {rank!r}"
+            )
+        arrays: dict[str, Any] = {x: tensors.get(f"{name}.{x}") for x in BandedLatent.constants}
+        sizes: dict[str, Any] = {"widths": flat, "strings": tuple(map(len, strings)), "before": before}
+        modes.append(model_class.BandedLatent(g, d, rank, "spectral", float(described["error"]), **sizes, **arrays))
+        before = rank
+        if tensors:
+            check_arrays(modes[-1], name, 0)
+    if tensors and modes[0].theta is None:
+        raise TPAError(f"load: tpa.layers.{layer}.k.theta of banded is missing")
+    return model_class.Banded(*modes)
 
 
 def saved_mode(

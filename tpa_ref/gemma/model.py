@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core import divergence
 from ..core.attention import softmax
+from ..core.banded import Banded, BandedLatent
 from ..core.cache import Cache, Exact, WholeText
 from ..core.mode import MODES
 from ..core.norm import rms_norm
@@ -45,6 +46,7 @@ class Model:
 
     # this backend's
     Pair, Joint, CodedLatent, Positions, WholeText = Pair, Joint, CodedLatent, Positions, WholeText
+    Banded, BandedLatent = Banded, BandedLatent
     MODES: Any = MODES
     backward: Any = backward
     vision: Any = vision

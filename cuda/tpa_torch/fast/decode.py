@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..core.attention import split_heads
+from ..core.banded import Banded
 from ..core.cache import Segment
 from ..core.masks import MASKED
+from . import banded
 from .blocks import unless_all
 from .heads import heads
 from .kernels import native
@@ -38,7 +40,9 @@ def attend(Q_bqhd: Tensor, keys: Any, scale: float, scratch: Scratch) -> Tensor:
     q, g = Q_bqhd.shape[1], keys.segments[0].pair.k.g
     Q_bgxd = split_heads(Q_bqhd, g).permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scale
     partials = [
-        read_segment(Q_bgxd, Q_bqhd.dtype, segment, unless_all(keys, segment), q, scratch)
+        banded.read(Q_bgxd, Q_bqhd.dtype, segment, unless_all(keys, segment), keys.at, scratch)
+        if isinstance(segment.pair, Banded)
+        else read_segment(Q_bgxd, Q_bqhd.dtype, segment, unless_all(keys, segment), q, scratch)
         for segment in keys.segments
         if segment.positions_bk.shape[1]
     ]

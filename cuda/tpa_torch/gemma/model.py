@@ -25,8 +25,9 @@ from ..core.pair import Joint, Pair
 from ..fast import attend, graph, kernels, step
 from ..fast.int8 import Int8, wide
 from ..fast.linear import linear
+from ..fast.banded import Banded
 from ..fast.scratch import Scratch
-from ..fast.spectral import CodedLatent
+from ..fast.spectral import BandedLatent, CodedLatent
 from ..lasting import lasting
 from . import backward, vision
 from .mlp import mlp
@@ -40,6 +41,7 @@ class Model(reference.Model):
     """A Gemma 3 model on one device. `tpa` is None for the dense model; `convert` makes one with a TPA cache."""
 
     Pair, Joint, CodedLatent, Positions, WholeText = Pair, Joint, CodedLatent, Positions, WholeText
+    Banded, BandedLatent = Banded, BandedLatent
     MODES, backward, vision = MODES, backward, vision
 
     def __init__(self, *args: Any, **more: Any):

@@ -142,6 +142,8 @@ def loaded(path: Path) -> ctypes.CDLL:
         "tpa_quantize": [pointer] * 8 + [whole] * 5,
         "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer, pointer] + [whole] * 4,
         "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 6 + [whole] * 6,
+        "tpa_code_banded": [pointer] * 5 + [whole] * 2,
+        "tpa_attend_banded": [pointer] * 9 + [whole] * 4,
         "tpa_dot_rotated": [whole, pointer] + [whole] * 3 + [pointer, pointer, whole, pointer, pointer] + [whole] * 6,
     }
     for name, types in arguments.items():
@@ -287,14 +289,14 @@ def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- codes of a spectral cache ----
 
-_COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
+COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
 
 
 @lru_cache(maxsize=512)
 @lasting()
 def _coefficients(widths: tuple[int, ...]) -> Tensor:
     """Where the windows of each coefficient lie, as `codes.hpp` reads it; a tensor of bytes."""
-    found = np.zeros(len(widths), _COEFFICIENT)
+    found = np.zeros(len(widths), COEFFICIENT)
     found["width"] = widths
     found["row"][:, 0], found["row"][:, 1], found["shift"] = codes.places(widths)
     return torch.from_numpy(found.view(np.uint8).copy())
@@ -302,7 +304,7 @@ def _coefficients(widths: tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=1)
 @lasting()
-def _levels() -> tuple[Tensor, Tensor]:
+def levels_of_codes() -> tuple[Tensor, Tensor]:
     """The levels of every width and window in float32 and in bfloat16 [9,256]."""
     levels = torch.from_numpy(codes.LEVELS.copy())
     return levels, levels.bfloat16()
@@ -310,14 +312,14 @@ def _levels() -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 @lasting()
-def _scales() -> tuple[Tensor, Tensor]:
+def scales_of_codes() -> tuple[Tensor, Tensor]:
     """The scale of a token by its first byte, and what divides by it."""
     return torch.from_numpy(codes.SCALES.copy()), torch.from_numpy(1 / codes.SCALES)
 
 
 @lru_cache(maxsize=512)
 @lasting()
-def _trellis(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def trellis(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Width, reach and price of each coefficient (see `codes.choose_scales`)."""
     reach_s, price_s = codes.reach_and_price(widths)
     return torch.tensor(widths, dtype=torch.int32), torch.from_numpy(reach_s), torch.from_numpy(price_s)
@@ -332,10 +334,10 @@ def quantize(C_ks: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Coefficients [k,s] in float32 -> the bytes of each token, uint8 [k,bytes]."""
     assert C_ks.is_contiguous() and C_ks.dtype == torch.float32
     tokens, count = C_ks.shape
-    width, reach, price = _trellis(widths)
+    width, reach, price = trellis(widths)
     out = torch.empty(tokens, codes.packed_bytes(widths), dtype=torch.uint8)
-    scale, inverse = _scales()
-    arrays = C_ks, width, _levels()[0], scale, inverse, reach, price, out
+    scale, inverse = scales_of_codes()
+    arrays = C_ks, width, levels_of_codes()[0], scale, inverse, reach, price, out
     call("tpa_quantize", *arrays, tokens, count, out.shape[1], codes.FREE)
     return out
 
@@ -344,7 +346,18 @@ def levels(codes_bck: Tensor, widths: tuple[int, ...], out_bsk: Tensor) -> Tenso
     """Codes [b,bytes,k] -> coefficients [b,s,k]."""
     b, s, k = out_bsk.shape
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    call("tpa_levels", codes_bck, *strides, _coefficients(widths), _levels()[0], _scales()[0], out_bsk, b, s, k)
+    call(
+        "tpa_levels",
+        codes_bck,
+        *strides,
+        _coefficients(widths),
+        levels_of_codes()[0],
+        scales_of_codes()[0],
+        out_bsk,
+        b,
+        s,
+        k,
+    )
     return out_bsk
 
 
@@ -353,7 +366,7 @@ def weigh_codes(P_byk: Tensor, codes_bck: Tensor, widths: tuple[int, ...], round
     b, y, k = P_byk.shape
     Y_bys = torch.empty(b, y, len(widths))
     rounded = rounded and has_bf16_dot()
-    arrays = _coefficients(widths), *_levels(), _scales()[0], P_byk.contiguous(), Y_bys
+    arrays = _coefficients(widths), *levels_of_codes(), scales_of_codes()[0], P_byk.contiguous(), Y_bys
     strides = codes_bck.stride(0), codes_bck.stride(1)
     call("tpa_weigh_codes", codes_bck, *strides, *arrays, b, y, k, len(widths), int(rounded))
     return Y_bys

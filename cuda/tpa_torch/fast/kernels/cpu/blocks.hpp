@@ -17,6 +17,9 @@ struct InFloat32 {
     static F add_product(F total, const Unit* one, const Unit* sixteen) {
         return fma(all(*(const float*)one), load((const float*)sixteen), total);
     }
+    static F add_products(F total, const Unit* one, const Unit* two) {
+        return fma(load((const float*)one), load((const float*)two), total);
+    }
     static void put(Unit* to, int64_t i, float x) { std::memcpy(to + i, &x, 4); }
     static void save(Unit* to, F x) { ::save((float*)to, x); }
     template <class R> static void copy(Unit* to, const R& K, int64_t k, int64_t j) { save(to, K.numbers(k, j)); }
@@ -34,6 +37,9 @@ struct InBFloat16 {
     static constexpr int NUMBERS = 2;
     static F add_product(F total, const Unit* one, const Unit* sixteen) {
         return _mm512_dpbf16_ps(total, (__m512bh)_mm512_set1_epi32(int(*one)), (__m512bh)_mm512_loadu_si512(sixteen));
+    }
+    static F add_products(F total, const Unit* one, const Unit* two) {
+        return _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(one), (__m512bh)_mm512_loadu_si512(two));
     }
     static void put(Unit* to, int64_t i, float x) {
         const uint16_t rounded = to_bf16(x);

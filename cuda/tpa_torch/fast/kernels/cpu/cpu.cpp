@@ -7,7 +7,9 @@
 // cache. Letters as everywhere: b batch (or batch times heads), k keys, d head size, x or y queries, s coefficients.
 
 #include "attend.hpp"
+#include "banded.hpp"
 #include "codes.hpp"
+#include "coding.hpp"
 #include "layer.hpp"
 #include "rotated.hpp"
 #include "trellis.hpp"

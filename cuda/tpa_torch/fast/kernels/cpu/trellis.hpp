@@ -107,6 +107,20 @@ void best_path(const Trellis& t, const float* c, float* x, uint8_t* before, uint
     out[0] = uint8_t(window);
 }
 
+// First byte and windows [1 + R] -> the bytes of the token.
+void pack(const Trellis& t, const uint8_t* path, uint8_t* to, int64_t bytes) {
+    uint8_t* const end = to + bytes;
+    if (!bytes) return;
+    *to++ = path[0];
+    uint32_t string = 0;
+    int bits = 0;  // of it that are not written yet
+    for (int64_t s = 0; s < t.coefficients; s++) {
+        string = string << t.width[s] | (path[s + 1] & ((1u << t.width[s]) - 1)), bits += t.width[s];
+        if (bits >= 8) bits -= 8, *to++ = uint8_t(string >> bits);
+    }
+    if (to < end) *to = uint8_t(string << (8 - bits));
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,16 +136,8 @@ void tpa_quantize(const float* C, const int32_t* width, const float* tables, con
         std::vector<uint8_t> before(coefficients * (WINDOWS / 2)), path(1 + coefficients);
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < tokens; k++) {
-            uint8_t *to = out + k * bytes, *const end = to + bytes;
             best_path(t, C + k * coefficients, x.data(), before.data(), path.data());
-            *to++ = path[0];
-            uint32_t string = 0;
-            int bits = 0;  // of it that are not written yet
-            for (int64_t s = 0; s < coefficients; s++) {
-                string = string << width[s] | (path[s + 1] & ((1u << width[s]) - 1)), bits += width[s];
-                if (bits >= 8) bits -= 8, *to++ = uint8_t(string >> bits);
-            }
-            if (to < end) *to = uint8_t(string << (8 - bits));
+            pack(t, path.data(), out + k * bytes, bytes);
         }
     }
 }

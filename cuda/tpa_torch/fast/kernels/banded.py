@@ -1,0 +1,175 @@
+"""The compiled function that attends on banded codes (`cpu/banded.hpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core import codes
+from ...lasting import lasting
+from . import native
+
+TILES = 16  # of a stretch
+
+
+class Bands(ctypes.Structure):
+    """The fields of `struct Bands`; `held` are the arrays that they point to."""
+
+    SIZES = ("g", "d", "fast", "slow", "still", "fast_rank", "key_rank", "rank")
+    ARRAYS = (
+        "rebuild", "fast_mean", "absorb", "absorb_still", "tile_turns", "fast_turns", "node_turns", "still_turns",
+        "weights", "stretch_weights",
+    )  # fmt: skip
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("of", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ARRAYS),
+        ("columns", ctypes.c_int64),
+    )
+    held: Any = None
+    scale_rows: tuple[int, int, int] = (0, 0, 0)
+
+
+class Segment(ctypes.Structure):
+    """The fields of `struct Segment`."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_batch", ctypes.c_int64),
+        ("key_row", ctypes.c_int64),
+        ("value_batch", ctypes.c_int64),
+        ("value_row", ctypes.c_int64),
+        ("scale_rows", ctypes.c_int64 * 3),
+        ("scales", ctypes.c_void_p),
+        ("turns", ctypes.c_void_p),
+        ("seen", ctypes.c_void_p),
+        ("queries", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    )
+
+
+class Tables(ctypes.Structure):
+    """The fields of `struct Tables`."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("exact", "whole", "steps", "rounded"))
+    held: Any = None
+
+
+def bands(sizes: dict[str, int], arrays: dict[str, Tensor], modes: Any) -> Bands:
+    """A layer as the compiled function reads it."""
+    found, starts = [], []
+    for mode in modes:
+        start = 0
+        for widths, size in zip(mode.widths_of_strings, mode.string_bytes, strict=True):
+            of = np.zeros(len(widths), native.COEFFICIENT)
+            of["width"] = widths
+            at, after, of["shift"] = codes.places(widths)
+            of["row"][:, 0], of["row"][:, 1] = start + at, start + after
+            found.append(of)
+            starts.append(start)
+            start += size
+    held = {name: x.contiguous() for name, x in arrays.items()}
+    held["of"] = torch.from_numpy(np.concatenate(found).view(np.uint8).copy())
+    made = Bands(**sizes, **{name: x.data_ptr() for name, x in held.items()})
+    made.held, made.scale_rows = held, tuple(starts)
+    return made
+
+
+class Trellis(ctypes.Structure):
+    """The fields of `struct Trellis`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("width", "tables", "scale", "inverse", "reach", "price")),
+        ("coefficients", ctypes.c_int64),
+        ("free", ctypes.c_int64),
+    )
+
+
+class String(ctypes.Structure):
+    """The fields of `struct String`."""
+
+    _fields_ = (("trellis", Trellis), ("bytes", ctypes.c_int64))
+
+
+class Side(ctypes.Structure):
+    """The fields of `struct Side`; `held` are the arrays that they point to."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("strings", "before", "numbers", "bytes")),
+        ("of", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("mean", "encoder", "basis")),
+    )
+
+
+def coder(modes: Any) -> tuple[Any, Any]:
+    """K and V as the compiled function codes them: an array of two sides, and what they point to."""
+    levels, (scale, inverse), held, sides = native.levels_of_codes()[0], native.scales_of_codes(), [], []
+    for mode in modes:
+        strings = (String * len(mode.strings))()
+        for string, widths, size in zip(strings, mode.widths_of_strings, mode.string_bytes, strict=True):
+            width, reach, price = native.trellis(widths) if widths else (levels,) * 3
+            arrays = width, levels, scale, inverse, reach, price
+            string.trellis = Trellis(*(x.data_ptr() for x in arrays), len(widths), codes.FREE)
+            string.bytes = size
+            held.append(arrays)
+        constants = [x.float().contiguous() for x in (mode.mean, mode.encoder, mode.basis)]
+        sizes = len(strings), mode.before, mode.g * mode.d, sum(mode.string_bytes)
+        sides.append(Side(*sizes, ctypes.addressof(strings), *(x.data_ptr() for x in constants)))
+        held += [strings, constants]
+    return (Side * 2)(*sides), held
+
+
+def code(found: tuple[Any, Any], K_bkx: Tensor, V_bkx: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of K and of V of a few tokens, [b,k,bytes] each, from their numbers."""
+    sides, _ = found
+    K, V = (x.float().contiguous() for x in (K_bkx, V_bkx))
+    made = [torch.empty(*K.shape[:2], side.bytes, dtype=torch.uint8) for side in sides]
+    native.call("tpa_code_banded", ctypes.addressof(sides), K, V, *made, K.shape[0] * K.shape[1])
+    return made[0], made[1]
+
+
+@lru_cache(maxsize=1)
+@lasting()
+def tables() -> Tables:
+    """The levels of every width and window: in float32, as 16-bit numbers of steps, in bfloat16. Of 16 bits all low bytes
+    of a width come before its high ones.
+    """
+    exact, rounded = native.levels_of_codes()
+    steps = exact.abs().amax(1) / 32767
+    whole = (exact / steps.clamp(min=1e-30)[:, None]).round().to(torch.int16)
+    whole, rounded = (x.view(torch.uint8).unflatten(-1, (-1, 2)).mT.contiguous() for x in (whole, rounded))
+    made = Tables(exact.data_ptr(), whole.data_ptr(), steps.data_ptr(), rounded.data_ptr())
+    made.held = exact, whole, steps, rounded
+    return made
+
+
+def attend(
+    layer: Bands, codes_bck: list[Tensor], runs: Any, Q_bgxd: Tensor, seen_bqk: Tensor | None, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(largest logit, sum of exponentials [b,y], weighted sum of all coefficients [b,y,R]); y is (g, x)."""
+    (b, g, x, _), threads = Q_bgxd.shape, torch.get_num_threads()
+    keys, values = codes_bck
+    seen = None if seen_bqk is None else seen_bqk.expand(b, -1, -1).contiguous().view(torch.uint8)
+    scales = native.scales_of_codes()[0]
+    segment = Segment(
+        keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        (ctypes.c_int64 * 3)(*layer.scale_rows), scales.data_ptr(), runs.turns.data_ptr(),
+        None if seen is None else seen.data_ptr(), 1 if seen is None else seen.shape[1], keys.shape[-1],
+    )  # fmt: skip
+    Q = Q_bgxd.float().contiguous()
+    largest, total = torch.empty(b, threads, g * x), torch.empty(b, threads, g * x)
+    Y = torch.empty(b, threads, g * x, layer.rank)
+    structures = (ctypes.byref(structure) for structure in (layer, segment, tables()))
+    native.call(
+        "tpa_attend_banded", *structures, runs.runs.ctypes.data, runs.first_b.ctypes.data, Q, largest, total, Y, b, x,
+        int(rounded),
+    )  # fmt: skip
+    highest = largest.amax(1)
+    weight = (largest - highest[:, None]).exp_()
+    return highest, (weight * total).sum(1), (weight[..., None] * Y).sum(1)
