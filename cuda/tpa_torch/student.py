@@ -16,11 +16,11 @@ from tpa_ref.gemma.token_vectors import numbered
 from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Watch
 
+from .core.banded import Banded, BandedLatent
 from .core.contextual import Contextual
 from .core.dense import Dense
 from .core.mode import Mode
 from .core.norm import rms_norm
-from .core.banded import Banded, BandedLatent
 from .core.pair import Joint, Pair
 from .gemma.model import Model
 

@@ -22,7 +22,7 @@ from tpa_ref.gemma.mlp import mlp
 from tpa_torch.core import quantize
 from tpa_torch.fast import step
 from tpa_torch.fast.kernels import matrices, native
-from tpa_torch.fast.linear import linear
+from tpa_torch.fast.linear import at_least_float32, linear
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 EPS = 1e-6
@@ -68,6 +68,17 @@ def test_a_matrix_times_few_rows(library, shape, dtype):
         assert not matrices.linear_takes(x.double(), W.double())
         assert not matrices.linear_takes(x.repeat(1, 9, 1), W)
         assert not matrices.linear_takes(x, W[:, :-1])
+
+
+def test_logits_are_not_rounded_before_they_are_float32():
+    """Of one row in bfloat16: sums in float32, as they are; many rows are PyTorch's."""
+    rng = np.random.default_rng(0)
+    x, W = random(rng, 1, 1, 64, dtype="bfloat16"), random(rng, 77, 64, dtype="bfloat16")
+    with torch.inference_mode():
+        one, many = at_least_float32(x, W), at_least_float32(x.repeat(1, 9, 1), W)
+    exact = x.double() @ W.double().T
+    assert one.dtype == many.dtype == torch.float32
+    assert relative(one, exact) < 1e-6 < relative(many[:, :1], exact) < 1e-2
 
 
 # ---- a layer ----

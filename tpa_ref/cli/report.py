@@ -10,8 +10,8 @@ from typing import Any
 
 from ..atomic import replacing
 from ..compress.config import widths_of
-from ..core.mode import Mode
 from ..core.banded import Banded
+from ..core.mode import Mode
 from ..core.pair import Joint
 from ..errors import TPAError
 from ..files.pairs import describe

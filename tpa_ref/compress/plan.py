@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.banded import Banded, BandedLatent
 from ..core.cache import Exact, cache_bytes
 from ..core.mode import MODES
-from ..core.banded import Banded, BandedLatent
 from ..core.pair import Joint, Pair
 from ..core.spectral import CodedLatent
 from ..errors import TPAError

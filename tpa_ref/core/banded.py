@@ -9,7 +9,7 @@ turn by less than one radian from one end of the tile to the other. Therefore K 
     slow K     c_s = E_s (K - mean - B_f c^_f)            what is left when c^_f is decoded
     V          c_v = E_v (V - mean - W (c^_f, c^_s))      what is left of V when K is decoded
 
-Each is a string of codes of its own. A fast pair is rebuilt from c^_f, which is short, and turned as always. Of the slow
+Each is a string of codes of its own. A fast pair is rebuilt from c^_f, which is short, and turned as always. Of slow
 pairs nothing is rebuilt (`scores`): the absorbed query, as a function of the position, is a smooth curve, known from
 four points.
 
@@ -19,7 +19,8 @@ four points.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def tiles(positions_k: np.ndarray) -> list[slice]:
     """
     breaks = np.nonzero(np.diff(positions_k) != 1)[0] + 1
     starts = [0, *breaks.tolist(), len(positions_k)]
-    return [slice(at, min(at + TILE, end)) for start, end in zip(starts, starts[1:]) for at in range(start, end, TILE)]
+    return [slice(at, min(at + TILE, end)) for start, end in pairwise(starts) for at in range(start, end, TILE)]
 
 
 def scores(

@@ -7,6 +7,7 @@ What does not depend on the text is made once a layer: the absorbed bases as the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class Runs:
         for row, positions_k in enumerate(positions_bk):
             breaks = np.nonzero(np.diff(positions_k) != 1)[0] + 1
             starts = [0, *breaks.tolist(), keys]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in pairwise(starts):
                 found += [
                     (row, at, min(most, end - at), len(found) + i) for i, at in enumerate(range(start, end, most))
                 ]
@@ -178,7 +179,7 @@ def columns(B_sgd: Tensor, mean_gd: Tensor, fast_rank: int, pairs_p: np.ndarray,
     two features share a unit.
     """
     features = np.nonzero(np.tile(pairs_p, 2))[0]
-    rank, (g, d) = len(B_sgd), mean_gd.shape
+    rank, g = len(B_sgd), len(mean_gd)
     made = B_sgd.new_zeros(g, -(-len(features) // 16) * 16, width(fast_rank, rank))
     B_gfs = B_sgd[..., features].permute(1, 2, 0)
     slow = fast_rank + fast_rank % 2

@@ -35,8 +35,11 @@ class Int8:
     @classmethod
     def of(cls, x_nm: Tensor, dtype: torch.dtype) -> Int8:
         """The nearest such matrix: the largest of 32 numbers becomes 127."""
-        codes, scales = zip(*map(rounded, x_nm.split(ROWS)), strict=True)
-        return cls(torch.cat(codes), torch.cat(scales), dtype)
+        n, m = x_nm.shape
+        made = cls(x_nm.new_empty(n, m, dtype=torch.int8), x_nm.new_empty(n, m // SHARE, dtype=torch.float16), dtype)
+        for codes, scale, x in zip(*(of.split(ROWS) for of in (made.codes_nm, made.scale_ns, x_nm)), strict=True):
+            codes[:], scale[:] = rounded(x)
+        return made
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -22,6 +22,14 @@ def linear(x: Tensor, W_nm: Tensor | Int8) -> Tensor:
     return F.linear(x, W_nm)  # type: ignore[arg-type]
 
 
+def at_least_float32(x: Tensor, W_nm: Tensor | Int8) -> Tensor:
+    """The same in float32 or better; where the sums are float32, they are not rounded before."""
+    if matrices.linear_takes(x, W_nm):
+        return matrices.linear(x, W_nm, torch.float32)
+    y = linear(x, W_nm)
+    return y if y.dtype == torch.float64 else y.float()
+
+
 def rows(W_nm: Int8, first: int) -> Tensor:
     """A block of rows as numbers, which stays in the processor's cache until it is multiplied."""
     last = min(first + ROWS, len(W_nm))

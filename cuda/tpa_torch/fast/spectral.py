@@ -1,4 +1,4 @@
-"""`spectral` and `banded` whose path through the trellis is found by compiled functions on a CPU, by a kernel on a GPU."""
+"""`spectral` and `banded` whose path through the trellis is found compiled on a CPU, and by a kernel on a GPU."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
 from ..fast import attend, graph, kernels, step
-from ..fast.int8 import Int8, wide
-from ..fast.linear import linear
 from ..fast.banded import Banded
+from ..fast.int8 import Int8, wide
+from ..fast.linear import at_least_float32, linear
 from ..fast.scratch import Scratch
 from ..fast.spectral import BandedLatent, CodedLatent
 from ..lasting import lasting
@@ -98,8 +98,7 @@ class Model(reference.Model):
     @inference
     def logits(self, x_bqm: Tensor, trace: Tracer = no_trace) -> Tensor:
         """Output projection, as a rule the (unscaled) embedding table: [b,q,m] -> [b,q,v], at least float32."""
-        L_bqv = linear(x_bqm, self.weights.head_vm)
-        return trace("logits_bqv", L_bqv if self.dtype == "float64" else L_bqv.float())
+        return trace("logits_bqv", at_least_float32(x_bqm, self.weights.head_vm))
 
     # ---- tokens and positions ----
 

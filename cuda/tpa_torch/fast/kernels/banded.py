@@ -137,8 +137,8 @@ def code(found: tuple[Any, Any], K_bkx: Tensor, V_bkx: Tensor) -> tuple[Tensor, 
 @lru_cache(maxsize=1)
 @lasting()
 def tables() -> Tables:
-    """The levels of every width and window: in float32, as 16-bit numbers of steps, in bfloat16. Of 16 bits all low bytes
-    of a width come before its high ones.
+    """The levels of every width and window: in float32, as 16-bit numbers of steps, in bfloat16. Of 16 bits all low
+    bytes of a width come before its high ones.
     """
     exact, rounded = native.levels_of_codes()
     steps = exact.abs().amax(1) / 32767

@@ -68,13 +68,13 @@ def linear_takes(x: Tensor, W_nm: Any) -> bool:
     )
 
 
-def linear(x: Tensor, W_nm: Tensor | Int8) -> Tensor:
-    """`torch.nn.functional.linear`: sums in float32, the result in x's dtype."""
+def linear(x: Tensor, W_nm: Tensor | Int8, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: sums in float32, the result in x's dtype, or in another."""
     n, m = W_nm.shape
     rows = x.reshape(-1, m).float().contiguous()
     y = torch.empty(len(rows), n)
     native.call("tpa_linear", ctypes.byref(matrix(W_nm)), rows, y, len(rows), n, m)
-    return y.view(*x.shape[:-1], n).to(x.dtype)
+    return y.view(*x.shape[:-1], n).to(dtype or x.dtype)
 
 
 def widened(W_nm: Int8, first: int, last: int) -> Tensor:
