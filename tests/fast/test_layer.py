@@ -93,7 +93,7 @@ def test_a_layer_around_attention(library, dtype, b, q, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for sizes in ({}, {"m": 272, "h": 6, "g": 3, "f": 336}):
+        for sizes in ({}, {"m": 1024, "h": 8, "g": 8, "f": 336}):
             check_layer(layer(rng, dtype, **sizes), rng, dtype, b, q)
     finally:
         torch.set_num_threads(before)
@@ -148,7 +148,7 @@ def test_attention_in_one_go(library, kind, rounded, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for b, x, k, d in ((1, 1, 1, 32), (2, 3, 300, 64), (1, 8, 1100, 128), (3, 5, 257, 256)):
+        for b, x, k, d in ((1, 1, 1, 32), (2, 3, 300, 64), (1, 8, 2300, 128), (3, 5, 257, 256)):
             check_attention(kind, rounded, b, x, k, d)
     finally:
         torch.set_num_threads(before)

@@ -82,6 +82,7 @@ extern "C" {
 // weighed with those, Y [b,x,d]. K and V are stored alike. rounded: as in tpa_dot.
 void tpa_attend(const Array* K, const Array* V, const float* Q, float* most, float* total, float* Y, int64_t batch,
                 int64_t x, int64_t keys, int64_t d, int64_t rounded, int64_t threads) {
+    threads = team(2 * batch * keys * d, threads);
     const int64_t parts = splits(batch, keys, threads), size = batch * x;
     std::vector<float> apart((parts - 1) * size * (d + 2));
     const auto seen_by = [&](int64_t part, int64_t b) {  // the first part's is the result

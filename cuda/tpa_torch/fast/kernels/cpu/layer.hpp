@@ -13,10 +13,6 @@ struct Layer {
     double eps;
 };
 
-constexpr int64_t ENOUGH = 1 << 15;  // weights from which on a further thread saves more than it costs
-
-inline int64_t team(int64_t weights, int64_t threads) { return std::min(threads, 1 + weights / ENOUGH); }
-
 void read_all(const uint8_t* p, int64_t kind, float* x, int64_t count) {
     for (int64_t j = 0; j < count; j += W) save(x + j, read(p, kind, j));
 }

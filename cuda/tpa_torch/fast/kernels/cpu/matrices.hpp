@@ -93,6 +93,7 @@ void tpa_widen(const uint8_t* codes, const uint16_t* scale, int64_t kind, uint8_
 
 // y[r,n] = sum_m x[r,m] W[n,m], x and y in float32.
 void tpa_linear(const Matrix* weights, const float* x, float* y, int64_t rows, int64_t n, int64_t m, int64_t threads) {
+    threads = team(n * m, threads);
     const int64_t strips = std::clamp<int64_t>(n / STRIP / (4 * threads), 1, 8);  // at a time; a thread may be held up
 #pragma omp parallel for schedule(dynamic, strips) num_threads(threads)
     for (int64_t first = 0; first < n; first += STRIP)

@@ -12,6 +12,9 @@ constexpr int BLOCK = 16;    // stored keys whose numbers stay in the nearest ca
 constexpr int AHEAD = 32;    // keys between those that are multiplied and those that memory is asked for meanwhile
 constexpr int LINE = 64;     // bytes that memory sends at once
 constexpr int MOST_GROUPS = 4;  // of a key that is multiplied in whole numbers
+// Numbers to read from which on another thread is worth it: one that the system holds up holds up all others.
+constexpr int64_t ENOUGH = 1 << 19;
+inline int64_t team(int64_t numbers, int64_t threads) { return std::min(threads, 1 + numbers / ENOUGH); }
 enum Kind { F32, BF16, INT8, INT4 };
 
 // Asks memory for what will be read: into the second cache, the first is small.
