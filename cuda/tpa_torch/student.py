@@ -16,7 +16,7 @@ from tpa_ref.gemma.token_vectors import numbered
 from tpa_ref.gemma.weights import LayerWeights
 from tpa_ref.trace import Watch
 
-from .core.banded import Banded, BandedLatent
+from .core.banded import Banded
 from .core.contextual import Contextual
 from .core.dense import Dense
 from .core.mode import Mode
@@ -104,7 +104,7 @@ def cached(K_bkgd: Tensor, V_bkge: Tensor, pair: Any, sinks: int, tokens: Any) -
     return made[0].to(K_bkgd.dtype), made[1].to(V_bkge.dtype)
 
 
-def banded(X_bkgd: Tensor, mode: BandedLatent, before_bks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def banded(X_bkgd: Tensor, mode: Any, before_bks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(what a cache gives back of K, or of V behind K; all coefficients): `BandedLatent.coded`, differentiable."""
     mean_gd, found, rank = mode.mean.float(), [] if before_bks is None else [before_bks], 0
     made = mean_gd if before_bks is None else mean_gd + mode.combined(before_bks, mode.basis[: mode.before].float())

@@ -318,6 +318,7 @@ def choice_to_dict(choice: Choice) -> dict[str, Any]:
     banded choice the widths are a list of counts for each string.
     """
     none: list[int] = []
+    sides: list[tuple[str, int | None, str, Any]]
     if isinstance(choice, FixedRank):
         sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
     elif choice.banded:

@@ -37,7 +37,7 @@ class CodedLatent(Latent):
     k_norm: Any = field(default=None, repr=False)
 
     name = "spectral"
-    constants = ("basis", "encoder", "mean", "predictor", "k_norm")
+    constants: ClassVar[tuple[str, ...]] = ("basis", "encoder", "mean", "predictor", "k_norm")
     codes: ClassVar[Any] = codes  # another backend has its own
     norm: ClassVar[Any] = norm
 

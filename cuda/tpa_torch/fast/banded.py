@@ -38,7 +38,7 @@ Partial = tuple[Tensor, Tensor, Tensor]
 class Banded(pairs.Banded):
     """The same codes, of a few tokens in one compiled call."""
 
-    def encode(self, K_bkgd: Tensor, V_bkge: Tensor, tokens: Any, trace: Tracer = no_trace) -> Stored:
+    def encode(self, K_bkgd: Any, V_bkge: Any, tokens: Any, trace: Tracer = no_trace) -> Stored:
         few = K_bkgd.shape[0] * K_bkgd.shape[1] <= FEW_TOKENS and K_bkgd.dtype != torch.float64
         if not (few and K_bkgd.device.type == "cpu" and self.k.d % native.LANES == 0 and native.available()):
             return super().encode(K_bkgd, V_bkge, tokens, trace)
@@ -55,7 +55,8 @@ def read(
     """One segment: largest logit, sum of exponentials [b,g,x,1] and weighted sum of values [b,g,x,e]. at: where the
     queries stand (`gemma.positions`).
     """
-    k, v = segment.pair.modes
+    k: Any = segment.pair.k
+    v: Any = segment.pair.v
     codes = [tokens_last(segment.stored[f"{side}.C.codes"]) for side in "kv"]
     if not (native.available() and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in codes)):
         return read_formed(Q_bgxd, segment, seen_bqk)
@@ -112,7 +113,8 @@ class Runs:
         keys = positions_bk.shape[1]
         share = -(-keys // (torch.get_num_threads() * TILE)) * TILE
         most = min(STRETCH, max(TILE, share))
-        found, first_b = [], [0]
+        found: list[tuple[int, int, int, int]] = []
+        first_b = [0]
         for row, positions_k in enumerate(positions_bk):
             breaks = np.nonzero(np.diff(positions_k) != 1)[0] + 1
             starts = [0, *breaks.tolist(), keys]

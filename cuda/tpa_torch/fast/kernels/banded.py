@@ -32,7 +32,7 @@ class Bands(ctypes.Structure):
         ("columns", ctypes.c_int64),
     )
     held: Any = None
-    scale_rows: tuple[int, int, int] = (0, 0, 0)
+    scale_rows: tuple[int, ...] = ()
 
 
 class Segment(ctypes.Structure):
@@ -109,7 +109,9 @@ class Side(ctypes.Structure):
 
 def coder(modes: Any) -> tuple[Any, Any]:
     """K and V as the compiled function codes them: an array of two sides, and what they point to."""
-    levels, (scale, inverse), held, sides = native.levels_of_codes()[0], native.scales_of_codes(), [], []
+    levels, (scale, inverse) = native.levels_of_codes()[0], native.scales_of_codes()
+    held: list[Any] = []
+    sides = []
     for mode in modes:
         strings = (String * len(mode.strings))()
         for string, widths, size in zip(strings, mode.widths_of_strings, mode.string_bytes, strict=True):
