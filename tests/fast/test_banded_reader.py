@@ -151,7 +151,7 @@ MISTAKES = {
     "the mean of slow pairs": ("fma(fma(all(1), at_node, of_mean), load", "fma(at_node, load"),
     "turned the wrong way": ("minus(times(a, load(cosine)), times(b, load(sine)))", "fma(a, load(cosine), times(b, load(sine)))"),
     "what was summed before": ("total[row] = total[row] * shrink + sum(sum_of)", "total[row] = total[row] + sum(sum_of)"),
-    "what is not seen": ("if (!seen[k]) L[row * TILE + k] = MASKED", "(void)L, (void)seen"),
+    "what is not seen": ("if (!seen[k]) L[row * SPAN + k] = MASKED", "(void)L, (void)seen"),
     "what the first string has told": ("if (n + 1 < side.strings) take(C, basis, count)", "(void)basis"),
     "what K has told of V": ("take(decoded, side.basis, side.before);", ""),
 }  # fmt: skip

@@ -27,7 +27,6 @@ from . import prefill
 from .kernels import banded as compiled
 from .kernels import native
 from .kernels.banded import TILES
-from .kernels.native import Rows
 from .scratch import Scratch
 
 FEW_TOKENS = 8  # that are coded one by one
@@ -65,13 +64,7 @@ def read(
     name = "runs", segment.kind, segment.positions_bk.shape
     if name not in at.kept:
         at.kept[name] = Runs.of(segment.positions_bk, layer.theta_p)
-    largest_by, total_by, Y_byr = compiled.attend(layer.bands, codes, at.kept[name], Q_bgxd, seen_bqk, rounded)
-    g = k.g
-    largest, total, Y_bgxr = (x.unflatten(1, (g, -1)) for x in (largest_by[..., None], total_by[..., None], Y_byr))
-    B_gre, mean_g1e = scratch.constant(f"V of bands, rounded: {rounded}", v.basis, lambda: values_basis(v, rounded))
-    rows = Rows({"x": B_gre}, "bfloat16" if rounded else "float32", v.d, rounded)  # a basis is read as if it were keys
-    O_gye = native.weigh(Y_bgxr.transpose(0, 1).flatten(1, 2), rows)
-    return largest, total, O_gye.unflatten(1, (len(Q_bgxd), -1)).transpose(0, 1) + total * mean_g1e
+    return compiled.attend(layer.bands, codes, at.kept[name], Q_bgxd, seen_bqk, rounded)
 
 
 def read_formed(Q_bgxd: Tensor, segment: Segment, seen_bqk: Tensor | None) -> Partial:
@@ -89,12 +82,6 @@ def read_formed(Q_bgxd: Tensor, segment: Segment, seen_bqk: Tensor | None) -> Pa
 def tokens_last(codes_bkc: Tensor) -> Tensor:
     """[b,k,bytes] -> [b,bytes,k], as they lie in memory."""
     return codes_bkc.mT
-
-
-def values_basis(v: Any, rounded: bool) -> tuple[Tensor, Tensor]:
-    """Basis [g,R,e] and mean [g,1,e] of V."""
-    B_gre = v.basis.to(torch.bfloat16 if rounded else torch.float32).transpose(0, 1).contiguous()
-    return B_gre, v.mean.float()[:, None]
 
 
 @dataclass(frozen=True)
@@ -158,6 +145,8 @@ def prepared(k: Any, v: Any, rounded: bool) -> Prepared:
         "node_turns": turns(t_n, theta_p[slow_p]),
         "still_turns": turns(T_n, theta_p[still_p]),
         "weights": torch.from_numpy(interpolation().astype(np.float32)),
+        "values": units(v.basis.float().transpose(0, 1), rounded),
+        "value_mean": v.mean.float(),
         "stretch_weights": torch.from_numpy(between(T_n, tile_t[:, None] + t_n).astype(np.float32)),
     }
     sizes = {

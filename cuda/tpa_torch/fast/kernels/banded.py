@@ -23,7 +23,7 @@ class Bands(ctypes.Structure):
     SIZES = ("g", "d", "fast", "slow", "still", "fast_rank", "key_rank", "rank")
     ARRAYS = (
         "rebuild", "fast_mean", "absorb", "absorb_still", "tile_turns", "fast_turns", "node_turns", "still_turns",
-        "weights", "stretch_weights",
+        "weights", "stretch_weights", "values", "value_mean",
     )  # fmt: skip
     _fields_ = (
         *((name, ctypes.c_int64) for name in SIZES),
@@ -33,25 +33,6 @@ class Bands(ctypes.Structure):
     )
     held: Any = None
     scale_rows: tuple[int, ...] = ()
-
-
-class Segment(ctypes.Structure):
-    """The fields of `struct Segment`."""
-
-    _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_batch", ctypes.c_int64),
-        ("key_row", ctypes.c_int64),
-        ("value_batch", ctypes.c_int64),
-        ("value_row", ctypes.c_int64),
-        ("scale_rows", ctypes.c_int64 * 3),
-        ("scales", ctypes.c_void_p),
-        ("turns", ctypes.c_void_p),
-        ("seen", ctypes.c_void_p),
-        ("queries", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-    )
 
 
 class Tables(ctypes.Structure):
@@ -154,24 +135,23 @@ def tables() -> Tables:
 def attend(
     layer: Bands, codes_bck: list[Tensor], runs: Any, Q_bgxd: Tensor, seen_bqk: Tensor | None, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(largest logit, sum of exponentials [b,y], weighted sum of all coefficients [b,y,R]); y is (g, x)."""
-    (b, g, x, _), threads = Q_bgxd.shape, torch.get_num_threads()
+    """Largest logit and sum of exponentials [b,g,x,1], and weighted sum of values [b,g,x,e]."""
     keys, values = codes_bck
-    seen = None if seen_bqk is None else seen_bqk.expand(b, -1, -1).contiguous().view(torch.uint8)
-    scales = native.scales_of_codes()[0]
-    segment = Segment(
-        keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        (ctypes.c_int64 * 3)(*layer.scale_rows), scales.data_ptr(), runs.turns.data_ptr(),
-        None if seen is None else seen.data_ptr(), 1 if seen is None else seen.shape[1], keys.shape[-1],
+    seen = None if seen_bqk is None else seen_bqk.expand(len(Q_bgxd), -1, -1).contiguous().view(torch.uint8)
+    held = [0, 1] if seen is None else [seen.data_ptr(), seen.shape[1]]
+    segment = np.array(  # the fields of `struct Segment`
+        [
+            keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+            *layer.scale_rows, native.scales_of_codes()[0].data_ptr(), runs.turns.data_ptr(), *held, keys.shape[-1],
+        ],
+        np.int64,
     )  # fmt: skip
-    Q = Q_bgxd.float().contiguous()
-    largest, total = torch.empty(b, threads, g * x), torch.empty(b, threads, g * x)
-    Y = torch.empty(b, threads, g * x, layer.rank)
-    structures = (ctypes.byref(structure) for structure in (layer, segment, tables()))
+    Q_bgxd = Q_bgxd.contiguous()
+    largest, total = Q_bgxd.new_empty(2, *Q_bgxd.shape[:3], 1)
+    out = torch.empty_like(Q_bgxd)
+    batch, _, x, _ = Q_bgxd.shape
     native.call(
-        "tpa_attend_banded", *structures, runs.runs.ctypes.data, runs.first_b.ctypes.data, Q, largest, total, Y, b, x,
-        int(rounded),
+        "tpa_attend_banded", ctypes.addressof(layer), segment.ctypes.data, ctypes.addressof(tables()),
+        runs.runs.ctypes.data, runs.first_b.ctypes.data, Q_bgxd, largest, total, out, batch, x, int(rounded),
     )  # fmt: skip
-    highest = largest.amax(1)
-    weight = (largest - highest[:, None]).exp_()
-    return highest, (weight * total).sum(1), (weight[..., None] * Y).sum(1)
+    return largest, total, out

@@ -8,12 +8,14 @@
 
 #include "blocks.hpp"
 #include "codes.hpp"
+#include "rows.hpp"
 
 namespace {
 namespace banded {
 
 constexpr int TILE = 64, NODES = 4, TILES = 16;  // keys; nodes of a tile and of a stretch; tiles of a stretch
 constexpr int LANES = TILE / W;                  // registers of a tile
+constexpr int SPAN = 4 * TILE;                   // keys whose values are summed in one go
 constexpr float MASKED = -2.3819763e38f;
 
 // One layer. Pairs come fast, slow, still; s counts coefficients of K, fast ones first, then those of V. What is multiplied
@@ -33,6 +35,8 @@ struct Bands {
     const float* still_turns;              // [NODES, 2, still]: at the nodes of a stretch
     const float* weights;                  // [NODES, TILE]: Lagrange's polynomials
     const float* stretch_weights;          // [TILES, NODES, NODES]: those of a stretch, at the nodes of its tiles
+    const void* values;                    // [g, rank, d]: basis of V, in float32 or bfloat16
+    const float* value_mean;               // [g, d]
     int64_t columns;
 };
 
@@ -106,7 +110,7 @@ inline void tile_levels(const uint8_t* window, int64_t width, const Tables& tabl
 // Memory of a thread, which it uses again for the next layer.
 struct Room {
     std::vector<Unit> keys, asked, absorbed;  // keys: [columns / N, TILE]
-    std::vector<float> levels, at_run, at_tile, at_node, fast_keys, logits, weights, sums, stretch, node, largest, total;
+    std::vector<float> levels, at_run, at_tile, at_node, fast_keys, logits, weights, sums, stretch, node, largest, total, L;
 };
 
 template <class T> std::vector<T>& sized(std::vector<T>& x, int64_t size) {
@@ -127,15 +131,15 @@ template <class IN> struct Reader {
     std::vector<Unit>&keys, &asked, &absorbed;
     std::vector<float>&levels, &at_run, &at_tile, &at_node, &fast_keys, &logits, &weights, &sums, &stretch, &node, &largest,
         &total;
-    float scales[3][TILE];
+    float scales[3][SPAN];
 
     Reader(const Bands& of, const Segment& from, const Tables& tables, int64_t x, Room& room)
         : of(of), from(from), tables(tables), x(x), keys(sized(room.keys, of.columns * TILE)),
           asked(sized(room.asked, NODES * x * (2 * of.d + 2 * W))), absorbed(sized(room.absorbed, NODES * y * of.columns)),
-          levels(sized(room.levels, of.rank * TILE)), at_run(sized(room.at_run, y * of.d)),
+          levels(sized(room.levels, of.rank * SPAN)), at_run(sized(room.at_run, y * of.d)),
           at_tile(sized(room.at_tile, y * of.d)), at_node(sized(room.at_node, of.d + W)),
           fast_keys(sized(room.fast_keys, 2 * of.g * of.fast * TILE)), logits(sized(room.logits, NODES * y * TILE)),
-          weights(sized(room.weights, 3 * y * TILE)), sums(sized(room.sums, of.rank * y * W)),
+          weights(sized(room.weights, 3 * y * SPAN)), sums(sized(room.sums, of.rank * y * W)),
           stretch(sized(room.stretch, NODES * y * of.columns)), node(sized(room.node, NODES * y * of.columns)),
           largest(sized(room.largest, y)), total(sized(room.total, y)) {
         std::fill(keys.begin(), keys.end(), 0);  // columns that hold nothing are multiplied, too
@@ -147,8 +151,8 @@ template <class IN> struct Reader {
     // Features of a band, in whole registers.
     static int64_t features(int64_t pairs) { return (2 * pairs + W - 1) / W * W; }
 
-    // A tile's codes as levels [rank][TILE], K's also as units; its scales.
-    void decode(const Run& run) {
+    // A tile's codes as levels [rank][SPAN], from `at` on, K's also as units; its scales.
+    void decode(const Run& run, int at) {
         uint8_t window[TILE] = {};
         const Codes held[2] = {{from.keys + run.row * from.key_batch, from.key_row},
                                {from.values + run.row * from.value_batch, from.value_row}};
@@ -156,42 +160,42 @@ template <class IN> struct Reader {
             const Codes& codes = held[string == 2];
             const uint8_t* bytes = codes.at + from.scale_rows[string] * codes.row + run.first;
             const bool any = string == 0 ? of.fast_rank : string == 1 ? of.key_rank > of.fast_rank : of.rank > of.key_rank;
-            for (int64_t k = 0; k < TILE; k++) scales[string][k] = any && k < run.count ? from.scales[bytes[k]] : 0;
+            for (int64_t k = 0; k < TILE; k++) scales[string][at + k] = any && k < run.count ? from.scales[bytes[k]] : 0;
         }
         for (int64_t s = 0; s < of.rank; s++) {
             windows(held[s >= of.key_rank], of.of[s], run.first, run.count, window);
             const int string = s < of.fast_rank ? 0 : s < of.key_rank ? 1 : 2;
             if constexpr (N == 1) {
-                float* to = &levels[s * TILE];
+                float* to = &levels[s * SPAN + at];
                 tile_levels(window, of.of[s].width, tables, to);
-                for (int k = 0; k < TILE; k += W) save(to + k, times(load(to + k), load(&scales[string][k])));
+                for (int k = 0; k < TILE; k += W) save(to + k, times(load(to + k), load(&scales[string][at + k])));
                 const int64_t column = string ? fast_columns + s - of.fast_rank : s;
                 if (string < 2) std::memcpy(&keys[column * TILE], to, TILE * sizeof(float));
             }
 #if TPA_BF16_DOT
             else {
-                uint16_t* to = (uint16_t*)levels.data() + s * TILE;
+                uint16_t* to = (uint16_t*)levels.data() + s * SPAN + at;
                 look_up(window, tables.rounded + of.of[s].width * WINDOWS, to);
             }
 #endif
         }
 #if TPA_BF16_DOT
         if constexpr (N == 2) {
-            interleave(0, of.fast_rank, keys.data());
-            interleave(of.fast_rank, of.key_rank, &keys[fast_units * TILE]);
+            interleave(0, of.fast_rank, at, keys.data());
+            interleave(of.fast_rank, of.key_rank, at, &keys[fast_units * TILE]);
         }
 #endif
     }
 
 #if TPA_BF16_DOT
     // Levels of two coefficients side by side in a unit.
-    void interleave(int64_t first, int64_t last, Unit* to) const {
-        const uint16_t* at = (const uint16_t*)levels.data();
+    void interleave(int64_t first, int64_t last, int tile, Unit* to) const {
+        const uint16_t* at = (const uint16_t*)levels.data() + tile;
         for (int64_t s = first; s < last; s += 2, to += TILE)
             for (int k = 0; k < TILE; k += W) {
-                __m512i both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + s * TILE + k)));
+                __m512i both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + s * SPAN + k)));
                 if (s + 1 < last) {
-                    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + (s + 1) * TILE + k)));
+                    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + (s + 1) * SPAN + k)));
                     both = _mm512_or_si512(both, _mm512_slli_epi32(two, 16));
                 }
                 _mm512_storeu_si512(to + k, both);
@@ -287,11 +291,11 @@ template <class IN> struct Reader {
         for (int64_t c = 0; c < y * NODES * of.columns; c += W) IN::save(&absorbed[c / N], load(&node[c]));
     }
 
-    // logits[y, TILE]: of fast pairs, rebuilt and turned, and of slow ones, interpolated between the nodes.
-    void score(float* L) {
+    // L[y, SPAN], from `at` on: of fast pairs, rebuilt and turned, and of slow ones, interpolated between the nodes.
+    void score(float* L, int at) {
         const int64_t rows = 2 * of.g * of.fast, apart = of.columns / N;
-        times_keys(absorbed.data(), apart, NODES * y, 0, fast_units, scales[0], false, logits.data());
-        times_keys(&absorbed[fast_units], apart, NODES * y, fast_units, slow_units, scales[1], true, logits.data());
+        times_keys(absorbed.data(), apart, NODES * y, 0, fast_units, &scales[0][at], false, logits.data());
+        times_keys(&absorbed[fast_units], apart, NODES * y, fast_units, slow_units, &scales[1][at], true, logits.data());
         for (int64_t row = 0; row < y; row++)
             for (int k = 0; k < TILE; k += W) {
                 F one = zero();
@@ -300,19 +304,19 @@ template <class IN> struct Reader {
                     const F of_mean = all(node[(row * NODES + n) * of.columns + mean]);
                     one = fma(fma(all(1), at_node, of_mean), load(of.weights + n * TILE + k), one);
                 }
-                save(L + row * TILE + k, one);
+                save(L + row * SPAN + at + k, one);
             }
         if (!of.fast) return;
-        times_keys(of.rebuild, fast_units, rows, 0, fast_units, scales[0], false, fast_keys.data());
+        times_keys(of.rebuild, fast_units, rows, 0, fast_units, &scales[0][at], false, fast_keys.data());
         for (int64_t head = 0; head < of.g; head++)
-            in_blocks(x, [&](int64_t i, auto count) { add_fast<decltype(count)::value>(head, head * x + i, L); });
+            in_blocks(x, [&](int64_t i, auto count) { add_fast<decltype(count)::value>(head, head * x + i, L + at); });
     }
 
     // The fast pairs of a head: mean added, turned, and multiplied with some of its queries.
     template <int X> void add_fast(int64_t head, int64_t row, float* L) const {
         for (int k = 0; k < TILE; k += W) {
             F total[X];
-            for (int i = 0; i < X; i++) total[i] = load(L + (row + i) * TILE + k);
+            for (int i = 0; i < X; i++) total[i] = load(L + (row + i) * SPAN + k);
             for (int64_t p = 0; p < of.fast; p++) {
                 const int64_t one_at = head * 2 * of.fast + p, two_at = one_at + of.fast;
                 const float *cosine = of.fast_turns + 2 * p * TILE + k, *sine = cosine + TILE;
@@ -325,16 +329,17 @@ template <class IN> struct Reader {
                     total[i] = fma(all(q[p]), one, fma(all(q[p + half]), two, total[i]));
                 }
             }
-            for (int i = 0; i < X; i++) save(L + (row + i) * TILE + k, total[i]);
+            for (int i = 0; i < X; i++) save(L + (row + i) * SPAN + k, total[i]);
         }
     }
 
     // sums[s,y,16] += levels times weights; of a row whose largest logit grows, all that was summed shrinks. What is
-    // weighed are bare levels in bfloat16, so weights [y,3,TILE] take the scales of the three strings.
-    void weigh(const float* L, const Run& run) {
+    // weighed are bare levels in bfloat16, so weights [y,3,SPAN] take the scales of the three strings.
+    void weigh(const float* L, int64_t count) {
+        const int keys_of = int((count + TILE - 1) / TILE * TILE);
         for (int64_t row = 0; row < y; row++) {
             F most = all(-INFINITY), sum_of = zero();
-            for (int k = 0; k < TILE; k += W) most = larger(most, load_of(L + row * TILE + k, run.count - k, -INFINITY));
+            for (int k = 0; k < keys_of; k += W) most = larger(most, load_of(L + row * SPAN + k, count - k, -INFINITY));
             const float highest = std::max(::largest(most), largest[row]), shrink = std::exp(largest[row] - highest);
             if (highest > largest[row]) {
                 for (int64_t s = 0; s < of.rank; s++) {
@@ -343,11 +348,11 @@ template <class IN> struct Reader {
                 }
                 largest[row] = highest;
             }
-            for (int k = 0; k < TILE; k += W) {
-                const F p = exponential(minus(load_of(L + row * TILE + k, run.count - k, -INFINITY), all(highest)));
+            for (int k = 0; k < keys_of; k += W) {
+                const F p = exponential(minus(load_of(L + row * SPAN + k, count - k, -INFINITY), all(highest)));
                 sum_of = fma(all(1), p, sum_of);
                 for (int string = 0; string < 3; string++) {
-                    const int64_t at = (row * 3 + string) * TILE + k;
+                    const int64_t at = (row * 3 + string) * SPAN + k;
                     if constexpr (N == 1) save(&weights[at], p);
 #if TPA_BF16_DOT
                     else IN::save((Unit*)((uint16_t*)weights.data() + at), times(p, load(&scales[string][k])));
@@ -361,9 +366,9 @@ template <class IN> struct Reader {
             for (int64_t row = 0; row < y; row++) {
                 float* at = &sums[(s * y + row) * W];
                 F found = load(at);
-                for (int k = 0; k < TILE / N; k += W) {
-                    const Unit* c = (const Unit*)levels.data() + s * (TILE / N) + k;
-                    const Unit* p = (const Unit*)weights.data() + (row * 3 + string) * (TILE / N) + k;
+                for (int k = 0; k < keys_of / N; k += W) {
+                    const Unit* c = (const Unit*)levels.data() + s * (SPAN / N) + k;
+                    const Unit* p = (const Unit*)weights.data() + (row * 3 + string) * (SPAN / N) + k;
                     found = IN::add_products(found, c, p);
                 }
                 save(at, found);
@@ -379,11 +384,12 @@ template <class IN> struct Reader {
             const int64_t count = std::min<int64_t>(TILE, run.count - tile * TILE);
             const Run here{run.row, run.first + tile * TILE, count, run.number};
             turn_all(at_run.data(), of.tile_turns + tile * of.d, at_tile);
-            decode(here);
+            const int at = int(tile * TILE % SPAN);
+            decode(here, at);
             absorb_tile(tile);
-            score(L);
-            if (from.seen) hide(here, L);
-            weigh(L, here);
+            score(L, at);
+            if (from.seen) hide(here, L + at);
+            if (at + TILE == SPAN || tile * TILE + count == run.count) weigh(L, at + count);
         }
     }
 
@@ -394,28 +400,76 @@ template <class IN> struct Reader {
     void hide(const Run& here, float* L) const {
         for (int64_t row = 0; row < y; row++) {
             const uint8_t* seen = from.seen + (here.row * from.queries + row % from.queries) * from.count + here.first;
+            if (!std::memchr(seen, 0, here.count)) continue;
             for (int64_t k = 0; k < here.count; k++)
-                if (!seen[k]) L[row * TILE + k] = MASKED;
+                if (!seen[k]) L[row * SPAN + k] = MASKED;
         }
     }
 };
 
+// What the threads have found of a row, in one softmax: sums [y, rank] and the logarithm's two parts.
+inline void merge(const float* largest, const float* total, const float* sums, int64_t parts, int64_t y, int64_t rank,
+                  float* highest, float* whole, float* merged) {
+    for (int64_t i = 0; i < y; i++) {
+        float most = -INFINITY;
+        for (int64_t part = 0; part < parts; part++) most = std::max(most, largest[part * y + i]);
+        highest[i] = most, whole[i] = 0;
+        std::fill(merged + i * rank, merged + (i + 1) * rank, 0.0f);
+        for (int64_t part = 0; part < parts; part++) {
+            const float weight = std::exp(largest[part * y + i] - most), *from = sums + (part * y + i) * rank;
+            whole[i] += weight * total[part * y + i];
+            for (int64_t s = 0; s < rank; s++) merged[i * rank + s] += weight * from[s];
+        }
+    }
+}
+
 template <class IN>
 void attend(const Bands& of, const Segment& from, const Tables& tables, const Run* runs, const int64_t* first_run,
-                   const float* Q, float* largest, float* total, float* Y, int64_t batch, int64_t x, int64_t threads) {
+            const float* Q, float* largest, float* total, float* out, int64_t batch, int64_t x, int64_t threads) {
     const int64_t y = of.g * x;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t part = 0; part < batch * threads; part++) {  // each row in as many parts as there are threads
-        const int64_t row = part / threads, nth = part % threads, count = first_run[row + 1] - first_run[row];
-        static thread_local Room room;
-        Reader<IN> reader(of, from, tables, x, room);
-        std::vector<float> L(y * TILE);
-        for (int64_t r = count * nth / threads; r < count * (nth + 1) / threads; r++)
-            reader.read(Q + row * y * of.d, runs[first_run[row] + r], L.data());
-        for (int64_t i = 0; i < y; i++) {
-            const int64_t at = part * y + i;
-            largest[at] = std::max(reader.largest[i], MASKED), total[at] = reader.total[i];
-            for (int64_t s = 0; s < of.rank; s++) Y[at * of.rank + s] = sum(load(&reader.sums[(s * y + i) * W]));
+    std::vector<float> found(batch * threads * y * (of.rank + 2)), merged(batch * y * of.rank);
+    float *const most = found.data(), *const whole = most + batch * threads * y, *const sums = whole + batch * threads * y;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < batch * threads; part++) {  // each row in as many parts as there are threads
+            const int64_t row = part / threads, nth = part % threads, count = first_run[row + 1] - first_run[row];
+            static thread_local Room room;
+            Reader<IN> reader(of, from, tables, x, room);
+            for (int64_t r = count * nth / threads; r < count * (nth + 1) / threads; r++)
+                reader.read(Q + row * y * of.d, runs[first_run[row] + r], sized(room.L, y * SPAN).data());
+            for (int64_t i = 0; i < y; i++) {
+                const int64_t at = part * y + i;
+                most[at] = std::max(reader.largest[i], MASKED), whole[at] = reader.total[i];
+                for (int64_t s = 0; s < of.rank; s++) sums[at * of.rank + s] = sum(load(&reader.sums[(s * y + i) * W]));
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < batch; row++) {
+            const int64_t at = row * threads * y;
+            merge(most + at, whole + at, sums + at * of.rank, threads, y, of.rank, largest + row * y, total + row * y,
+                  &merged[row * y * of.rank]);
+        }
+        const int64_t groups = of.d / W;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < batch * of.g * threads; item++) {  // a share of the features of a head
+            const int64_t head = item / threads, part = item % threads;
+            const int64_t first = groups * part / threads * W, width = groups * (part + 1) / threads * W - first;
+            constexpr Kind KIND = IN::NUMBERS == 2 ? BF16 : F32;
+            const int64_t bytes = KIND == BF16 ? 2 : 4;
+            const uint8_t* basis = (const uint8_t*)of.values + bytes * (head % of.g * of.rank * of.d + first);
+            const Rows<KIND> rows{basis, nullptr, nullptr, bytes * of.d, 0};
+            in_blocks(x, [&](int64_t q, auto X) {
+                constexpr int N = decltype(X)::value, D = N <= 2 ? 8 : 16 / N;
+                std::vector<float> made(N * width);
+                const float* weights = &merged[(head * x + q) * of.rank];
+                for (int i = 0; i < N; i++)
+                    for (int64_t j = 0; j < width; j++)
+                        made[i * width + j] = total[head * x + q + i] * of.value_mean[head % of.g * of.d + first + j];
+                weigh<N, D>(rows, weights, made.data(), of.rank, 0, of.rank, width);
+                for (int i = 0; i < N; i++)
+                    std::copy(&made[i * width], &made[i * width] + width, out + (head * x + q + i) * of.d + first);
+            });
         }
     }
 }
@@ -423,15 +477,15 @@ void attend(const Bands& of, const Segment& from, const Tables& tables, const Ru
 }  // namespace banded
 }  // namespace
 
-// Of every row b and part: the largest logit and the sum of exponentials [b,threads,y], and the weighted sums of all
-// coefficients [b,threads,y,rank]. rounded: products in bfloat16, where the machine multiplies those.
-extern "C" void tpa_attend_banded(const banded::Bands* of, const banded::Segment* from, const banded::Tables* tables, const banded::Run* runs,
-                                  const int64_t* first_run, const float* Q, float* largest, float* total, float* Y,
-                                  int64_t batch, int64_t x, int64_t rounded, int64_t threads) {
+// Of every row b and query y: the largest logit and the sum of exponentials [b,y], and the weighted sum of values [b,y,d].
+// rounded: products in bfloat16, where the machine multiplies those.
+extern "C" void tpa_attend_banded(const banded::Bands* of, const banded::Segment* from, const banded::Tables* tables,
+                                  const banded::Run* runs, const int64_t* first_run, const float* Q, float* largest,
+                                  float* total, float* out, int64_t batch, int64_t x, int64_t rounded, int64_t threads) {
 #if TPA_BF16_DOT
     if (rounded)
-        return banded::attend<InBFloat16>(*of, *from, *tables, runs, first_run, Q, largest, total, Y, batch, x, threads);
+        return banded::attend<InBFloat16>(*of, *from, *tables, runs, first_run, Q, largest, total, out, batch, x, threads);
 #endif
     (void)rounded;
-    banded::attend<InFloat32>(*of, *from, *tables, runs, first_run, Q, largest, total, Y, batch, x, threads);
+    banded::attend<InFloat32>(*of, *from, *tables, runs, first_run, Q, largest, total, out, batch, x, threads);
 }
