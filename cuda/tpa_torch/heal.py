@@ -31,6 +31,7 @@ from tpa_ref.compress.convert import convert
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.texts import read_text, text_windows
 
+from .core.banded import BandedLatent
 from .core.spectral import CodedLatent
 from .gemma.model import Model
 from .student import Student, losses
@@ -170,7 +171,7 @@ def with_maps_of_tokens(tpa: Model, dense: Model, text: str, cache_dir: Path | N
     assert tpa.tpa is not None
     part = spread(text, REGRESSED * 4)
     moments = calibrate(dense, part, max_tokens=REGRESSED, cache_dir=cache_dir, predict=True)
-    return convert(dense, replace(tpa.tpa, predict=True), moments)
+    return convert(dense, replace(tpa.tpa, predict=True, prefer="size", per_layer=None), moments)
 
 
 def spread(text: str, size: int, pieces: int = 256) -> str:
@@ -197,7 +198,7 @@ def check_arguments(tpa: Model, dense: Model, steps: int, batch: int, learning_r
         )
     if steps < 1 or batch < 1:
         raise TPAError(f"heal: steps and batch must be >= 1, got {steps} and {batch}")
-    if predict and not any(isinstance(pair.k, CodedLatent) for pair in tpa.pairs):
+    if predict and not any(isinstance(pair.k, CodedLatent | BandedLatent) for pair in tpa.pairs):
         raise TPAError("heal: predict wants a spectral conversion; this one stores no spectral codes")
     if not 0 < learning_rate < 1:
         raise TPAError(f"heal: learning_rate must lie in (0, 1), got {learning_rate}")

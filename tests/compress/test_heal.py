@@ -26,8 +26,9 @@ CONFIGS = {
     "fixed-a": TPAConfig(mode="fixed-a", k_rank=3, v_rank=3),
     "fixed-b": TPAConfig(mode="fixed-b", k_rank=12, v_rank=12, kv_dtype="int8"),
     "latent": TPAConfig(mode="latent", k_rank=56, v_rank=56, kv_dtype="int4"),  # no number lies between two codes
-    "spectral": TPAConfig(rate=0.5, context=128),
-    "not predicted": TPAConfig(rate=0.5, context=128, predict=False),
+    "spectral": TPAConfig(rate=0.5, context=128, prefer="size"),
+    "banded": TPAConfig(rate=1.0, context=128),
+    "not predicted": TPAConfig(rate=0.5, context=128, predict=False, prefer="size"),
     "V alone": TPAConfig(k_mode="fixed-a", rate=0.5, context=128),
 }
 TEXT = read_text(TINY / "calibration.txt")[:1500]
@@ -62,7 +63,7 @@ def test_the_loss_is_that_of_the_real_cache(tiny, name):
     kl, _ = losses(Student(tpa), dense, ids)
     P, Q = (torch.log_softmax(model([ids]), -1) for model in (dense, tpa))
     expected = float((P.exp() * (P - Q)).sum(-1).mean())
-    np.testing.assert_allclose(float(kl.detach()), expected, rtol=0.06)  # factors in bf16 are not trained with
+    np.testing.assert_allclose(float(kl.detach()), expected, rtol=0.08)  # factors in bf16 are not trained with
 
 
 @pytest.mark.parametrize("name, learning_rate", [("contextual", 0.01), ("not predicted", 0.002)])

@@ -31,7 +31,7 @@ def converted(small):
 
     def make(backend, **choices):
         dense, moments = small(backend, 900, predict=True)
-        return backend.convert(dense, TPAConfig(**{"rate": 1.5, "context": 60} | choices), moments)
+        return backend.convert(dense, TPAConfig(**{"rate": 1.5, "context": 60, "prefer": "size"} | choices), moments)
 
     return make
 
@@ -178,7 +178,7 @@ def test_prediction_saves_bits_on_text_never_seen(tiny):
     dense, moments = tiny
     text, kl = read_text(TINY / "evaluation.txt"), []
     for predict in (None, False):
-        tpa = tpa_ref.convert(dense, TPAConfig(rate=1.0, context=128, predict=predict, sinks=0), moments)
+        tpa = tpa_ref.convert(dense, TPAConfig(rate=1.0, context=128, predict=predict, sinks=0, prefer="size"), moments)
         kl.append(tpa_ref.evaluate(dense, tpa, text, 512, recall_prompts=0)["kl"])
         assert 0.97 < tpa.new_cache(1, 128).nbytes / (128 * 12 * 32) < 1.03  # 1 bit for each of 256 numbers
     assert kl[0] < kl[1] / 2
@@ -188,7 +188,7 @@ def test_predict_needs_moments_of_the_tokens(backend):
     """It is an error where nothing was measured; by default there is no prediction then."""
     dense = model(backend)
     refused(lambda: backend.convert(dense, TPAConfig(rate=1.0, predict=True)), "predict wants moments of the tokens")
-    tpa = backend.convert(dense, TPAConfig(rate=1.0))
+    tpa = backend.convert(dense, TPAConfig(rate=1.0, prefer="size"))
     assert all(mode.predictor is None for pair in tpa.pairs[1:] for mode in pair.modes)  # the first follows by itself
 
 
@@ -218,7 +218,7 @@ def test_a_text_is_read_for_tokens_where_they_are_asked_for(backend, monkeypatch
     dense.tokenizer = Bytes()
     found, right = [], of.calibrate
     monkeypatch.setattr(of, "calibrate", lambda *args, **more: found.append(more["predict"]) or right(*args, **more))
-    for config in (TPAConfig(rate=1.0), TPAConfig(rate=1.0, predict=False), TPAConfig(mode="latent")):
+    for config in (TPAConfig(rate=1.0, prefer="size"), TPAConfig(rate=1.0), TPAConfig(mode="latent")):
         backend.convert(dense, config, CALIBRATION[:200] + "\n")
     assert found == [True, False, False]
 
@@ -274,7 +274,7 @@ def test_the_decoder_of_a_device_reads_tokens_too(converted):
 
 def first_layer_of(backend, dense, **choices):
     """A conversion of the first layer alone; the others are as the dense model has them, in bfloat16."""
-    return backend.convert(dense, TPAConfig(rate=2.0, layers="0", context=60, **choices))
+    return backend.convert(dense, TPAConfig(rate=2.0, layers="0", context=60, prefer="size", **choices))
 
 
 def test_k_and_v_of_the_first_layer_follow_from_the_token(backend):

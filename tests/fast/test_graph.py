@@ -24,8 +24,8 @@ CHOICES = {
     "contextual": TPAConfig(mode="contextual", k_rank=2, v_rank=1, kv_dtype="float32"),
     "fixed-a int4": TPAConfig(mode="fixed-a", k_rank=1, v_rank=2, kv_dtype="int4"),
     "fixed-b int8": TPAConfig(mode="fixed-b", k_rank=10, v_rank=7, kv_dtype="int8"),
-    "spectral, first layer known": TPAConfig(mode="latent", rate=3.0),
-    "spectral with sinks": TPAConfig(mode="latent", rate=3.0, predict=False),
+    "spectral, first layer known": TPAConfig(mode="latent", rate=3.0, prefer="size"),
+    "spectral with sinks": TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size"),
     "newest exact": TPAConfig(mode="latent", k_rank=20, v_rank=20, kv_dtype="bfloat16", sinks=2, recent=3),
 }
 # Texts of which no number lies between two codes, where the last bit decides which one it gets.
@@ -278,7 +278,7 @@ def test_with_kernels(monkeypatch):
     """Static buffers and Triton's kernels together, under its interpreter."""
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
     config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
-    model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0, predict=False))
+    model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size"))
     tokens, calls, right = list(generate.generate_rows(model, ROWS[:2], 4)), [], graph.kernels.decode
     monkeypatch.setattr(graph.kernels, "decode", lambda *args: calls.append(1) or right(*args))
     monkeypatch.setenv("TPA_TRITON", "1")

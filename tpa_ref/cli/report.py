@@ -105,10 +105,15 @@ def ranks_used(model: Any) -> list[dict[str, dict[str, Any]]]:
     """Of every layer's K and V: mode, rank, dtype, and the bits of a token's coefficients."""
 
     def used(entry: dict[str, Any]) -> dict[str, Any]:
-        bits = sum(widths_of(entry["widths"])) if "widths" in entry else None
+        bits = sum(map(sum, map(widths_of, strings_of(entry["widths"])))) if "widths" in entry else None
         return {name: entry[name] for name in ("mode", "rank", "dtype")} | {"bits": bits}
 
     return [dict(zip("kv", map(used, describe(pair)), strict=True)) for pair in model.pairs]
+
+
+def strings_of(counts: list[Any]) -> list[Any]:
+    """The counts of widths of each string of codes."""
+    return counts if counts and isinstance(counts[0], list) else [counts]
 
 
 def size_on_disk(path: Path) -> int:

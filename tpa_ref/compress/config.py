@@ -322,7 +322,7 @@ def choice_to_dict(choice: Choice) -> dict[str, Any]:
     if isinstance(choice, FixedRank):
         sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
     elif choice.banded:
-        counts = [width_counts(widths) for widths in choice.strings]
+        counts = [width_counts(widths) for widths in choice.strings or ((),) * STRINGS]
         ranks = [sum(map(len, choice.strings[:-1])), sum(map(len, choice.strings[-1:]))]
         sides = [("banded", rank, "spectral", x) for rank, x in zip(ranks, (counts[:-1], counts[-1:]), strict=True)]
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core import codes
-from ..core.banded import band_features
+from ..core.banded import STRINGS, band_features
 from ..core.mode import Mode
 from ..core.rope import frequencies
 from ..core.transform import (
@@ -182,15 +182,15 @@ class Conversion:
 
     def banded(self, arrays: dict[str, np.ndarray], choice: Spectral, side: str, theta_p: np.ndarray) -> Mode:
         """K, or V behind it, with the coefficients that have any bits."""
-        model, g = self.converted, self.config.num_kv_heads
+        model, g, given = self.converted, self.config.num_kv_heads, choice.strings or ((),) * STRINGS
         starts = np.cumsum([0, *string_sizes(self.config, theta_p)])
-        rows = [start + np.arange(len(widths)) for start, widths in zip(starts, choice.strings, strict=False)]
+        rows = [start + np.arange(len(widths)) for start, widths in zip(starts, given, strict=False)]
         own, heads = (rows[:-1], slice(0, g)) if side == "k" else (rows[-1:], slice(g, None))
         read = np.concatenate(rows[:-1] if side == "k" else rows)
         kept = {"basis": arrays["basis"][read, heads], "encoder": arrays["encoder"][np.concatenate(own), heads]}
         kept |= {"mean": arrays["mean"][heads]} | ({"theta": theta_p} if side == "k" else {})
         constants: dict[str, Any] = {name: model.constant(x) for name, x in kept.items()}
-        strings = choice.strings[:-1] if side == "k" else choice.strings[-1:]
+        strings = given[:-1] if side == "k" else given[-1:]
         rank, before = sum(map(len, strings)), len(read) - sum(map(len, strings))
         lost = loss(np.split(arrays["variance"], starts[1:-1]), rank)
         sizes: dict[str, Any] = {"strings": tuple(map(len, strings)), "before": before}

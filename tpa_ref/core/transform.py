@@ -127,10 +127,10 @@ def successive(
         before, end = order[:start], start + len(block)
         rest, later = order[start:], order[end:]
         mend_xy = np.zeros((len(block), len(order)))  # y -> what block j should be
-        mend_xy[:, before] = np.linalg.solve(F_xx[np.ix_(rest, rest)], F_xx[np.ix_(rest, before)])[: len(block)]
+        mend_xy[:, before] = mending(F_xx, rest, before)[: len(block)]
         mend_xy[np.arange(len(block)), block] = 1
-        mended = F_xx[np.ix_(block, later)] @ np.linalg.solve(F_xx[np.ix_(later, later)], F_xx[np.ix_(later, block)])
-        roots = symmetric_root(F_xx[np.ix_(block, block)] - mended)
+        mended_xx = F_xx[np.ix_(block, later)] @ mending(F_xx, later, block)
+        roots = symmetric_root(F_xx[np.ix_(block, block)] - mended_xx)
         E_sx, B_sx, variance_s = decorrelated(mend_xy @ C_yy @ mend_xy.T, *roots)
         at, start = slice(start, end), end
         encoder_sx[at], basis_sx[at, block] = E_sx @ mend_xy, B_sx
@@ -141,6 +141,11 @@ def successive(
             lost_yy = (P_ys * (1 - D_s)) @ basis_sx[at]
             C_yy = C_yy - lost_yy - lost_yy.T + (basis_sx[at].T * (1 - D_s)) @ basis_sx[at]
     return Spectrum(encoder_sx.reshape(-1, g, d), basis_sx.reshape(-1, g, d), mean_gd, np.concatenate(variances))
+
+
+def mending(F_xx: np.ndarray, rest: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """What the numbers `rest` should add so that errors which were made cost least: F_rr^-1 F_rm, [rest, made]."""
+    return np.linalg.solve(F_xx[np.ix_(rest, rest)], F_xx[np.ix_(rest, made)])
 
 
 def shrunk(F_gdgd: np.ndarray) -> np.ndarray:
