@@ -64,12 +64,12 @@ def test_defaults_of_a_spectral_run(tmp_path):
     more = ["--eval-tokens", "100", "--recall-prompts", "1", "--report", "r.json", "--output", "folder"]
     done = call(demo.run, *QUICK, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "coefficients coded, the rest predicted from tokens" in done.stdout
+    assert "coefficients of K (fast pairs, slow ones)" in done.stdout
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["tpa"]["rate"] == DEFAULT_RATE and (tmp_path / "folder" / "config.json").is_file()
     for layer in report["tpa"]["ranks_used"]:
-        assert (layer["k"]["dtype"], layer["v"]["dtype"]) == ("spectral", "shared")
-        assert layer["k"]["bits"] >= layer["k"]["rank"] == layer["v"]["rank"] and layer["v"]["bits"] is None
+        assert {(layer[side]["mode"], layer[side]["dtype"]) for side in "kv"} == {("banded", "spectral")}
+        assert all(layer[side]["bits"] >= layer[side]["rank"] for side in "kv")
     assert report["quality"]["recall_dense"] == 1.0 and set(report["speed"]) == {"dense", "tpa"}
 
 

@@ -182,7 +182,10 @@ def test_a_rate_chooses_widths(backend):
     model = backend.convert(helpers.model(backend), TPAConfig(rate=1.0, layers="global"))
     assert model.tpa.per_layer == tuple(model.choices)
     assert [choice is not None for choice in model.choices] == list(CONFIG.is_global)
-    assert model.choices[5] == Spectral(1.0, widths=model.pairs[5].k.widths) and model.pairs[5].k.widths
+    strings = *model.pairs[5].k.widths_of_strings, *model.pairs[5].v.widths_of_strings
+    assert model.choices[5] == Spectral(1.0, strings=strings) and sum(strings, ())
+    joint = backend.convert(helpers.model(backend), TPAConfig(rate=1.0, layers="global", prefer="size"))
+    assert joint.choices[5] == Spectral(1.0, widths=joint.pairs[5].k.widths) and joint.pairs[5].k.widths
 
 
 def test_a_tpa_model_is_not_converted_again(backend):

@@ -18,8 +18,7 @@ import tpa_ref
 from tpa_ref.cli.options import TINY
 from tpa_ref.compress.bits import allocate_bits, damage, gaussian_bound
 from tpa_ref.compress.config import Side, Spectral, TPAConfig
-from tpa_ref.compress.convert import layer_spectrum
-from tpa_ref.compress.plan import planned_pair
+from tpa_ref.compress.plan import Curve, planned_pair
 from tpa_ref.core.cache import Cache, Exact
 from tpa_ref.core.mode import Tokens
 from tpa_ref.core.transform import spectrum
@@ -106,13 +105,13 @@ def test_tokens_are_drawn_by_their_probability(backend):
     np.testing.assert_allclose(np.bincount(drawn.ravel(), minlength=4) / 20_000, P[0, 0], atol=0.02)
 
 
-def test_predicted_damage_is_the_measured_kl(tiny):
+@pytest.mark.parametrize("prefer", ["speed", "size"])
+def test_predicted_damage_is_the_measured_kl(tiny, prefer):
     """At a rate where errors are small, 1/2 sum lambda D is the KL of the whole model, on text never seen."""
     dense, moments = tiny
-    converted = tpa_ref.convert(dense, TPAConfig(rate=3.0, context=128), moments)
-    found = [layer_spectrum(moments.of_layer(layer), Spectral(), moments.of_tokens) for layer in range(12)]
-    widths = [(*pair.k.widths, *[0] * (256 - len(pair.k.widths))) for pair in converted.pairs]
-    predicted, measured = damage([one.variance_s for one in found], widths), measured_kl(dense, converted)
+    config = TPAConfig(rate=3.0, context=128, prefer=prefer)
+    converted = tpa_ref.convert(dense, config, moments)
+    predicted, measured = Curve(dense, moments, config, 128).trial(3.0).predicted, measured_kl(dense, converted)
     assert 0.5 < measured / predicted < 2.0
     assert measured < 0.002
 
@@ -247,7 +246,9 @@ def both_cached(models):
     return found
 
 
-@pytest.mark.parametrize("choices", [{}, {"sinks": 0}, {"recent": 7}, {"rate": 0.2, "sinks": 1}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [{}, {"prefer": "size"}, {"sinks": 0}, {"recent": 7}, {"rate": 0.2, "sinks": 1}], ids=str
+)
 def test_twins_store_the_same_codes(twins, choices):
     """Whole texts and caches of both backends agree, codes byte for byte, bytes as counted."""
     numpy, torch = twins(**choices)
@@ -255,15 +256,18 @@ def test_twins_store_the_same_codes(twins, choices):
     (cache_n, _), (cache_t, _) = both_cached((numpy, torch))
     for held_n, held_t in zip(cache_n.layers, cache_t.layers, strict=True):
         ours, theirs = (held.rings["coded"].arrays for held in (held_n, held_t))
-        assert list(ours) == list(theirs) == ["k.C.codes"]  # K and V are one vector
-        np.testing.assert_array_equal(back(theirs["k.C.codes"]), ours["k.C.codes"])
+        joint = numpy.tpa.prefer == "size"  # K and V are one vector
+        assert list(ours) == list(theirs) == (["k.C.codes"] if joint else ["k.C.codes", "v.C.codes"])
+        for name, held in ours.items():
+            np.testing.assert_array_equal(back(theirs[name]), held)
         assert list(held_n.rings) == list(held_t.rings)
     np.testing.assert_array_equal(cache_n.text_bt, cache_t.text_bt)
     sinks, recent = numpy.tpa.exact_tokens
     kinds = ["coded", *["sinks"] * (sinks > 0), *["recent"] * (recent > 0)]
     assert list(cache_n.layers[5].rings) == kinds
     assert list(cache_n.layers[1].rings) == [kind for kind in kinds if kind != "recent"]
-    assert list(cache_n.layers[0].rings) == ["coded"]  # which follows from the tokens
+    first = ["coded"] if numpy.tpa.prefer == "size" else list(cache_n.layers[1].rings)  # or it follows from the tokens
+    assert list(cache_n.layers[0].rings) == first
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,9 @@ def test_with_kernels(monkeypatch):
     """Static buffers and Triton's kernels together, under its interpreter."""
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
     config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
-    model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size"))
+    model = tpa_torch.convert(
+        helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size")
+    )
     tokens, calls, right = list(generate.generate_rows(model, ROWS[:2], 4)), [], graph.kernels.decode
     monkeypatch.setattr(graph.kernels, "decode", lambda *args: calls.append(1) or right(*args))
     monkeypatch.setenv("TPA_TRITON", "1")

@@ -150,6 +150,25 @@ def fit(N_xz, F_xx, tokens, damage):
         "compress/plan",
         "\n_right = cache_bytes\ndef cache_bytes(*given, exact, ids):\n    return _right(*given, ids=ids)\n",
     ),
+    "points evenly spaced in a tile": (
+        "07: 01 03 07 09",
+        "core/banded",
+        "\ndef nodes():\n    return np.linspace(0, TILE - 1, NODES)\n",
+    ),
+    "nodes outside of the tile": (
+        "07: 01 11 13",
+        "core/banded",
+        "\n_right = nodes\ndef nodes():\n    return -_right()\n",
+    ),
+    "a chain whose blocks tell nothing of each other": (
+        "07: 01 11 17",
+        "core/transform",
+        """
+_right = successive
+def successive(M, mean, F, blocks, distortions):
+    return _right(M, mean, F, blocks, [np.ones(len(D_s)) for D_s in distortions])
+""",
+    ),
 }
 
 

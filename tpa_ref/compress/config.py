@@ -86,6 +86,8 @@ class Spectral:
     strings: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.predict or (self.widths and self.k is None):
+            object.__setattr__(self, "prefer", PREFER[1])
         if len(self.strings) not in (0, STRINGS) or (self.strings and not self.banded):
             raise TPAError(f"tpa config: {STRINGS} strings of widths belong to prefer 'speed', got {self!r:.80}")
         for widths in (self.widths, *self.strings):

@@ -126,9 +126,8 @@ def successive(
     for block, D_s in zip(blocks, [*distortions, np.zeros(0)], strict=True):
         before, end = order[:start], start + len(block)
         rest, later = order[start:], order[end:]
-        mend_xy = np.zeros((len(block), len(order)))  # y -> what block j should be
+        mend_xy = np.eye(len(order))[block]  # y -> what block j should be
         mend_xy[:, before] = mending(F_xx, rest, before)[: len(block)]
-        mend_xy[np.arange(len(block)), block] = 1
         mended_xx = F_xx[np.ix_(block, later)] @ mending(F_xx, later, block)
         roots = symmetric_root(F_xx[np.ix_(block, block)] - mended_xx)
         E_sx, B_sx, variance_s = decorrelated(mend_xy @ C_yy @ mend_xy.T, *roots)
