@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,10 @@ LONG_RATES = (2.0, 0.8)
 DISTANCES = (150, 300, 450, 700, 1_000, 1_800)  # tokens; the window is 512
 RECALL = 3  # questions for each
 TESTED = {"calibration": 2_048, "evaluation": 1_024}  # what `make test-gemma` measures, in two minutes
-RATES = (4.0, 3.0, DEFAULT_RATE, 2.0, 1.0)
-UNPREDICTED = "rate 3, without prediction"
-SPECTRAL = {f"rate {rate:g}": rate for rate in RATES} | {UNPREDICTED: 3.0}
+RATES = {"speed": (4.0, DEFAULT_RATE, 2.0), "size": (4.0, 3.0, 2.6, 2.0, 1.0)}  # by what is preferred
+SPECTRAL = {
+    f"rate {rate:g}{', size' if prefer == 'size' else ''}": (prefer, rate) for prefer in RATES for rate in RATES[prefer]
+}
 DENSE: dict[str, Any] = {"mode": "fixed-a", "k_rank": 1, "v_rank": 1}  # one KV head: the dense cache, written as TPA
 OTHERS: dict[str, Callable[[Any], Any]] = {
     **{f"dense, {dtype}": lambda dense, dtype=dtype: convert(dense, TPAConfig(**DENSE, kv_dtype=dtype))  # type: ignore
@@ -58,6 +58,8 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     **{f"like TurboQuant, {bits} bits": partial(turboquant_like, bits=bits) for bits in (4, 3)},
 }  # fmt: skip
 SETTINGS = [*OTHERS, *SPECTRAL]
+KINDS = {"rate": plots.INK["tpa"], "size": "C4", "KIVI": "C1", "TurboQuant": "C2", "dense": "C7"}
+LABELS = {"rate": "TPA, prefer speed", "size": "TPA, prefer size", "dense": "int8, int4"}
 
 
 class Bench:
@@ -72,11 +74,12 @@ class Bench:
         self.curves: dict[Any, Curve] = {}
 
     def curve(self, name: str, context: int) -> Curve:
-        predict = name != UNPREDICTED
-        if (predict, context) not in self.curves:
-            moments = self.moments if predict else replace(self.moments, of_tokens=None)
-            self.curves[predict, context] = Curve(self.dense, moments, TPAConfig(rate=1.0, context=context), context)
-        return self.curves[predict, context]
+        prefer, rate = SPECTRAL.get(name) or ("size", 1.0)
+        key = prefer, rate if prefer == "speed" else 0.0, context  # of bands, what is left hangs on the bits before it
+        if key not in self.curves:
+            config = TPAConfig(rate=rate, context=context, prefer=prefer)
+            self.curves[key] = Curve(self.dense, self.moments, config, context)
+        return self.curves[key]
 
     def cache(self, name: str, context: int) -> tuple[Any, dict[str, float]]:
         """(a model with the cache of a setting, its ratio and, where it is known, predicted damage)."""
@@ -84,7 +87,8 @@ class Bench:
             model = OTHERS[name](self.dense)
             bits = bits_per_number(model)
             return model, {"ratio": 16 / bits if bits else ratio(model, context)}
-        curve, rate = self.curve(name, context), SPECTRAL.get(name) or float(name.split()[-1])
+        curve = self.curve(name, context)
+        rate = SPECTRAL[name][1] if name in SPECTRAL else float(name.split()[1].strip(","))
         model = curve.converted(rate)
         return model, {"ratio": ratio(model, context), "predicted": curve.trial(rate).predicted}
 
@@ -157,6 +161,12 @@ def table(found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def kind_of(name: str) -> str:
+    """Which line of the picture a setting belongs to."""
+    found = next(kind for kind in KINDS if kind in name)
+    return "size" if name.endswith("size") else found
+
+
 def recall_cell(recall: dict[Any, float]) -> str:
     """Shares inside the window of 512 tokens and beyond."""
     shares = [
@@ -170,11 +180,11 @@ def picture(found: dict[str, Any], path: Path) -> None:
     """Left: KL against size. Right: the KL that calibration predicts against the measured one."""
     figure, (size, truth) = plots.new_figure(2, width=4.6, height=3.8)
     settings = found["settings"]
-    for kind, color in (("rate", plots.INK["tpa"]), ("KIVI", "C1"), ("TurboQuant", "C2"), ("dense", "C7")):
-        names = [name for name in SETTINGS if kind in name and name != UNPREDICTED]
+    for kind, color in KINDS.items():
+        names = [name for name in SETTINGS if kind_of(name) == kind]
         for text, style in (("prose", "o-"), ("code", "s--")):
             points = sorted((settings[n][f"{text} 2048"]["ratio"], settings[n][f"{text} 2048"]["kl"]) for n in names)
-            label = {"rate": "TPA, spectral", "dense": "int8, int4"}.get(kind, f"like {kind}")
+            label = LABELS.get(kind, f"like {kind}")
             size.plot(*zip(*points, strict=True), style, color=color, label=label if text == "prose" else None, ms=4)
     size.set(xscale="log", yscale="log", xlabel="times smaller than the dense cache", ylabel="KL in nats")
     size.set_title("solid: prose, dashed: code", fontsize=9)
@@ -222,7 +232,7 @@ def main() -> None:
     if "recall_dense" not in found:
         found["recall_dense"] = bench(CALIBRATION).recall(bench(CALIBRATION).dense)
     fill("settings", SETTINGS, lambda name: measured(bench(CALIBRATION), name))
-    long = [f"rate {rate:g}" for rate in LONG_RATES]
+    long = [f"rate {rate:g}, size" for rate in LONG_RATES]
     fill("long", long, lambda name: whole_texts(bench(CALIBRATION), name))
     tokens = TESTED["evaluation"]
     fill("tested", SETTINGS, lambda name: bench(TESTED["calibration"]).measure(name, "prose", tokens, tokens))

@@ -342,7 +342,8 @@ def choice_from_dict(entry: dict[str, Any], rate: float, predict: bool | None) -
     k, v = (Side(entry[f"{side}_mode"], entry[f"{side}_rank"], entry[f"{side}_dtype"]) for side in "kv")
     found = [entry.get(f"{side}_widths", ()) for side in "kv"]
     if k.mode == "banded":
-        return Spectral(rate, None, predict, strings=tuple(widths_of(counts) for counts in [*found[0], *found[1]]))
+        strings = tuple(widths_of(counts) for counts in [*found[0], *found[1]])
+        return Spectral(rate, None, predict, strings=strings if any(strings) else ())
     k_widths, v_widths = map(widths_of, found)
     if k.dtype == "spectral":
         return Spectral(rate, None, predict, k_widths, "size")
