@@ -113,7 +113,10 @@ def rounds(found: dict[str, Contestant], ids: list[int], args: Any) -> list[dict
     bar = tqdm([place for _ in range(args.repeats) for place in runs], desc="measuring")
     for context, name in bar:
         bar.set_postfix_str(f"{name} at {context:,}")
-        runs[context, name].append(found[name].run(ids[:context], args.tokens))
+        run = found[name].run(ids[:context], args.tokens)
+        runs[context, name].append(run)
+        speeds = context / run.prefill_s, 1 / statistics.median(run.token_s)
+        bar.write("{} at {:,}: prefill {:,.0f}, decode {:,.1f} tokens/s".format(name, context, *speeds))
     return [summed_up(context, name, of) for (context, name), of in runs.items()]
 
 
