@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out
 FAST := tests/core tests/test_tpa.py tests/test_structure.py tests/cli/test_options.py
 
-.PHONY: demo gemma gemma-table test-gemma test test-fast lint notebooks table results heal sizes benchmarks real golden tiny clean
+.PHONY: demo gemma gemma-table test-gemma test test-fast lint notebooks table results heal sizes benchmarks peers real golden tiny clean
 
 demo: .venv/.demo
 	@mkdir -p $(OUT)
@@ -85,6 +85,13 @@ benchmarks: .venv/.test
 	$(BIN)/python benchmarks/serving.py $(TIMING)
 	$(BIN)/python benchmarks/transformers_cache.py --work $(WORK)
 	$(BIN)/python benchmarks/summary.py
+
+# Beside `transformers` and llama.cpp on the real 270M: speed, memory and KL, an hour on two cores that do nothing else.
+peers: .venv/.test
+	$(BIN)/python scripts/get_gemma.py
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt xllamacpp
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python scripts/update_readme.py
 
 # Your own weights on your own text: make real CKPT=/models/gemma-3-1b-pt TEXT=held-out.txt CALIBRATION=other.txt
 real: .venv/.demo
