@@ -27,6 +27,9 @@ from torch import Tensor
 import tpa_torch
 from tpa_ref import plots
 from tpa_ref.compress.bits import allocate_bits
+from tpa_ref.compress.convert import string_sizes
+from tpa_ref.core.banded import NODES, TILE, band_features
+from tpa_ref.core.rope import frequencies
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.config import GemmaConfig
 from tpa_ref.gemma.weights import Weights
@@ -39,6 +42,8 @@ from tpa_torch.core.latent import Latent
 from tpa_torch.core.pair import Joint, Pair
 from tpa_torch.core.spectral import CodedLatent
 from tpa_torch.fast import decode
+from tpa_torch.fast.banded import Banded
+from tpa_torch.fast.spectral import BandedLatent
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 # How K and V are cached: (mode, rank or rate). Rank "g" is full.
@@ -53,7 +58,9 @@ SETTINGS: dict[str, tuple[tuple[str, Any], tuple[str, Any], tuple[str, ...]]] = 
     "exact K, fixed-b V R=64": (("fixed-a", "g"), ("fixed-b", 64), DTYPES[:3]),
     "exact int8 K, spectral V rate 2": (("fixed-a", "g"), ("spectral", 2.0), ("int8",)),
     "exact int8 K, spectral V rate 1": (("fixed-a", "g"), ("spectral", 1.0), ("int8",)),
-    "spectral rate 1": (("spectral", 1.0), ("shared", None), ("spectral",)),
+    "spectral rate 1, prefer size": (("spectral", 1.0), ("shared", None), ("spectral",)),
+    "spectral rate 2.5": (("banded", 2.5), ("behind", None), ("spectral",)),
+    "spectral rate 1": (("banded", 1.0), ("behind", None), ("spectral",)),
 }
 
 
@@ -64,10 +71,27 @@ def one_layer(variant: str) -> GemmaConfig:
 
 def pair(k: tuple[str, Any], v: tuple[str, Any], dtype: str, config: GemmaConfig, device: str) -> Pair:
     """A random way to cache K and V."""
+    if k[0] == "banded":
+        return banded(k[1], config, device)
     if v[0] != "shared":
         return Pair(side(*k, dtype, config, device), side(*v, dtype, config, device))
     mode_k = side(*k, dtype, config, device, sides=2)
     return Joint(mode_k, replace(mode_k, basis=torch.randn_like(mode_k.basis)))
+
+
+def banded(rate: float, config: GemmaConfig, device: str) -> Pair:
+    """The same in two bands, with V behind them: variances of each string fall as those of all numbers."""
+    g, d, theta_p = config.num_kv_heads, config.head_dim, frequencies(config.head_dim, *config.rope(True))
+    variances = [np.exp(-np.linspace(0, np.log(1000), size)) for size in string_sizes(config, theta_p)]
+    found = allocate_bits(variances, [1, 1, 1], rate * 2 * g * d)
+    strings = [tuple(width for width in widths if width) for widths in found]
+    ranks = [len(widths) for widths in strings]
+    before, theta = sum(ranks[:2]), torch.from_numpy(theta_p).float()
+    basis, encoder = (torch.randn(sum(ranks), g, d, device=device) / d**0.5 for _ in "be")
+    own = {"encoder": encoder[:before], "mean": encoder[0], "widths": strings[0] + strings[1]}
+    k = BandedLatent(g, d, before, basis=basis[:before], strings=tuple(ranks[:2]), theta=theta, **own)
+    own = {"encoder": encoder[before:], "mean": encoder[0], "widths": strings[2]}
+    return Banded(k, BandedLatent(g, d, ranks[2], basis=basis, strings=(ranks[2],), before=before, **own))
 
 
 def side(mode: str, rank: Any, dtype: str, config: GemmaConfig, device: str, sides: int = 1) -> Any:
@@ -112,6 +136,10 @@ def flops(mode: Any, config: GemmaConfig, is_key: bool) -> float:
         return 2 * h * d
     if isinstance(mode, Contextual | FixedA):
         return 2 * h * d * rank
+    if isinstance(mode, BandedLatent):  # fast pairs rebuilt, the others absorbed at the nodes of each tile
+        fast, slow = map(len, band_features(mode.theta.numpy())) if is_key else (0, 0)
+        absorbed = NODES * h * (rank + slow * rank / TILE)
+        return 2 * g * fast * mode.strings[0] + 2 * absorbed if is_key else 2 * h * (rank + mode.before)
     return 2 * g * d * rank + 2 * h * d if is_key else 2 * h * rank
 
 

@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fixed-a int8 K, latent int8 V": {"k_mode": "fixed-a", "k_rank": 99, "v_mode": "latent", "kv_dtype": "int8"},
     "latent int8": {"mode": "latent", "kv_dtype": "int8"},
     "spectral rate 2": {"rate": 2.0},
+    "spectral rate 2, prefer size": {"rate": 2.0, "prefer": "size"},
 }
 STEPS = 64  # tokens that a cache has room for behind the context
 

@@ -37,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ours, dense bfloat16": {},
     "ours, exact int8": {"tpa": {"mode": "fixed-a", "k_rank": 99, "v_rank": 99, "kv_dtype": "int8"}},
     "ours, the default": {"tpa": {}},
+    "ours, prefer size": {"tpa": {"rate": 2.6, "prefer": "size"}},
+    "ours, dense, int8 weights": {"load": {"weights": "int8"}},
+    "ours, the default, int8 weights": {"tpa": {}, "load": {"weights": "int8"}},
 }
 TRANSFORMERS = "transformers, bfloat16"
 LLAMA_CPP = {f"llama.cpp, {kind} cache": kind for kind in ("f16", "q8_0", "q4_0")}

@@ -18,7 +18,9 @@ CHOSEN = (
     ("exact int8 K, spectral V rate 1", "int8", "ratio_fastest"),
     ("exact K, fixed-b V R=64", "int8", "ratio_fastest"),
     ("latent R=64", "int8", "ratio_fastest"),
+    ("spectral rate 2.5", "spectral", "ratio_fastest"),
     ("spectral rate 1", "spectral", "ratio_fastest"),
+    ("spectral rate 1, prefer size", "spectral", "ratio_fastest"),
 )
 # What these caches are called in the table of the tiny model's quality, where they mean the same there: (name, dtype)
 QUALITY = {

@@ -32,8 +32,9 @@ CONTEXTS = (2_048, 8_192, 32_000)
 PIECE, STEPS = 1_024, 8
 SETTINGS: dict[str, dict[str, Any]] = {
     "rate 4, K in int8": {"k_mode": "fixed-a", "rate": 4.0},
-    "rate 2.6, the default": {},
-    "rate 2.6, predicted": {"predict": True},
+    "rate 3, the default": {},
+    "rate 2.6, prefer size": {"rate": 2.6, "prefer": "size", "predict": False},
+    "rate 2.6, predicted": {"rate": 2.6, "predict": True},
     "int8": {"mode": "fixed-a", "k_rank": 1, "v_rank": 1, "kv_dtype": "int8"},
 }
 

@@ -30,11 +30,11 @@ from tpa_ref.gemma.texts import read_text
 from tpa_torch.heal import heal
 
 CONTEXT = 128  # every layer holds as much: the hardest text length for the window layers
-CONSTANT = TPAConfig(rate=0.5, context=CONTEXT, predict=False)
+CONSTANT = TPAConfig(rate=0.5, context=CONTEXT, predict=False, prefer="size")
 SETTINGS = {  # with the learning rate, the steps (the less there is to heal, the smaller they must be), and `predict`
     "contextual, rank 2 of 4": (TPAConfig(mode="contextual", k_rank=2, v_rank=2), 0.008, 1500, False),
     "spectral without words, rate 0.5": (CONSTANT, 0.004, 300, False),
-    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT), 0.003, 300, False),
+    "spectral, rate 0.5": (TPAConfig(rate=0.5, context=CONTEXT, prefer="size"), 0.003, 300, False),
     "spectral without words, rate 0.5, given maps of the words": (CONSTANT, 0.003, 300, True),
 }
 

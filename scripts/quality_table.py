@@ -133,7 +133,7 @@ class Bench:
         return self._measured(TPAConfig(k_mode="fixed-a", rate=rate, context=CONTEXT), CONTEXT, about)
 
     def planned(self, context: int, budget: float, predict: bool = True) -> dict[str, Any]:
-        base = TPAConfig(rate=1.0, predict=predict)
+        base = TPAConfig(rate=1.0, predict=predict, prefer="size")
         plan = make_plan(self.dense, self.moments, kv_budget=budget, context=context, base=base)
         name = "spectral" if predict else "spectral without prediction"
         about: dict[str, Any] = {"name": name, "mode": "latent", "rank": None, "dtype": f"{plan.chosen.rate:.2f} bits"}
