@@ -29,11 +29,13 @@ import torch
 
 import tpa_torch
 from tpa_ref.cli.machine import environment
-from tpa_ref.compress.config import TPAConfig
+from tpa_ref.compress.config import PREFER, TPAConfig
 from tpa_ref.core.codes import SCALES
+from tpa_ref.core.rope import frequencies
 from tpa_ref.gemma.config import GemmaConfig
 from tpa_ref.gemma.generate import prefill
 from tpa_ref.gemma.weights import Weights, from_named, hf_names
+from tpa_torch.core.banded import Banded, BandedLatent
 from tpa_torch.core.contextual import Contextual
 from tpa_torch.core.dense import Dense
 from tpa_torch.core.fixed_a import FixedA
@@ -48,7 +50,8 @@ from tpa_torch.gemma.model import StaticModel
 RANKS = {"dense": 0, "contextual": 2, "fixed-a": 2, "fixed-b": 64, "latent": 256}
 STORES = ("bfloat16", "int8", "int4")
 WIDTHS = tuple([8] * 8 + [6] * 16 + [5] * 32 + [4] * 64 + [3] * 64 + [2] * 96 + [1] * 40)  # about rate 1 at 4b
-CASES = [(mode, store) for mode in RANKS for store in STORES] + [("latent", "spectral")]
+CASES = [(mode, store) for mode in RANKS for store in STORES] + [("latent", "spectral"), ("banded", "spectral")]
+STRINGS = WIDTHS[::5], WIDTHS[1::2], WIDTHS[::2]  # of fast K, slow K and V
 AVERAGE = int(np.searchsorted(SCALES, 1.0))  # the first byte of a token of average size
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -77,21 +80,44 @@ def random_mode(mode: str, store: str, config: GemmaConfig, device: str) -> Mode
     return (FixedA if mode == "fixed-a" else Latent)(g, d, rank, store, basis=basis(rank, g, d))
 
 
+def random_pair(mode: str, store: str, config: GemmaConfig, is_global: bool, device: str) -> Pair:
+    """K and V of a layer with random constants."""
+    if mode != "banded":
+        one = random_mode(mode, store, config, device)
+        return Pair(one, one)
+    g, d = config.num_kv_heads, config.head_dim
+
+    def side(strings: tuple[tuple[int, ...], ...], before: int, theta: Any = None) -> BandedLatent:
+        widths = sum(strings, ())
+        basis = torch.randn((before + len(widths), g, d), device=device) / (before + len(widths)) ** 0.5
+        mean, sizes = torch.randn((g, d), device=device), tuple(map(len, strings))
+        constants: dict[str, Any] = {"basis": basis, "mean": mean, "theta": theta}
+        return BandedLatent(g, d, len(widths), store, widths=widths, strings=sizes, before=before, **constants)
+
+    k = side(STRINGS[:-1], 0, torch.from_numpy(frequencies(d, *config.rope(is_global))).to(device))
+    return Banded(k, side(STRINGS[-1:], k.rank))
+
+
 def two_full_layers(
     variant: str, mode: str, store: str, device: str, dtype: torch.dtype, batch: int, length: int
 ) -> tuple[Any, Any]:
     """(model without weights, cache filled with random codes)."""
     config = two_layers(variant)
-    one = random_mode(mode, store, config, device)
+    pairs = [random_pair(mode, store, config, kind, device) for kind in config.is_global]
     embed_vm = torch.zeros((1, 1), dtype=dtype, device=device)
-    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), pairs=[Pair(one, one)] * 2)
+    model = tpa_torch.Model(config, Weights(embed_vm, [], embed_vm[0], None), pairs=pairs)
     cache = model.new_cache(batch, length)
     for layer in cache.layers:
-        for array in layer.rings["coded"].arrays.values():
+        for name, array in layer.rings["coded"].arrays.items():
             fill(array)
-            if store == "spectral":
-                array[..., 0] = AVERAGE  # else random scales make a few keys outshine all others
+            if store == "spectral":  # else random scales make a few keys outshine all others
+                array[..., starts_of_strings(getattr(layer.pair, name[0]))] = AVERAGE
     return model, cache
+
+
+def starts_of_strings(mode: Mode) -> list[int]:
+    """The bytes of a token that hold scales."""
+    return np.cumsum([0, *mode.string_bytes[:-1]]).tolist() if isinstance(mode, BandedLatent) else [0]
 
 
 def fill(array: torch.Tensor) -> None:
@@ -165,7 +191,7 @@ def matmul_rate() -> float:
 
 def rebuild_flops(mode: str, rank: int, config: GemmaConfig) -> int:
     """FLOP per cached token that forming K again takes."""
-    return {"fixed-b": 2, "latent": 2}.get(mode, 0) * rank * config.num_kv_heads * config.head_dim
+    return {"fixed-b": 2, "latent": 2, "banded": 2}.get(mode, 0) * rank * config.num_kv_heads * config.head_dim
 
 
 @torch.inference_mode()
@@ -234,7 +260,7 @@ def model_speed(
     ordinary = per_step(lambda: model(token, cache=cache), steps // 4, device)
     floor = (weights + cache.nbytes) / bandwidth
     return {
-        "tpa": "dense" if tpa is None else f"latent, rate {tpa.rate}",
+        "tpa": "dense" if tpa is None else f"{tpa.prefer}, rate {tpa.rate}",
         "weights_bytes": weights, "kv_bytes": cache.nbytes, "tokens_per_s": 1 / captured,
         "ordinary_tokens_per_s": 1 / ordinary, "floor_tokens_per_s": 1 / floor, "floor_fraction": floor / captured,
     }  # fmt: skip
@@ -309,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
         "model_1b": [
             attempt({}, partial(model_speed, tpa, bandwidth, GemmaConfig.gemma3_1b()))
-            for tpa in (None, TPAConfig(mode="latent", rate=2.0))
+            for tpa in (None, *(TPAConfig(rate=2.0, predict=False, prefer=prefer) for prefer in PREFER))
         ],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Stored, of_part
 
-from ...core.codes import constants, numbers
+from ...core.banded import BandedLatent
+from ...core.codes import constants, numbers, packed_bytes
 from ...core.contextual import Contextual
 from ...core.dense import Dense
 from ...core.fixed_a import FixedA, absorb, mix
@@ -36,6 +37,7 @@ from .triton_kernels import attend_split, merge_splits
 IN_A_THREAD = {"float": 128, "float32": 32, "int8": 64, "int4": 32, "spectral": 32}
 MANY = 2**30  # a window that never ends
 Pointers = tuple[Tensor | None, Tensor | None, Tensor | None]
+Strings = tuple[tuple[int, ...], ...]  # the widths of each
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Tile:
 class Side:
     """K or V of a segment as the kernels see it.
 
-    form: "rows", "contextual" or "rebuilt"; per_head: a row for each KV head; rows: rows a token; width: numbers of a
-    row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the a's of `contextual`.
+    form: "rows", "contextual", "rebuilt" or "behind"; per_head: a row for each KV head; rows: rows a token; width:
+    numbers of a row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the a's of
+    `contextual`.
     """
 
     form: str
@@ -116,6 +119,7 @@ def segment(
     mode_k, mode_v = (as_rows(mode) for mode in ring.pair.modes)
     k = side(of_part(ring.arrays, "k"), mode_k)
     v = k if isinstance(ring.pair, Joint) else side(of_part(ring.arrays, "v"), mode_v)
+    v = behind(v, mode_k, mode_v) if isinstance(mode_v, BandedLatent) else v
     k = replace(k, form="rebuilt") if isinstance(mode_k, FixedB | Latent) else k
     Q_bhd, scale = absorbed(Q_bhd, mode_k, scale)
     partial, lse = attend(
@@ -183,21 +187,43 @@ def side(stored: Stored, mode: Any) -> Side:
 
 def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointers]:
     """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
-    if isinstance(mode, CodedLatent):
+    if isinstance(mode, CodedLatent | BandedLatent):
         device = stored["codes"].device
-        return "spectral", (stored["codes"], unpacking(mode.widths, device), numbers(device))
+        return "spectral", (stored["codes"], unpacking(strings(mode), device), numbers(device))
     if "x" in stored:
         return "float", (stored["x"], None, None)
     return mode.part_dtype(part), (stored["codes"], stored["scale"], stored.get("minimum"))
 
 
+def behind(v: Side, mode_k: Any, mode_v: Any) -> Side:
+    """V of `banded`: its rows are the coefficients of K, from the codes of K, and its own."""
+    codes, _, levels = v.stored
+    assert codes is not None
+    places = unpacking(strings(mode_v), codes.device, strings(mode_k))
+    return replace(v, form="behind", width=mode_v.before + mode_v.rank, stored=(codes, places, levels))
+
+
+def strings(mode: Any) -> Strings:
+    """The widths of each string of codes of a token."""
+    return tuple(mode.widths_of_strings) if isinstance(mode, BandedLatent) else (mode.widths,)
+
+
 @lru_cache(maxsize=512)
 @lasting()
-def unpacking(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the windows of each coefficient lie and its levels begin, int32 [4,R]."""
-    of = constants(widths, device)
-    places = torch.stack([of["at"], of["after"], of["shift"], of["table"]]) if widths else of["table"].new_zeros(4, 1)
-    return places.int().contiguous()
+def unpacking(strings: Strings, device: torch.device, others: Strings = ()) -> Tensor:
+    """Where the windows of each coefficient lie, its levels begin and its scale lies, int32 [5,R]. others: strings that
+    come first and lie in an array of their own.
+    """
+    found = [torch.zeros(5, 0, dtype=torch.int32, device=device)]
+    for array in (others, strings):
+        start = 0
+        for widths in array:
+            if widths:
+                of = constants(widths, device)
+                at, after, scale = of["at"] + start, of["after"] + start, torch.full_like(of["at"], start)
+                found.append(torch.stack([at, after, of["shift"], of["table"], scale]).int())
+            start += packed_bytes(widths)
+    return torch.cat(found, 1).contiguous()
 
 
 def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:

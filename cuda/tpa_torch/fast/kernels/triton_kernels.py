@@ -1,12 +1,13 @@
 """The Triton kernels: one split of the keys of one row, and the merge of the splits.
 
-Whatever the mode, K takes one of three forms here and V one of two (`launch` brings them to it):
+Whatever the mode, K takes one of three forms here and V one of three (`launch` brings them to it):
 
     K rows        logits are q . row, one row a token for each KV head (`dense`) or for all (`fixed-a`: R d numbers)
     K contextual  R rows a token, each with its weights a: sum_s a_s[g] (q . b_s), Eq. (A.2)
     K rebuilt     coefficients times a basis, rotated to the key's position, then as rows (`fixed-b`, `latent`)
     V rows        sum of p row (`dense`, `fixed-a`, `fixed-b`, `latent`): constant factors come behind the merge
     V contextual  sum of (p a_u[g]) b_u, Eq. (A.3)
+    V behind      rows of K's coefficients and V's own behind them, from the codes of both (`banded`)
 
 All logits are in base 2. Partial sums and their log-sum-exp are float32. Lengths are read from memory and loop bounds
 are run-time values, so a growing text never compiles anything anew. `stored` is always three pointers: (numbers, -, -),
@@ -32,17 +33,8 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr):
     """
     if STORE == "float":
         x = tl.load(stored[0] + row * stride + column, mask, 0)
-    elif STORE == "spectral":  # see `core.codes`: a window of eight bits in two bytes chooses the level
-        inside = column < n
-        at = tl.load(stored[1] + column, inside, 0)
-        after = tl.load(stored[1] + n + column, inside, 0)
-        shift = tl.load(stored[1] + 2 * n + column, inside, 0)
-        table = tl.load(stored[1] + 3 * n + column, inside, 0)
-        high = tl.load(stored[0] + row * stride + at, mask, 0).to(tl.int32)
-        low = tl.load(stored[0] + row * stride + after, mask, 0).to(tl.int32)
-        scale = tl.load(stored[0] + row * stride + column * 0, mask, 0).to(tl.int32)
-        window = ((high << 8 | low) >> shift) & 255
-        x = tl.load(stored[2] + table + window, mask, 0) * tl.load(stored[2] + SCALES + scale, mask, 0)
+    elif STORE == "spectral":
+        x = unpacked(stored[0] + row * stride, stored, column, mask, n)
     else:
         of_group = row * tl.cdiv(n, GROUP) + column // GROUP
         scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
@@ -53,6 +45,24 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr):
             code = (word >> (column % 2 * 4)) & 15
             x = code.to(tl.float32) * scale + tl.load(stored[2] + of_group, mask, 0).to(tl.float32)
     return x
+
+
+@triton.jit
+def unpacked(codes, stored, column, mask, n):
+    """Coefficients of tokens whose bytes begin at codes [T,1] or, for each column, [T,C]; see `core.codes`: a window of
+    eight bits in two bytes chooses the level, and each string of a token begins with its scale.
+    """
+    inside = column < n
+    at = tl.load(stored[1] + column, inside, 0)
+    after = tl.load(stored[1] + n + column, inside, 0)
+    shift = tl.load(stored[1] + 2 * n + column, inside, 0)
+    table = tl.load(stored[1] + 3 * n + column, inside, 0)
+    start = tl.load(stored[1] + 4 * n + column, inside, 0)
+    high = tl.load(codes + at, mask, 0).to(tl.int32)
+    low = tl.load(codes + after, mask, 0).to(tl.int32)
+    scale = tl.load(codes + start, mask, 0).to(tl.int32)
+    window = ((high << 8 | low) >> shift) & 255
+    return tl.load(stored[2] + table + window, mask, 0) * tl.load(stored[2] + SCALES + scale, mask, 0)
 
 
 @triton.jit
@@ -201,7 +211,11 @@ def attend_split(
                 O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
         else:
             row = (token * G + group if PER_HEAD_V else token)[:, None]
-            B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V)
+            if V == "behind":
+                codes = tl.where((e < rank)[None, :], k[0] + row * bytes_k, v[0] + row * bytes_v)
+                B = unpacked(codes, v, e[None, :], inside_e, width)
+            else:
+                B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V)
             O_he = tl.dot(P.to(DOT), B.to(DOT), O_he, input_precision="ieee")
 
     nobody = total == 0
