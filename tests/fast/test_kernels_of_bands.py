@@ -142,7 +142,7 @@ def test_absorbing_waits_for_nothing():
     pair, length_b, tables = banded(), torch.tensor([30, 9]).int().to(DEVICE), (turns().real, turns().imag)
     for _ in range(2):
         with Waits() as waits:
-            absorbed.at_nodes(queries(2)[:, 0], absorbed.bands_of(pair.k, torch.float32, 20), length_b, 20, 2, tables)
+            absorbed.at_nodes(queries(2)[:, 0], absorbed.bands_of(pair.k, torch.float32), length_b, 20, 2, tables)
     assert not waits.found
 
 

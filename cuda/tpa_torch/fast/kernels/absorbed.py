@@ -12,7 +12,7 @@ not: a ring holds the end of a text in two laps, and the first slot of each has 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpa_ref.core.banded import TILE, interpolation, is_fast, nodes
+from tpa_ref.core.banded import NODES, TILE, interpolation, is_fast, nodes
 
 from ...lasting import lasting
 
@@ -31,51 +31,53 @@ TOGETHER = 8  # rows of so many numbers are read and written fastest
 
 @dataclass(frozen=True)
 class Bands:
-    """The constants of a layer; f: F fast pairs, some of them zeros, as first and second features.
+    """The constants of a layer in one dtype. Fast pairs come first, since theta falls; F: their number, with zeros.
 
     rebuild: basis [R_f,g,2F] and mean [g,2F] of the fast pairs. B: basis and then mean of the slow pairs [g,p,2,S], S
-    from R + 1. turns: cos and sin at all nodes [t,2p]. weights: between the nodes of a tile [n,TILE].
+    from R + 1. weights: between the nodes of a tile [n,TILE]. turns: `turns_of` by number of tiles.
     """
 
     rebuild: tuple[Tensor, Tensor]
     B_gpxs: Tensor
-    turns_tx: Tensor
     weights_nk: Tensor
+    theta_p: np.ndarray
+    turns: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
-    def pairs(self) -> int:
-        """F."""
-        return self.rebuild[1].shape[-1] // 2
+    def turns_of(self, tiles: int) -> Tensor:
+        """cos and sin of the slow pairs at all nodes of so many tiles, [t,2p]. Tables of 2^i tiles are made, and stay:
+        a captured graph goes on reading them.
+        """
+        made = 1 << (tiles - 1).bit_length()
+        if made not in self.turns:
+            angle_tp = (TILE * np.arange(made)[:, None] + nodes()).reshape(-1, 1) * self.theta_p
+            turns_tx = np.stack([np.cos(angle_tp), np.sin(angle_tp)], -1).reshape(len(angle_tp), -1)
+            with lasting():
+                self.turns[made] = torch.from_numpy(turns_tx).to(self.B_gpxs.device, self.B_gpxs.dtype)
+        return self.turns[made][: tiles * NODES]
 
 
-_known: Any = WeakIdKeyDictionary()  # basis of K -> {(dtype, tiles): Bands}; a captured graph goes on reading them
+_known: Any = WeakIdKeyDictionary()  # basis of K -> {dtype: Bands}
 
 
-def bands_of(mode: Any, dtype: torch.dtype, slots: int) -> Bands:
-    """Of K of a layer whose ring has so many slots, made once."""
-    known, key = _known.setdefault(mode.basis, {}), (dtype, -(-slots // TILE))
-    if key not in known:
+def bands_of(mode: Any, dtype: torch.dtype) -> Bands:
+    """Of K of a layer, made once: the device waits."""
+    known = _known.setdefault(mode.basis, {})
+    if dtype not in known:
         with lasting():
-            known[key] = made(mode, *key)
-    return known[key]
+            known[dtype] = made(mode, dtype)
+    return known[dtype]
 
 
-def made(mode: Any, dtype: torch.dtype, tiles: int) -> Bands:
-    """Fast pairs come first: theta falls."""
-    theta_p, device = mode.theta.double().cpu().numpy(), mode.basis.device
-    fast, R = int(is_fast(theta_p).sum()), mode.rank
-    all_sgxp = torch.cat([mode.basis, mode.mean[None]]).unflatten(-1, (2, -1)).to(dtype)
-    more = max(FEWEST, 1 << (fast - 1).bit_length()) - fast
-    fast_sgf = pad(all_sgxp[..., :fast], (0, more)).flatten(2)
-    slow_gpxs = pad(all_sgxp[..., fast:].permute(1, 3, 2, 0), (0, -(R + 1) % TOGETHER))
-    angle_tp = (TILE * np.arange(tiles)[:, None] + nodes()).reshape(-1, 1) * theta_p[fast:]
-    turns_tpx = torch.from_numpy(np.stack([np.cos(angle_tp), np.sin(angle_tp)], -1))
-    return Bands(
-        (fast_sgf[: mode.strings[0]].contiguous(), fast_sgf[R].contiguous()),
-        slow_gpxs.contiguous(),
-        turns_tpx.flatten(1).to(device, dtype),
-        torch.from_numpy(interpolation()).to(device, torch.float32),
-    )
+def made(mode: Any, dtype: torch.dtype) -> Bands:
+    theta_p, R = mode.theta.double().cpu().numpy(), mode.rank
+    fast = int(is_fast(theta_p).sum())
+    zeros = max(FEWEST, 1 << (fast - 1).bit_length()) - fast
+    B_sgxp = torch.cat([mode.basis, mode.mean[None]]).to(dtype).unflatten(-1, (2, -1))
+    fast_sgf = pad(B_sgxp[..., :fast], (0, zeros)).flatten(2)
+    slow_gpxs = pad(B_sgxp[..., fast:].permute(1, 3, 2, 0), (0, -(R + 1) % TOGETHER))
+    weights_nk = torch.from_numpy(interpolation()).to(mode.basis.device, torch.float32)
+    rebuild = fast_sgf[: mode.strings[0]].contiguous(), fast_sgf[R].contiguous()
+    return Bands(rebuild, slow_gpxs.contiguous(), weights_nk, theta_p[fast:])
 
 
 def at_nodes(
@@ -93,5 +95,6 @@ def at_nodes(
     Q_gpylbnx = Q_ylbhpx.unflatten(3, (g, -1)).permute(3, 5, 0, 1, 2, 4, 6)
     A_gpzs = Q_gpylbnx.flatten(2, 5) @ bands.B_gpxs
     lbns = *Q_gpylbnx.shape[3:6], A_gpzs.shape[-1]
-    U_gtz = torch.bmm(bands.turns_tx.expand(g, -1, -1), A_gpzs.reshape(g, 2 * p, math.prod(lbns)))
+    turns_tx = bands.turns_of(-(-slots // TILE))
+    U_gtz = torch.bmm(turns_tx.expand(g, -1, -1), A_gpzs.reshape(g, 2 * p, math.prod(lbns)))
     return U_gtz.unflatten(-1, lbns)

@@ -206,7 +206,7 @@ def banded(
     k: Side, mode: Any, ring: Ring, Q_bhd: Tensor, step: Step, tables: tuple[Tensor, Tensor]
 ) -> tuple[Side, Constants]:
     """K of `banded`, with basis and mean of the fast pairs, absorbed queries, and weights between their nodes."""
-    bands, laps = bands_of(mode, Q_bhd.dtype, ring.slots), 2 if ring.windowed else 1
+    bands, laps = bands_of(mode, Q_bhd.dtype), 2 if ring.windowed else 1
     U_gtlbns = at_nodes(Q_bhd, bands, step.length_b, ring.slots, laps, tables)
     return replace(k, form="banded", fast=mode.strings[0]), (*bands.rebuild, U_gtlbns, bands.weights_nk)
 
@@ -324,7 +324,7 @@ def attend(
 
 
 def shapes(k: Side, constant: Constants) -> dict[str, Any]:
-    """What the kernel is told of the constants of K: strides of a basis [R,g,d] (or [g,R,d], of rows for each head), and
+    """What the kernel is told of the constants of K: strides of a basis [R,g,d] (or [g,R,d], of rows for each head);
     laps and columns of absorbed queries [g,t,lap,b,n,S].
     """
     basis, mean, U, _ = constant
