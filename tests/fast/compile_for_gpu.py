@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from tpa_torch.core.banded import Banded, BandedLatent
 from tpa_torch.core.cache import Cache
 from tpa_torch.core.contextual import Contextual
 from tpa_torch.core.dense import Dense
@@ -63,13 +64,35 @@ def mode_of(name, dtype, rank, g, d):
             return FixedA(g, d, rank, dtype, basis=torch.zeros(rank, g, d))
         case "fixed-b":
             return FixedB(g, d, rank, dtype, basis=torch.zeros(g, rank, d))
-    widths = tuple(8 - 7 * i // rank for i in range(rank))
-    return CodedLatent(g, d, rank, dtype, basis=torch.zeros(rank, g, d), mean=torch.zeros(g, d), widths=widths)
+    return CodedLatent(**coded(rank, rank, g, d), widths=widths(rank))
+
+
+def widths(rank):
+    return tuple(8 - 7 * i // rank for i in range(rank))
+
+
+def coded(rank, read, g, d):
+    constant = {"basis": torch.zeros(read, g, d), "mean": torch.zeros(g, d)}
+    return {"g": g, "d": d, "rank": rank, "dtype": "spectral"} | constant
+
+
+def banded(fast, slow, rank, g, d):
+    """K in two bands, and V behind them."""
+    before, theta = fast + slow, torch.logspace(0, -4, d // 2)
+    k = {"widths": widths(fast) + widths(slow), "strings": (fast, slow), "theta": theta}
+    v = {"widths": widths(rank), "strings": (rank,), "before": before}
+    sizes = (before, before), (rank, before + rank)
+    return Banded(*(BandedLatent(**coded(*size, g, d), **side) for size, side in zip(sizes, (k, v), strict=True)))
 
 
 def compile_decode(k, v, g, h, d, dtype, slots=2048):
+    """One layer of a global kind of two modes."""
+    compile_pair(Pair(mode_of(*k, g, d), mode_of(*v, g, d)), h, dtype, slots)
+
+
+def compile_pair(pair, h, dtype, slots=2048):
     """One layer of a global kind, with everything that `launch.decode` would start."""
-    held = Cache([Pair(mode_of(*k, g, d), mode_of(*v, g, d))], [None], 1, slots, whole_tokens=True).layers[0]
+    held, d = Cache([pair], [None], 1, slots, whole_tokens=True).layers[0], pair.k.d
     one, table = torch.zeros(1, dtype=torch.int32), torch.zeros(2048, d // 2)
     Q_bqhd = torch.zeros(1, 1, h, d, dtype=dtype)
     launch.decode(Q_bqhd, held, kernels.Step(one, one), (table, table), 0.1, splits=32)
@@ -85,6 +108,8 @@ def main():
     compile_decode(("contextual", "bfloat16", 2), ("contextual", "bfloat16", 2), *big, bf16, slots=1931)  # nothing new
     compile_decode(("fixed-a", "int8", 2), ("spectral", "spectral", 300), *big, bf16)
     compile_decode(("spectral", "spectral", 300), ("spectral", "spectral", 300), *wide, bf16)
+    compile_pair(banded(60, 250, 300, 16, 128), 32, bf16)
+    compile_pair(banded(40, 110, 150, 4, 256), 8, bf16)
     compile_decode(("fixed-b", "int4", 64), ("fixed-b", "int4", 64), *wide, bf16)
     compile_decode(("contextual", "float32", 2), ("dense", "float32", 0), *wide, torch.float32)
     factors.contextual_factors(torch.zeros(1, 1, 16, 128, dtype=bf16), 2, 12)

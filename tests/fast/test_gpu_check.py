@@ -33,11 +33,12 @@ def test_its_comparison_of_kernels(script, monkeypatch):
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
     monkeypatch.setenv("TPA_TRITON", "1")
     assert script.wrong("4b", "contextual", "int8", "cpu", torch.float32, length=40) < 1e-5
+    assert script.wrong("4b", "banded", "spectral", "cpu", torch.float32, length=40) < script.INTERPOLATED
     monkeypatch.setattr(script.kernels, "decode", lambda Q, *_: Q)
     assert script.wrong("4b", "contextual", "int8", "cpu", torch.float32, length=40) > 0.1
 
 
-@pytest.mark.parametrize("tpa", [None, TPAConfig(mode="latent", rate=3.0)])
+@pytest.mark.parametrize("tpa", [None, TPAConfig(rate=3.0), TPAConfig(rate=3.0, prefer="size")])
 def test_its_decode_of_a_whole_model(script, tpa):
     found = script.model_speed(tpa, 1e10, helpers.config(max_positions=512), "cpu", prompt=20, steps=8)
     assert found["tokens_per_s"] > 0 and found["kv_bytes"] > 0

@@ -16,7 +16,7 @@ from tpa_ref.compress.config import TPAConfig
 from tpa_ref.gemma import generate
 from tpa_ref.gemma.side_files import SideFiles
 from tpa_torch.core.contextual import Contextual
-from tpa_torch.fast import graph
+from tpa_torch.fast import banded, graph
 from tpa_torch.gemma.model import StaticModel
 
 CHOICES = {
@@ -26,6 +26,7 @@ CHOICES = {
     "fixed-b int8": TPAConfig(mode="fixed-b", k_rank=10, v_rank=7, kv_dtype="int8"),
     "spectral, first layer known": TPAConfig(mode="latent", rate=3.0, prefer="size"),
     "spectral with sinks": TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size"),
+    "banded": TPAConfig(mode="latent", rate=3.0),
     "newest exact": TPAConfig(mode="latent", k_rank=20, v_rank=20, kv_dtype="bfloat16", sinks=2, recent=3),
 }
 # Texts of which no number lies between two codes, where the last bit decides which one it gets.
@@ -35,6 +36,12 @@ ROWS = [helpers.tokens(count, seed=seed)[0].tolist() for count, seed in ((9, 3),
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_interpolation(monkeypatch):
+    """The ordinary way forms banded keys as PyTorch does on static buffers: interpolation would flip a code or two."""
+    monkeypatch.setattr(banded, "read", lambda Q, dtype, segment, seen, *_: banded.read_formed(Q, segment, seen))
 
 
 def model_of(name):
@@ -274,13 +281,12 @@ def test_the_device_draws_what_the_host_draws(rules, monkeypatch):
     assert list(on_device) == list(generate.generate_rows(model, ROWS, 16, sampling))
 
 
-def test_with_kernels(monkeypatch):
+@pytest.mark.parametrize("prefer", ["speed", "size"])
+def test_with_kernels(prefer, monkeypatch):
     """Static buffers and Triton's kernels together, under its interpreter."""
     pytest.importorskip("test_kernels")  # asks for the interpreter before it imports Triton
     config = helpers.config(num_layers=2, is_global=(False, True), head_dim=32, sliding_window=5)
-    model = tpa_torch.convert(
-        helpers.model(tpa_torch, config), TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size")
-    )
+    model = tpa_torch.convert(helpers.model(tpa_torch, config), TPAConfig(rate=3.0, predict=False, prefer=prefer))
     tokens, calls, right = list(generate.generate_rows(model, ROWS[:2], 4)), [], graph.kernels.decode
     monkeypatch.setattr(graph.kernels, "decode", lambda *args: calls.append(1) or right(*args))
     monkeypatch.setenv("TPA_TRITON", "1")

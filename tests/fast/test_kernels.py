@@ -38,6 +38,7 @@ from tpa_torch.gemma.positions import Tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 G, H, D, SCALE = 4, 8, 64, 0.125
+THETA = torch.logspace(0, -3, D // 2)  # how far a pair turns from token to token
 STORAGES = ("float32", "bfloat16", "int8", "int4")
 TILE = launch.Tile(tokens=16, values=64, coefficients=16)
 WIDTHS = (8, 7, 6, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1)  # every width, and planes that fill no byte
@@ -78,7 +79,7 @@ def spectral(widths=WIDTHS, seed=0):
 
 def turns(n=4096):
     """cos + i sin of some rotation, [n,d/2]."""
-    angle = torch.arange(n)[:, None] * torch.logspace(0, -3, D // 2)
+    angle = torch.arange(n)[:, None] * THETA
     return torch.polar(torch.ones_like(angle), angle).to(DEVICE)
 
 
@@ -306,7 +307,8 @@ CHOICES = {
     "dense": None,
     "contextual": TPAConfig(mode="contextual", k_rank=1, v_rank=2, kv_dtype="float32"),
     "fixed-b": TPAConfig(mode="fixed-b", k_rank=20, v_rank=16, kv_dtype="int8"),
-    "spectral": TPAConfig(mode="latent", rate=3.0, predict=False),  # with a sink
+    "spectral": TPAConfig(mode="latent", rate=3.0, predict=False, prefer="size"),  # with a sink
+    "banded": TPAConfig(mode="latent", rate=3.0),
     "V alone": TPAConfig(k_mode="fixed-a", k_rank=2, k_dtype="bfloat16", rate=3.0),
     "newest exact": TPAConfig(mode="latent", k_rank=24, v_rank=24, kv_dtype="int4", sinks=2, recent=3),
 }
@@ -357,9 +359,9 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     names = [name for name, _, _ in lines]
-    assert names.count("attend_split") == 5 and names[-2:] == ["factor_token", "path_of_token"]
+    assert names.count("attend_split") == 7 and names[-2:] == ["factor_token", "path_of_token"]
     assert all(int(shared) <= 99 * 1024 for _, shared, _ in lines)
-    assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 4 + ["False"]
+    assert [cores for name, _, cores in lines if name == "attend_split"] == ["True"] * 6 + ["False"]
 
 
 # ---- seeded mistakes ----

@@ -23,6 +23,7 @@ from tpa_ref.gemma.generate import Sampling
 from tpa_ref.trace import Tracer, no_trace
 
 from ..core import contextual, masks
+from ..core.banded import BandedLatent
 from ..core.cache import Cache, Keys, Segment
 from ..core.contextual import Contextual, fix_signs
 from ..core.mode import Mode
@@ -88,6 +89,8 @@ def static(mode: Any, dtype: torch.dtype) -> Mode:
     """The mode as a captured step encodes by it: nothing waits, and no step converts a constant array anew."""
     if isinstance(mode, Contextual):
         return WithoutEigh(**vars(mode))
+    if isinstance(mode, BandedLatent):  # codes in the precision of its constants, which it converts nowhere
+        return mode
     return mode.with_arrays({name: None if x is None else x.to(dtype) for name, x in mode.arrays().items()})
 
 

@@ -24,7 +24,7 @@ from ...core.quantize import GROUP
 from ...core.spectral import CodedLatent
 
 STORED = ("float32", "bfloat16", "int8", "int4", "spectral")
-MODES = ("dense", "contextual", "fixed-a", "fixed-b", "latent", "spectral")
+MODES = ("dense", "contextual", "fixed-a", "fixed-b", "latent", "spectral", "banded")
 
 
 @lru_cache(maxsize=1)

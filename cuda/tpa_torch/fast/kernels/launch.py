@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tpa_ref.core.banded import TILE
 from tpa_ref.core.cache import LayerCache, Ring
 from tpa_ref.core.mode import Stored, of_part
 
-from ...core.codes import constants, numbers
+from ...core.banded import BandedLatent
+from ...core.codes import constants, numbers, packed_bytes
 from ...core.contextual import Contextual
 from ...core.dense import Dense
 from ...core.fixed_a import FixedA, absorb, mix
@@ -31,11 +33,15 @@ from ...core.pair import Joint
 from ...core.spectral import CodedLatent
 from ...lasting import lasting
 from . import Step
+from .absorbed import at_nodes, bands_of
 from .triton_kernels import attend_split, merge_splits
 
 IN_A_THREAD = {"float": 128, "float32": 32, "int8": 64, "int4": 32, "spectral": 32}
 MANY = 2**30  # a window that never ends
+# Basis and mean of a K that is rebuilt; absorbed queries, and weights between their nodes
+Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Pointers = tuple[Tensor | None, Tensor | None, Tensor | None]
+Strings = tuple[tuple[int, ...], ...]  # the widths of each
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Tile:
 class Side:
     """K or V of a segment as the kernels see it.
 
-    form: "rows", "contextual" or "rebuilt"; per_head: a row for each KV head; rows: rows a token; width: numbers of a
-    row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the a's of `contextual`.
+    form: "rows", "contextual", "rebuilt", "banded" or "behind"; per_head: a row for each KV head; rows: rows a
+    token; width: numbers of a row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the
+    a's of `contextual`; fast: coefficients of the fast pairs of `banded`.
     """
 
     form: str
@@ -66,6 +73,7 @@ class Side:
     stored: Pointers
     a: Pointers = (None, None, None)
     store_a: str = "float"
+    fast: int = 0
 
 
 def decode(
@@ -116,11 +124,14 @@ def segment(
     mode_k, mode_v = (as_rows(mode) for mode in ring.pair.modes)
     k = side(of_part(ring.arrays, "k"), mode_k)
     v = k if isinstance(ring.pair, Joint) else side(of_part(ring.arrays, "v"), mode_v)
-    k = replace(k, form="rebuilt") if isinstance(mode_k, FixedB | Latent) else k
+    v = behind(v, mode_k, mode_v) if isinstance(mode_v, BandedLatent) else v
+    if isinstance(mode_k, BandedLatent):
+        k, constant = banded(k, mode_k, ring, Q_bhd, step, tables)
+    else:
+        k = replace(k, form="rebuilt") if isinstance(mode_k, FixedB | Latent) else k
+        constant = rebuild(mode_k, Q_bhd.dtype)
     Q_bhd, scale = absorbed(Q_bhd, mode_k, scale)
-    partial, lse = attend(
-        kind, k, v, rebuild(mode_k, Q_bhd.dtype), Q_bhd, step, tables, bounds, ring.slots, mode_k.g, scale, splits, tile
-    )
+    partial, lse = attend(kind, k, v, constant, Q_bhd, step, tables, bounds, ring.slots, mode_k.g, scale, splits, tile)
     O_bhe, lse_bh = merge(partial, lse)
     return finished(O_bhe, mode_v), lse_bh
 
@@ -183,21 +194,52 @@ def side(stored: Stored, mode: Any) -> Side:
 
 def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointers]:
     """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
-    if isinstance(mode, CodedLatent):
+    if isinstance(mode, CodedLatent | BandedLatent):
         device = stored["codes"].device
-        return "spectral", (stored["codes"], unpacking(mode.widths, device), numbers(device))
+        return "spectral", (stored["codes"], unpacking(strings(mode), device), numbers(device))
     if "x" in stored:
         return "float", (stored["x"], None, None)
     return mode.part_dtype(part), (stored["codes"], stored["scale"], stored.get("minimum"))
 
 
+def banded(
+    k: Side, mode: Any, ring: Ring, Q_bhd: Tensor, step: Step, tables: tuple[Tensor, Tensor]
+) -> tuple[Side, Constants]:
+    """K of `banded`, with basis and mean of the fast pairs, absorbed queries, and weights between their nodes."""
+    bands, laps = bands_of(mode, Q_bhd.dtype), 2 if ring.windowed else 1
+    U_gtlbns = at_nodes(Q_bhd, bands, step.length_b, ring.slots, laps, tables)
+    return replace(k, form="banded", fast=mode.strings[0]), (*bands.rebuild, U_gtlbns, bands.weights_nk)
+
+
+def behind(v: Side, mode_k: Any, mode_v: Any) -> Side:
+    """V of `banded`: its rows are the coefficients of K, from the codes of K, and its own."""
+    codes, _, levels = v.stored
+    assert codes is not None
+    places = unpacking(strings(mode_v), codes.device, strings(mode_k))
+    return replace(v, form="behind", width=mode_v.before + mode_v.rank, stored=(codes, places, levels))
+
+
+def strings(mode: Any) -> Strings:
+    """The widths of each string of codes of a token."""
+    return tuple(mode.widths_of_strings) if isinstance(mode, BandedLatent) else (mode.widths,)
+
+
 @lru_cache(maxsize=512)
 @lasting()
-def unpacking(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the windows of each coefficient lie and its levels begin, int32 [4,R]."""
-    of = constants(widths, device)
-    places = torch.stack([of["at"], of["after"], of["shift"], of["table"]]) if widths else of["table"].new_zeros(4, 1)
-    return places.int().contiguous()
+def unpacking(strings: Strings, device: torch.device, others: Strings = ()) -> Tensor:
+    """Where the windows of each coefficient lie, its levels begin and its scale lies, int32 [5,R]. others: strings that
+    come first and lie in an array of their own.
+    """
+    found = [torch.zeros(5, 0, dtype=torch.int32, device=device)]
+    for array in (others, strings):
+        start = 0
+        for widths in array:
+            if widths:
+                of = constants(widths, device)
+                at, after, scale = of["at"] + start, of["after"] + start, torch.full_like(of["at"], start)
+                found.append(torch.stack([at, after, of["shift"], of["table"], scale]).int())
+            start += packed_bytes(widths)
+    return torch.cat(found, 1).contiguous()
 
 
 def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:
@@ -212,11 +254,11 @@ def absorbed(Q_bhd: Tensor, mode: Any, scale: float) -> tuple[Tensor, float]:
     return Q_bgnsd.flatten(-2).flatten(1, 2).contiguous(), scale / mode.rank
 
 
-def rebuild(mode: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def rebuild(mode: Any, dtype: torch.dtype) -> Constants:
     """Basis and mean of a K that is rebuilt."""
     if not isinstance(mode, FixedB | Latent):
-        return None, None
-    return cast(mode.basis, dtype), cast(mode.mean, dtype)
+        return None, None, None, None
+    return cast(mode.basis, dtype), cast(mode.mean, dtype), None, None
 
 
 def finished(O_bhe: Tensor, mode: Mode) -> Tensor:
@@ -243,7 +285,7 @@ def attend(
     kind: str,
     k: Side,
     v: Side,
-    rebuild: tuple[Tensor | None, Tensor | None],
+    constant: Constants,
     Q_bhd: Tensor,
     step: Step,
     tables: tuple[Tensor, Tensor],
@@ -260,25 +302,36 @@ def attend(
     heads = h if one_for_all else h // g  # of one program: all share what is read, or those of one KV head do
     block_h = max(16, triton.next_power_of_2(heads))
     tile = tile or chosen_tile(k, v, block_h, Q_bhd.dtype)
+    tokens = min(tile.tokens, TILE) if k.form == "banded" else tile.tokens
     block_e = min(max(16, triton.next_power_of_2(v.width)), tile.values)
     blocks = h // heads * max(1, triton.cdiv(v.width, block_e))
-    splits = splits or chosen_splits(b * blocks, triton.cdiv(slots, tile.tokens), Q_bhd.device)
+    splits = splits or chosen_splits(b * blocks, triton.cdiv(slots, tokens), Q_bhd.device)
     partial = torch.empty((b, h, splits, v.width), dtype=torch.float32, device=Q_bhd.device)
     lse = torch.empty((b, h, splits), dtype=torch.float32, device=Q_bhd.device)
-    latent = rebuild[0] is not None and not k.per_head  # (basis, mean)
     attend_split[(blocks, splits, b)](
-        Q_bhd, k.stored, k.a, v.stored, v.a, rebuild, tables, step.query_b, step.length_b, partial, lse,
-        slots, *bounds, splits, h, k.width, v.width, k.stride, v.stride,
-        basis_row=g * D if latent else D, basis_group=D if latent else k.width * D, scale=scale * log2(euler),
+        Q_bhd, k.stored, k.a, v.stored, v.a, constant, tables, step.query_b, step.length_b, partial, lse,
+        slots, *bounds, splits, h, k.fast, rank=k.width, width=v.width, bytes_k=k.stride, bytes_v=v.stride,
+        scale=scale * log2(euler), **shapes(k, constant),
         K=k.form, V=v.form, STORE_K=k.store, STORE_V=v.store, STORE_KA=k.store_a, STORE_VA=v.store_a,
         ROWS_K=k.rows, ROWS_V=v.rows,
-        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, MEAN=rebuild[1] is not None, SEGMENT=kind,
-        G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tile.tokens,
-        BLOCK_D=D // 2 if k.form == "rebuilt" else min(256, max(16, triton.next_power_of_2(D))),
+        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, SEGMENT=kind,
+        G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tokens,
+        BLOCK_D=min(256, max(16, triton.next_power_of_2(D))) if constant[0] is None else constant[0].shape[-1] // 2,
         BLOCK_E=block_e, BLOCK_R=tile.coefficients, DOT=dot_dtype(Q_bhd),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return partial, lse
+
+
+def shapes(k: Side, constant: Constants) -> dict[str, Any]:
+    """What the kernel is told of the constants of K: strides of a basis [R,g,d] (or [g,R,d], of rows for each head);
+    laps and columns of absorbed queries [g,t,lap,b,n,S].
+    """
+    basis, mean, U, _ = constant
+    strides = (0, 0) if basis is None else basis.stride()[:2]
+    laps, columns = (1, 0) if U is None else (U.shape[2], U.shape[-1])
+    of_basis = {"basis_row": strides[k.per_head], "basis_group": strides[not k.per_head], "MEAN": mean is not None}
+    return of_basis | {"laps": laps, "columns": columns}
 
 
 def merge(partial: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,12 +358,13 @@ def chosen_tile(k: Side, v: Side, block_h: int, dtype: torch.dtype) -> Tile:
     """
     values = 16384 // block_h
     row_v = min(values, max(16, triton.next_power_of_2(v.width)))
-    row_k = 0 if k.form == "rebuilt" else min(256, triton.next_power_of_2(k.width))
+    is_rebuilt = k.form in ("rebuilt", "banded")
+    row_k = 0 if is_rebuilt else min(256, triton.next_power_of_2(k.width))
     bytes_of_token = (k.rows * row_k + v.rows * row_v) * (4 if dtype == torch.float32 else 2)
     in_a_thread = min(IN_A_THREAD["float32" if dtype == torch.float32 else side.store] for side in (k, v))
     row = max(row_k, row_v)
     tokens = max(16, min(64, power_of_two(65536 // bytes_of_token), power_of_two(256 * in_a_thread // row)))
-    return Tile(tokens, values, warps=8 if k.form == "rebuilt" or tokens * row > 4096 else 4)
+    return Tile(tokens, values, warps=8 if is_rebuilt or tokens * row > 4096 else 4)
 
 
 def power_of_two(most: int) -> int:

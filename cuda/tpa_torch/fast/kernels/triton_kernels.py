@@ -1,12 +1,14 @@
 """The Triton kernels: one split of the keys of one row, and the merge of the splits.
 
-Whatever the mode, K takes one of three forms here and V one of two (`launch` brings them to it):
+Whatever the mode, K takes one of four forms here and V one of three (`launch` brings them to it):
 
     K rows        logits are q . row, one row a token for each KV head (`dense`) or for all (`fixed-a`: R d numbers)
     K contextual  R rows a token, each with its weights a: sum_s a_s[g] (q . b_s), Eq. (A.2)
     K rebuilt     coefficients times a basis, rotated to the key's position, then as rows (`fixed-b`, `latent`)
+    K banded      so the fast pairs of each head; slow ones by queries that have absorbed the basis (`absorbed`)
     V rows        sum of p row (`dense`, `fixed-a`, `fixed-b`, `latent`): constant factors come behind the merge
     V contextual  sum of (p a_u[g]) b_u, Eq. (A.3)
+    V behind      rows of K's coefficients and V's own behind them, from the codes of both (`banded`)
 
 All logits are in base 2. Partial sums and their log-sum-exp are float32. Lengths are read from memory and loop bounds
 are run-time values, so a growing text never compiles anything anew. `stored` is always three pointers: (numbers, -, -),
@@ -20,8 +22,9 @@ import triton.language as tl
 
 SCALES = tl.constexpr(9 * 256)  # where the scales of spectral tokens begin, behind the levels of every width
 GROUP = tl.constexpr(64)  # numbers that share a scale, as in `quantize.GROUP`
+TILE, NODES = tl.constexpr(64), tl.constexpr(4)  # as in `banded`
 # These never make a second variant; `width` and its like may, as rows of a multiple of 16 are read in wider loads.
-COUNTS = ["slots", "window", "sinks", "recent", "splits", "heads"]
+COUNTS = ["slots", "window", "sinks", "recent", "splits", "heads", "fast", "laps"]
 
 
 @triton.jit
@@ -32,17 +35,8 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr):
     """
     if STORE == "float":
         x = tl.load(stored[0] + row * stride + column, mask, 0)
-    elif STORE == "spectral":  # see `core.codes`: a window of eight bits in two bytes chooses the level
-        inside = column < n
-        at = tl.load(stored[1] + column, inside, 0)
-        after = tl.load(stored[1] + n + column, inside, 0)
-        shift = tl.load(stored[1] + 2 * n + column, inside, 0)
-        table = tl.load(stored[1] + 3 * n + column, inside, 0)
-        high = tl.load(stored[0] + row * stride + at, mask, 0).to(tl.int32)
-        low = tl.load(stored[0] + row * stride + after, mask, 0).to(tl.int32)
-        scale = tl.load(stored[0] + row * stride + column * 0, mask, 0).to(tl.int32)
-        window = ((high << 8 | low) >> shift) & 255
-        x = tl.load(stored[2] + table + window, mask, 0) * tl.load(stored[2] + SCALES + scale, mask, 0)
+    elif STORE == "spectral":
+        x = unpacked(stored[0] + row * stride, stored, column, mask, n)
     else:
         of_group = row * tl.cdiv(n, GROUP) + column // GROUP
         scale = tl.load(stored[1] + of_group, mask, 0).to(tl.float32)
@@ -53,6 +47,24 @@ def numbers(stored, row, column, mask, n, stride, STORE: tl.constexpr):
             code = (word >> (column % 2 * 4)) & 15
             x = code.to(tl.float32) * scale + tl.load(stored[2] + of_group, mask, 0).to(tl.float32)
     return x
+
+
+@triton.jit
+def unpacked(codes, stored, column, mask, n):
+    """Coefficients of tokens whose bytes begin at codes [T,1] or, for each column, [T,C]; see `core.codes`: a window of
+    eight bits in two bytes chooses the level, and each string of a token begins with its scale.
+    """
+    inside = column < n
+    at = tl.load(stored[1] + column, inside, 0)
+    after = tl.load(stored[1] + n + column, inside, 0)
+    shift = tl.load(stored[1] + 2 * n + column, inside, 0)
+    table = tl.load(stored[1] + 3 * n + column, inside, 0)
+    start = tl.load(stored[1] + 4 * n + column, inside, 0)
+    high = tl.load(codes + at, mask, 0).to(tl.int32)
+    low = tl.load(codes + after, mask, 0).to(tl.int32)
+    scale = tl.load(codes + start, mask, 0).to(tl.int32)
+    window = ((high << 8 | low) >> shift) & 255
+    return tl.load(stored[2] + table + window, mask, 0) * tl.load(stored[2] + SCALES + scale, mask, 0)
 
 
 @triton.jit
@@ -85,10 +97,14 @@ def visible(position, query, window, sinks, recent, SEGMENT: tl.constexpr):
 
 @triton.jit
 def rebuilt(
-    stored, row, inside, rank, stride, constant, group, basis_group, basis_row, DOT: tl.constexpr, STORE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr, MEAN: tl.constexpr,
+    L, Q1, Q2, stored, row, inside, position, count, rank, stride, constant, tables, group, basis_group, basis_row,
+    DOT: tl.constexpr, STORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of one head of K before RoPE, coefficients times basis plus mean: two [T,d/2] in float32."""
+    """Logits of queries, by halves [H,HALF], and one head of K: coefficients times basis plus mean, rotated.
+
+    count: the first coefficients, of rank, that are read. Tables have PAIRS columns, of which the first HALF are read.
+    """
     d = tl.arange(0, HALF)
     first = tl.zeros((BLOCK_T, HALF), tl.float32)
     second = tl.zeros((BLOCK_T, HALF), tl.float32)
@@ -96,20 +112,46 @@ def rebuilt(
         mean = constant[1] + group * 2 * HALF + d
         first += tl.load(mean).to(tl.float32)[None, :]
         second += tl.load(mean + HALF).to(tl.float32)[None, :]
-    for start in range(0, rank, BLOCK_R):
+    for start in range(0, count, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        kept = r < rank
+        kept = r < count
         C = numbers(stored, row, r[None, :], inside[:, None] & kept[None, :], rank, stride, STORE).to(DOT)
         at = constant[0] + group * basis_group + r[:, None] * basis_row + d[None, :]
         first = tl.dot(C, tl.load(at, kept[:, None], 0).to(DOT), first, input_precision="ieee")
         second = tl.dot(C, tl.load(at + HALF, kept[:, None], 0).to(DOT), second, input_precision="ieee")
-    return first, second
+    angle = position[:, None] * PAIRS + d[None, :]
+    cos = tl.load(tables[0] + angle, inside[:, None], 0)
+    sin = tl.load(tables[1] + angle, inside[:, None], 0)
+    L = tl.dot(Q1, tl.trans(first * cos - second * sin).to(DOT), L, input_precision="ieee")
+    return tl.dot(Q2, tl.trans(second * cos + first * sin).to(DOT), L, input_precision="ieee")
+
+
+@triton.jit
+def interpolated(
+    U, weights, stored, row, slot, inside, is_head, rank, stride,
+    DOT: tl.constexpr, STORE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Logits of slow pairs, [H,T]: absorbed queries at the nodes of a tile times coefficients, and between nodes.
+
+    U: pointers to the row of every head and node, [H NODES], the last number of which is that of K's mean.
+    """
+    L = tl.zeros((BLOCK_H * NODES, BLOCK_T), tl.float32) + tl.load(U + rank, is_head, 0).to(tl.float32)[:, None]
+    for start in range(0, rank, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        kept = r < rank
+        C = numbers(stored, row, r[None, :], inside[:, None] & kept[None, :], rank, stride, STORE).to(DOT)
+        A = tl.load(U[:, None] + r[None, :], is_head[:, None] & kept[None, :], 0).to(DOT)
+        L = tl.dot(A, tl.trans(C), L, input_precision="ieee")
+    node = tl.arange(0, BLOCK_H * NODES) % NODES
+    L *= tl.load(weights + node[:, None] * TILE + slot[None, :] % TILE)
+    return tl.sum(tl.reshape(L, (BLOCK_H, NODES, BLOCK_T)), 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def attend_split(
     q, k, k_a, v, v_a, constant, tables, query_b, length_b, partial, lse,
-    slots, window, sinks, recent, splits, heads, rank, width, bytes_k, bytes_v, basis_row, basis_group, scale,
+    slots, window, sinks, recent, splits, heads, fast, laps, rank, width, bytes_k, bytes_v,
+    basis_row, basis_group, columns, scale,
     K: tl.constexpr, V: tl.constexpr, STORE_K: tl.constexpr, STORE_V: tl.constexpr,
     STORE_KA: tl.constexpr, STORE_VA: tl.constexpr,
     ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, PER_HEAD_K: tl.constexpr, PER_HEAD_V: tl.constexpr,
@@ -158,15 +200,31 @@ def attend_split(
         L = tl.zeros((BLOCK_H, BLOCK_T), tl.float32)
         if K == "rebuilt":
             row = (token * G + group if PER_HEAD_K else token)[:, None]
-            K1, K2 = rebuilt(  # the halves that RoPE mixes
-                k, row, inside, rank, bytes_k, constant, group, basis_group, basis_row, DOT, STORE_K,
-                BLOCK_T, BLOCK_R, BLOCK_D, MEAN,
+            L = rebuilt(
+                L, Q1, Q2, k, row, inside, position, rank, rank, bytes_k, constant, tables, group, basis_group,
+                basis_row, DOT, STORE_K, BLOCK_T, BLOCK_R, BLOCK_D, BLOCK_D, MEAN,
             )  # fmt: skip
-            angle = position[:, None] * BLOCK_D + d[None, :]
-            cos = tl.load(tables[0] + angle, inside[:, None], 0)
-            sin = tl.load(tables[1] + angle, inside[:, None], 0)
-            L = tl.dot(Q1, tl.trans(K1 * cos - K2 * sin).to(DOT), L, input_precision="ieee")
-            L = tl.dot(Q2, tl.trans(K2 * cos + K1 * sin).to(DOT), L, input_precision="ieee")
+        elif K == "banded":
+            row = token[:, None]
+            u = tl.arange(0, BLOCK_H * NODES)
+            node = (u // NODES // N * tl.cdiv(slots, TILE) + start // TILE) * NODES + u % NODES
+            newest = (length - 1) % slots  # behind this slot lies what is left of the lap before
+            end = tl.minimum(start + BLOCK_T, filled)
+            for lap in range((start > newest).to(tl.int32), (end - 1 > newest).to(tl.int32) + 1):
+                row_u = (node * laps + lap) * tl.num_programs(2) + row_b
+                L_lap = interpolated(
+                    constant[2] + (row_u * N + u // NODES % N) * columns, constant[3], k, row, slot, inside,
+                    u // NODES < HEADS, rank, bytes_k, DOT, STORE_K, BLOCK_H, BLOCK_T, BLOCK_R,
+                )  # fmt: skip
+                L = tl.where(((slot > newest).to(tl.int32) == lap)[None, :], L_lap, L)
+            for of in range(G):
+                own = (is_head_h & (group_h == of))[:, None]
+                Q1 = tl.load(q_hd + d[None, :], own, 0).to(DOT)
+                Q2 = tl.load(q_hd + D // 2 + d[None, :], own, 0).to(DOT)
+                L = rebuilt(
+                    L, Q1, Q2, k, row, inside, position, fast, rank, bytes_k, constant, tables, of, basis_group,
+                    basis_row, DOT, STORE_K, BLOCK_T, BLOCK_R, BLOCK_D, D // 2, MEAN,
+                )  # fmt: skip
         elif K == "contextual":
             for s in tl.static_range(ROWS_K):
                 row = token[:, None] * ROWS_K + s
@@ -184,13 +242,13 @@ def attend_split(
         L = tl.where(seen[None, :], L * scale, float("-inf"))
 
         # 2) softmax so far; a tile that nobody sees leaves it as it was
-        newest = tl.maximum(most, tl.max(L, 1))
-        shift = tl.where(newest == float("-inf"), 0.0, newest)
+        highest = tl.maximum(most, tl.max(L, 1))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
         P = tl.exp2(L - shift[:, None])
         fade = tl.exp2(most - shift)
         total = total * fade + tl.sum(P, 1)
         O_he = O_he * fade[:, None]
-        most = newest
+        most = highest
 
         # 3) values
         inside_e = inside[:, None] & (e < width)[None, :]
@@ -201,7 +259,11 @@ def attend_split(
                 O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
         else:
             row = (token * G + group if PER_HEAD_V else token)[:, None]
-            B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V)
+            if V == "behind":
+                codes = tl.where((e < rank)[None, :], k[0] + row * bytes_k, v[0] + row * bytes_v)
+                B = unpacked(codes, v, e[None, :], inside_e, width)
+            else:
+                B = numbers(v, row, e[None, :], inside_e, width, bytes_v, STORE_V)
             O_he = tl.dot(P.to(DOT), B.to(DOT), O_he, input_precision="ieee")
 
     nobody = total == 0
