@@ -107,7 +107,7 @@ def test_tokens_that_something_is_predicted_from_are_copied(backend):
     model = helpers.model(backend, helpers.config(num_heads=8, num_kv_heads=4, head_dim=8))
     model.tokenizer = helpers.Bytes()
     moments = backend.calibrate(model, helpers.CALIBRATION, max_tokens=300, predict=True)
-    tpa = backend.convert(model, TPAConfig(rate=1.5, context=60), moments)
+    tpa = backend.convert(model, TPAConfig(rate=1.5, context=60, prefer="size"), moments)
     cache = tpa.new_cache(max_len=60)
     tpa.hidden(helpers.tokens(20), cache=cache)
     assert cache.text_bt is not None

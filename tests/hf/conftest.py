@@ -24,7 +24,9 @@ def hf() -> Any:
 
 @pytest.fixture(scope="module")
 def codecs(hf: Any) -> Any:
-    """exact: the dense cache in float32: whatever differs is a mistake. coded: four bits a number, predicted."""
+    """exact: the dense cache in float32: whatever differs is a mistake. coded: four bits a number,
+    predicted; plain: in two bands.
+    """
     from tpa_torch.hf import calibrate_cache
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,7 +35,7 @@ def codecs(hf: Any) -> Any:
     return SimpleNamespace(
         exact=calibrate_cache(hf, Words(), **common, **exact, kv_dtype="float32"),
         int8=calibrate_cache(hf, Words(), **common, **exact, kv_dtype="int8"),
-        coded=calibrate_cache(hf, Words(), **common, rate=4.0, context=64),
+        coded=calibrate_cache(hf, Words(), **common, rate=4.0, context=64, prefer="size"),
         plain=calibrate_cache(hf, Words(), **common, rate=4.0, context=64, predict=False),
     )
 

@@ -167,7 +167,7 @@ def test_adapters(merged):
     text = {"text": helpers.CALIBRATION, "tokens": 300}
     for fast in (True, False):
         same(model, calibrate_cache(model, Words(), **text, **exact), fast)
-    coded = calibrate_cache(model, Words(), **text, rate=6.0)
+    coded = calibrate_cache(model, Words(), **text, rate=6.0, prefer="size")
     assert coded.pairs[0].token_bytes == 0  # the first layer follows from the tokens
     dense, found = (logits_of(model, cache) for cache in (None, TPACache(coded, model)))
     without = logits_of(random_model(), None)
@@ -210,7 +210,7 @@ def test_offloaded_weights(codecs, tmp_path):
 def test_larger_models_predict_less(hidden):
     """Above a hidden size of 640 only the first layer is known from the tokens, above 1,152 none is."""
     larger = random_model(hidden_size=hidden, num_hidden_layers=2, intermediate_size=16)
-    codec = calibrate_cache(larger, Words(), helpers.CALIBRATION, tokens=100, rate=4.0)
+    codec = calibrate_cache(larger, Words(), helpers.CALIBRATION, tokens=100, rate=4.0, prefer="size")
     assert (codec.pairs[0].token_bytes == 0) == (hidden < 1_152)
     assert codec.pairs[1].k.predictor is None
     assert generated(larger, TPACache(codec, larger), new=4).shape[1] == ids_of(PROMPT).shape[1] + 4
@@ -460,7 +460,7 @@ def test_a_model_in_training_mode_is_calibrated_at_rest():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.1)
-    made = [calibrate_cache(model, Words(), helpers.CALIBRATION, tokens=100, rate=4.0) for _ in range(2)]
+    made = [calibrate_cache(model, Words(), helpers.CALIBRATION, tokens=100, rate=4.0, prefer="size") for _ in range(2)]
     assert model.training and torch.equal(*(codec.pairs[0].k.predictor for codec in made))
 
 
@@ -657,7 +657,7 @@ def test_copies_are_independent(hf, codecs):
 def test_calibration_under_inference_mode(hf, codecs):
     with torch.inference_mode():
         made = calibrate_cache(
-            hf, Words(), helpers.CALIBRATION, tokens=600, sensitivity_tokens=300, rate=4.0, context=64
+            hf, Words(), helpers.CALIBRATION, tokens=600, sensitivity_tokens=300, rate=4.0, prefer="size", context=64
         )
     assert torch.equal(made.pairs[3].k.basis, codecs.coded.pairs[3].k.basis)
 

@@ -144,7 +144,8 @@ def successive(
 
 def mending(F_xx: np.ndarray, rest: np.ndarray, made: np.ndarray) -> np.ndarray:
     """What the numbers `rest` should add so that errors which were made cost least: F_rr^-1 F_rm, [rest, made]."""
-    return np.linalg.solve(F_xx[np.ix_(rest, rest)], F_xx[np.ix_(rest, made)])
+    floor = max(FLOOR * np.trace(F_xx) / len(F_xx), 1e-30)  # as `symmetric_root` has it
+    return np.linalg.solve(F_xx[np.ix_(rest, rest)] + floor * np.eye(len(rest)), F_xx[np.ix_(rest, made)])
 
 
 def shrunk(F_gdgd: np.ndarray) -> np.ndarray:
