@@ -14,7 +14,7 @@ from helpers import refused
 import tpa_ref
 from tpa_ref.cli.options import TINY
 from tpa_ref.compress.config import TPAConfig
-from tpa_ref.compress.plan import Trial, make_plan, next_damage, table
+from tpa_ref.compress.plan import Trial, by_preference, make_plan, next_damage, table
 from tpa_ref.gemma.memory import windowed_bytes
 from tpa_ref.gemma.texts import read_text
 
@@ -99,3 +99,16 @@ def test_the_search_follows_a_power_law():
     trials = [Trial(1.0, 1, 1.0, 1.0, damage, 3 * damage**1.2) for damage in (0.1, 0.02)]
     np.testing.assert_allclose(3 * next_damage(trials, 0.05) ** 1.2, 0.05, rtol=1e-6)
     assert next_damage([], 0.05) == 0.05
+
+
+def test_both_choices_of_prefer(tiny):
+    """Nearly the same bytes at a rate, less predicted loss for size; nothing to choose for factors of fixed rank."""
+    dense, moments = tiny
+    found = by_preference(dense, moments, TPAConfig(rate=2.0), 1024)
+    assert found["speed"].nbytes == pytest.approx(found["size"].nbytes, rel=0.02)
+    assert found["size"].predicted < found["speed"].predicted < 10 * found["size"].predicted
+    for prefer, trial in found.items():
+        made = tpa_ref.convert(dense, TPAConfig(rate=2.0, context=1024, prefer=prefer), moments)
+        assert made.new_cache(1, 1).nbytes_at(1024) == pytest.approx(trial.nbytes, rel=0.01)
+    assert by_preference(dense, moments, TPAConfig(mode="latent"), 1024) == {}
+    assert by_preference(dense, moments, TPAConfig(k_mode="fixed-a", rate=2.0), 1024) == {}

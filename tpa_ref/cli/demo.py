@@ -96,6 +96,7 @@ def show_conversion(done: Converted, dense: Any, saved: Path) -> dict[str, int]:
     source = f"{done.calibration_tokens:,} calibration tokens" if done.calibration_tokens else "the weights alone"
     print(f"\nconverted in {done.seconds:.1f} s, model constants from {source}")
     report.print_conversion(done.model, done.plan)
+    report.print_preferences(done.by_preference, done.model.tpa.choice.prefer if done.by_preference else "")
     weights = memory.weights_bytes(dense, done.model)
     print(f"  model constants {memory.human(weights['tpa'] - weights['dense'])} (shared by all sequences)")
     print(f"  saved to {saved} ({memory.human(report.size_on_disk(saved))})")
@@ -122,6 +123,7 @@ def measure(work: Work, dense: Any, done: Converted, text: str) -> dict[str, Any
             "rate": tpa.tpa.rate or (DEFAULT_RATE if tpa.tpa.spectral else None),
             "kv_dtype": args.kv_dtype,
             "plan": done.plan.to_dict() if done.plan else None,
+            "by_preference": {prefer: vars(trial) for prefer, trial in done.by_preference.items()},
             "ranks_used": report.ranks_used(tpa),
         },
         "conversion_seconds": done.seconds,

@@ -82,6 +82,13 @@ def print_conversion(model: Any, plan: Any = None) -> None:
         print(f"  {line}")
 
 
+def print_preferences(found: dict[str, Any], chosen: str) -> None:
+    """What either choice of --prefer comes to at this rate: bytes, and the damage that calibration predicts."""
+    for prefer, trial in found.items():
+        size = f"{trial.ratio_vs_windowed:.1f}x smaller than windowed, predicted loss {trial.predicted:.4f} nats"
+        print(f"  --prefer {prefer:<5} at this rate: {size}{', chosen' if prefer == chosen else ''}")
+
+
 def print_quality(quality: dict[str, Any]) -> None:
     """The figures of `evaluate`."""
     positions = ", ".join(f"{value:.4f} from {start}" for start, value in quality["kl_by_position"].items())

@@ -16,7 +16,7 @@ from ..compress.config import TPAConfig
 from ..compress.convert import convert
 from ..compress.moments import Moments
 from ..compress.own_text import own_text
-from ..compress.plan import Plan, make_plan
+from ..compress.plan import Plan, Trial, by_preference, make_plan
 from ..errors import TPAError
 from ..files.found import inspect
 from ..files.stream import check_folder, convert_on_disk
@@ -37,6 +37,9 @@ def backend_module(name: str) -> Any:
         raise TPAError(f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy") from None
 
 
+MOST_COMPARED = 1024  # numbers of K up to which transforms of both kinds take seconds
+
+
 @dataclass
 class Converted:
     """A model with a TPA cache, and how it came to be."""
@@ -46,6 +49,7 @@ class Converted:
     calibration_tokens: int
     seconds: float
     peak_bytes: int
+    by_preference: dict[str, Trial]  # what either choice of --prefer comes to
 
 
 class Work:
@@ -117,7 +121,10 @@ class Work:
             moments = self.calibrate(dense)
             plan, config = self.choose(dense, moments)
             model = convert(dense, config, moments, progress_bar("converting"))
-        return Converted(model, plan, moments.tokens if moments else 0, time.perf_counter() - start, peak.bytes)
+        seconds = time.perf_counter() - start
+        small = self.config.num_kv_heads * self.config.head_dim <= MOST_COMPARED
+        both = by_preference(dense, moments, config, self.args.context) if moments and small else {}
+        return Converted(model, plan, moments.tokens if moments else 0, seconds, peak.bytes, both)
 
     def convert_to_folder(self, target: str) -> tuple[Plan | None, dict[str, Any]]:
         """Convert from disk to disk, layer by layer, in the memory of one layer: (plan, report)."""

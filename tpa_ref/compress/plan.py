@@ -26,7 +26,7 @@ from ..gemma.config import GemmaConfig
 from ..gemma.memory import full_bytes, windowed_bytes
 from ..gemma.token_vectors import id_dtype
 from .bits import damage, gaussian_bound
-from .config import DEFAULT_CONTEXT, DEFAULT_RATE, MAX_RATE, Spectral, TPAConfig
+from .config import DEFAULT_CONTEXT, DEFAULT_RATE, MAX_RATE, PREFER, Spectral, TPAConfig
 from .convert import Conversion, allocated, begin_conversion, parts_of
 from .evaluate import evaluate
 from .moments import Moments
@@ -251,6 +251,21 @@ class Curve:
             middle = (low * high) ** 0.5
             low, high = (middle, high) if getattr(self.trial(middle), figure) >= limit else (low, middle)
         return low
+
+
+def by_preference(model: Any, moments: Moments, config: TPAConfig, context: int) -> dict[str, Trial]:
+    """What either choice of `prefer` comes to at the rate of a configuration, without running the model; empty where
+    there is no such choice.
+    """
+    choice = config.choice
+    if not isinstance(choice, Spectral) or choice.k is not None:
+        return {}
+    found = {}
+    for prefer in PREFER:
+        predict = config.predict if prefer == "size" else None
+        base = replace(config, rate=choice.rate, prefer=prefer, predict=predict, context=context, per_layer=None)
+        found[prefer] = Curve(model, moments, base, context).trial(choice.rate)
+    return found
 
 
 def widths(config: TPAConfig) -> list[tuple[int, ...]]:
