@@ -105,7 +105,7 @@ def test_both_choices_of_prefer(tiny):
     """Nearly the same bytes at a rate, less predicted loss for size; nothing to choose for factors of fixed rank."""
     dense, moments = tiny
     found = by_preference(dense, moments, TPAConfig(rate=2.0), 1024)
-    assert found["speed"].nbytes == pytest.approx(found["size"].nbytes, rel=0.02)
+    assert found["speed"].nbytes == pytest.approx(found["size"].nbytes, rel=0.05)
     assert found["size"].predicted < found["speed"].predicted < 10 * found["size"].predicted
     for prefer, trial in found.items():
         made = tpa_ref.convert(dense, TPAConfig(rate=2.0, context=1024, prefer=prefer), moments)
