@@ -46,7 +46,7 @@ LONG_RATES = (2.0, 0.8)
 DISTANCES = (150, 300, 450, 700, 1_000, 1_800)  # tokens; the window is 512
 RECALL = 3  # questions for each
 TESTED = {"calibration": 2_048, "evaluation": 1_024}  # what `make test-gemma` measures, in two minutes
-RATES = {"speed": (4.0, DEFAULT_RATE, 2.0), "size": (4.0, 3.0, 2.6, 2.0, 1.0)}  # by what is preferred
+RATES = {"speed": (4.0, DEFAULT_RATE), "size": (4.0, 3.0, 2.6, 2.0, 1.0)}  # by what is preferred
 SPECTRAL = {
     f"rate {rate:g}{', size' if prefer == 'size' else ''}": (prefer, rate) for prefer in RATES for rate in RATES[prefer]
 }
