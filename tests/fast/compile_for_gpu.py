@@ -82,6 +82,7 @@ def banded(fast, slow, rank, g, d):
     k = {"widths": widths(fast) + widths(slow), "strings": (fast, slow), "theta": theta}
     v = {"widths": widths(rank), "strings": (rank,), "before": before}
     sizes = (before, before), (rank, before + rank)
+    sizes = (before, before), (rank, before + rank)
     return Banded(*(BandedLatent(**coded(*size, g, d), **side) for size, side in zip(sizes, (k, v), strict=True)))
 
 

@@ -99,13 +99,14 @@ def test_ratios_of_settings_are_those_of_real_weights():
     """What the table of settings says of a size is what was measured on 270M; contextual is the tiny model's."""
     measured = json.loads((ROOT / "results" / "gemma_settings.json").read_text())["settings"]
     said = {cells[1]: cells[2] for cells in rows(README[README.index("## Which setting") :])}
-    named = {f"rate {rate}": f"`--rate {rate}`" for rate in (4, 3, 2, 1)} | {
+    named = {f"rate {rate:g}, size": f"`--prefer size --rate {rate:g}`" for rate in (2.6, 2, 1)} | {
+        "rate 4": "`--rate 4`",
         f"rate {DEFAULT_RATE:g}": f"nothing, or `--rate {DEFAULT_RATE:g}`",
         "dense, int8": "`--mode fixed-a --k-rank 16 --v-rank 16 --kv-dtype int8`",
     }
     for name, options in named.items():
         assert said[options] == f"{measured[name]['prose 2048']['ratio']:.1f}", name
-    ours, theirs = (measured[name]["prose 2048"] for name in ("rate 2", "like KIVI, 4 bits"))
+    ours, theirs = (measured[name]["prose 2048"] for name in ("rate 2, size", "like KIVI, 4 bits"))
     assert ours["kl"] < theirs["kl"] and ours["ratio"] > 2 * theirs["ratio"]  # "at half its size"
     default = measured[f"rate {DEFAULT_RATE:g}"]
     assert all(default[f"{text} 8192"]["kl"] <= 0.005 for text in ("prose", "code"))

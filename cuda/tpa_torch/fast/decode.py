@@ -37,8 +37,11 @@ Partial = tuple[Tensor, Tensor, Tensor]  # largest logit and sum of exp [b,g,x,1
 
 def attend(Q_bqhd: Tensor, keys: Any, scale: float, scratch: Scratch) -> Tensor:
     """Rotated queries over all keys of all segments, in float32: [b,q,h,d] -> [b,q,h,e] in the queries' dtype."""
-    q, g = Q_bqhd.shape[1], keys.segments[0].pair.k.g
-    Q_bgxd = split_heads(Q_bqhd, g).permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scale
+    (b, q, h, d), g = Q_bqhd.shape, keys.segments[0].pair.k.g
+    if q == 1:  # the order in memory is the same
+        Q_bgxd = Q_bqhd.reshape(b, g, h // g, d).float() * scale
+    else:
+        Q_bgxd = split_heads(Q_bqhd, g).permute(0, 2, 3, 1, 4).flatten(2, 3).float() * scale
     partials = [
         banded.read(Q_bgxd, Q_bqhd.dtype, segment, unless_all(keys, segment), keys.at, scratch)
         if isinstance(segment.pair, Banded)
@@ -47,7 +50,10 @@ def attend(Q_bqhd: Tensor, keys: Any, scale: float, scratch: Scratch) -> Tensor:
         if segment.positions_bk.shape[1]
     ]
     _, total_bgx1, O_bgxe = merged(partials)
-    O_bgnqe = (O_bgxe / total_bgx1).unflatten(2, (-1, q))
+    O_bgxe = O_bgxe / total_bgx1
+    if q == 1:
+        return O_bgxe.reshape(b, 1, h, -1).to(Q_bqhd.dtype)
+    O_bgnqe = O_bgxe.unflatten(2, (-1, q))
     return O_bgnqe.permute(0, 3, 1, 2, 4).flatten(2, 3).to(Q_bqhd.dtype)
 
 

@@ -15,7 +15,7 @@ namespace banded {
 
 constexpr int TILE = 64, NODES = 4, TILES = 16;  // keys; nodes of a tile and of a stretch; tiles of a stretch
 constexpr int LANES = TILE / W;                  // registers of a tile
-constexpr int SPAN = 4 * TILE;                   // keys whose values are summed in one go
+constexpr int SPAN = 2 * TILE;                   // keys whose values are summed in one go
 constexpr float MASKED = -2.3819763e38f;
 
 // One layer. Pairs come fast, slow, still; s counts coefficients of K, fast ones first, then those of V. What is multiplied
@@ -142,7 +142,7 @@ template <class IN> struct Reader {
           weights(sized(room.weights, 3 * y * SPAN)), sums(sized(room.sums, of.rank * y * W)),
           stretch(sized(room.stretch, NODES * y * of.columns)), node(sized(room.node, NODES * y * of.columns)),
           largest(sized(room.largest, y)), total(sized(room.total, y)) {
-        std::fill(keys.begin(), keys.end(), 0);  // columns that hold nothing are multiplied, too
+        if (of.fast_rank % 2) std::fill_n(&keys[of.fast_rank * TILE], N == 1 ? TILE : 0, 0);  // holds nothing, is multiplied
         std::fill(sums.begin(), sums.begin() + of.rank * y * W, 0.0f);
         std::fill(largest.begin(), largest.end(), -INFINITY);
         std::fill(total.begin(), total.end(), 0.0f);
@@ -433,11 +433,14 @@ void attend(const Bands& of, const Segment& from, const Tables& tables, const Ru
     {
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < batch * threads; part++) {  // each row in as many parts as there are threads
-            const int64_t row = part / threads, nth = part % threads, count = first_run[row + 1] - first_run[row];
+            const int64_t row = part / threads, nth = part % threads;
+            int64_t keys = 0, before = 0;  // a run is read by the thread in whose share of the keys its middle lies
+            for (int64_t r = first_run[row]; r < first_run[row + 1]; r++) keys += runs[r].count;
             static thread_local Room room;
             Reader<IN> reader(of, from, tables, x, room);
-            for (int64_t r = count * nth / threads; r < count * (nth + 1) / threads; r++)
-                reader.read(Q + row * y * of.d, runs[first_run[row] + r], sized(room.L, y * SPAN).data());
+            for (int64_t r = first_run[row]; r < first_run[row + 1]; before += runs[r++].count)
+                if ((2 * before + runs[r].count) * threads / (2 * keys) == nth)
+                    reader.read(Q + row * y * of.d, runs[r], sized(room.L, y * SPAN).data());
             for (int64_t i = 0; i < y; i++) {
                 const int64_t at = part * y + i;
                 most[at] = std::max(reader.largest[i], MASKED), whole[at] = reader.total[i];
