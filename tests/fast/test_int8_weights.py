@@ -128,7 +128,7 @@ def test_decoding_compiled_and_not(models, monkeypatch):
     """Token by token and three at a time, dense and converted, with what is stored and with its numbers."""
     held = models[1]
     moments = tpa_torch.calibrate(held, TINY / "calibration.txt", max_tokens=512)
-    tpa = tpa_torch.convert(held, tpa_torch.TPAConfig(rate=3.0), calibration=moments)
+    tpa = tpa_torch.convert(held, tpa_torch.TPAConfig(rate=3.0, prefer="size"), calibration=moments)
     exact = {"mode": "contextual", "k_rank": 4, "v_rank": 4, "kv_dtype": "float32"}
     contextual = tpa_torch.convert(held, tpa_torch.TPAConfig(**exact, q_rank=4))
     tokens_bq = helpers.tokens(24)

@@ -189,7 +189,7 @@ ALL = list(range(7))
         (0, {"states": [0], "model": 1}),
         (3, {"states": [0, 1, 2, 3], "moments": [0, 1, 2]}),
         (9, {"states": [0, 1, 2, 3, 4, 5], "moments": ALL, "gradients": [5], "fisher": [5, 6]}),
-        (16, {"states": [0], "moments": ALL, "gradients": [0], "fisher": ALL, "tokens": [0], "spectrum": [0, 1]}),
+        (16, {"states": [0], "moments": ALL, "gradients": [0], "fisher": ALL, "spectrum": [0, 1]}),
         (
             25,
             {
@@ -197,7 +197,6 @@ ALL = list(range(7))
                 "moments": ALL,
                 "gradients": [0],
                 "fisher": ALL,
-                "tokens": [0],
                 "spectrum": ALL,
                 "model": 5,
             },

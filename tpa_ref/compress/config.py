@@ -88,6 +88,8 @@ class Spectral:
     def __post_init__(self) -> None:
         if self.predict or (self.widths and self.k is None):
             object.__setattr__(self, "prefer", PREFER[1])
+        if not any(self.strings):  # nothing is coded, or not chosen yet
+            object.__setattr__(self, "strings", ())
         if len(self.strings) not in (0, STRINGS) or (self.strings and not self.banded):
             raise TPAError(f"tpa config: {STRINGS} strings of widths belong to prefer 'speed', got {self!r:.80}")
         for widths in (self.widths, *self.strings):
@@ -343,7 +345,7 @@ def choice_from_dict(entry: dict[str, Any], rate: float, predict: bool | None) -
     found = [entry.get(f"{side}_widths", ()) for side in "kv"]
     if k.mode == "banded":
         strings = tuple(widths_of(counts) for counts in [*found[0], *found[1]])
-        return Spectral(rate, None, predict, strings=strings if any(strings) else ())
+        return Spectral(rate, None, predict, strings=strings)
     k_widths, v_widths = map(widths_of, found)
     if k.dtype == "spectral":
         return Spectral(rate, None, predict, k_widths, "size")

@@ -271,7 +271,12 @@ def by_preference(model: Any, moments: Moments, config: TPAConfig, context: int)
 def widths(config: TPAConfig) -> list[tuple[int, ...]]:
     """Bits of the coefficients that have any, for each string of codes of a plan."""
     choices = [choice for choice in config.per_layer or () if isinstance(choice, Spectral)]
-    return [widths for choice in choices for widths in (choice.strings if choice.banded else (choice.widths,))]
+    return [widths for choice in choices for widths in strings_of(choice)]
+
+
+def strings_of(choice: Spectral) -> tuple[tuple[int, ...], ...]:
+    """The widths of each string of codes."""
+    return (choice.strings or ((),) * STRINGS) if choice.banded else (choice.widths,)
 
 
 class Trials(Conversion):
