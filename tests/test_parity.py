@@ -281,6 +281,7 @@ NO_TWIN = {
     "core.banded.Banded.load": "only adds what its modes make",
     "core.banded.BandedLatent.load": "calls `codes` and `cast`",
     "core.banded.band_features": "conversion, and constants of a reader",
+    "core.banded.lagrange": "constants of a reader",
     "core.banded.scores": "`fast.banded` reads so; tests hold it against this",
     "core.banded.tile_scores": "the same",
     "core.banded.turned_by": "the same",

@@ -22,6 +22,7 @@ from .core.dense import Dense
 from .core.mode import Mode
 from .core.norm import rms_norm
 from .core.pair import Joint, Pair
+from .fast.spectral import BandedLatent
 from .gemma.model import Model
 
 ROWS = 256  # positions whose logits are held at once
@@ -96,27 +97,23 @@ def cached(K_bkgd: Tensor, V_bkge: Tensor, pair: Any, sinks: int, tokens: Any) -
         parts = rounded({"C": C_bks}, modes[0])
         made = [mode.decode(parts, tokens) for mode in modes]
     elif isinstance(pair, Banded):
-        K, C_bks = banded(sides[0], modes[0])
-        made = [K, banded(sides[1], modes[1], C_bks)[0]]
+        k, v = (StraightThrough(**vars(mode)) for mode in modes)
+        _, K_bks = k.coded(sides[0])
+        _, V_bks = v.coded(sides[1], K_bks)
+        both: Any = k.decode({"C": K_bks}, tokens), v.decode({"C": V_bks}, tokens)
+        made = list(both)
     else:
         made = [cached_alone(X_bkgd, mode, tokens) for X_bkgd, mode in zip(sides, modes, strict=True)]
     made = [torch.cat([X[:, :sinks], Y[:, sinks:]], 1) for X, Y in zip(sides, made, strict=True)]
     return made[0].to(K_bkgd.dtype), made[1].to(V_bkge.dtype)
 
 
-def banded(X_bkgd: Tensor, mode: Any, before_bks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(what a cache gives back of K, or of V behind K; all coefficients): `BandedLatent.coded`, differentiable."""
-    mean_gd, found, rank = mode.mean.float(), [] if before_bks is None else [before_bks], 0
-    made = mean_gd if before_bks is None else mean_gd + mode.combined(before_bks, mode.basis[: mode.before].float())
-    for widths in mode.widths_of_strings:
-        own = slice(rank, rank + len(widths))
-        C_bks = mode.coefficients(X_bkgd - made, mode.encoder[own].float())
-        with torch.no_grad():
-            error_bks = mode.codes.dequantize(mode.quantized(C_bks, widths), widths) - C_bks
-        C_bks, rank = C_bks + error_bks.detach(), own.stop
-        made = made + mode.combined(C_bks, mode.basis[mode.before :][own].float())
-        found.append(C_bks)
-    return made, torch.cat(found, -1)
+class StraightThrough(BandedLatent):
+    """The same codes, with the gradient of no rounding at all."""
+
+    def coded_string(self, C_bks: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        string, decoded_bks = super().coded_string(C_bks.detach(), widths)
+        return string, C_bks + (decoded_bks - C_bks).detach()
 
 
 def cached_alone(X_bkgd: Tensor, mode: Any, tokens: Any) -> Tensor:

@@ -35,6 +35,23 @@ def build(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def check_mistake(build, monkeypatch):
+    """Builds the source with a mistake in it, which the check that is meant for it must see; without one all pass."""
+
+    def run(name, mistakes, checks, *flags):
+        built = build("changed", *flags, change=mistakes.get(name, ("", "")))
+        monkeypatch.setattr(native, "library", lambda: built)
+        if name is None:
+            for check in checks.values():
+                check(built)
+            return
+        with pytest.raises(AssertionError):
+            checks[name](built)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def builds(build):
     return {"of this machine": native.library(), "plain": build("plain", "-DTPA_PLAIN", "-O1")}

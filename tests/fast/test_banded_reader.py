@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,26 +157,29 @@ MISTAKES = {
     "what the first string has told": ("if (n + 1 < side.strings) take(C, basis, count)", "(void)basis"),
     "what K has told of V": ("take(decoded, side.basis, side.before);", ""),
 }  # fmt: skip
-CHECKS = {name: lambda: check({"d": 128, "base": 1e6, "ranks": (13, 60, 100)}) for name in MISTAKES} | {
-    "scale of another string": lambda: check({}),
-    "turned the wrong way": lambda: check({}),
-    "what is not seen": lambda: check({}, masked=True),
-    "what the first string has told": lambda: check_coder({}),
-    "what K has told of V": lambda: check_coder({}),
+CHECKS = {name: lambda _: check({"d": 128, "base": 1e6, "ranks": (13, 60, 100)}) for name in MISTAKES} | {
+    "scale of another string": lambda _: check({}),
+    "turned the wrong way": lambda _: check({}),
+    "what is not seen": lambda _: check({}, masked=True),
+    "what the first string has told": lambda _: check_coder({}),
+    "what K has told of V": lambda _: check_coder({}),
 }
 
 
 @pytest.mark.parametrize("name", [None, *MISTAKES])
-def test_a_mistake_in_the_source_is_seen(build, monkeypatch, name):
+def test_a_mistake_in_the_source_is_seen(check_mistake, name):
     """Each by the check that is meant for it; the same build without a mistake passes all of them."""
-    built = build("changed", "-O1", "-DTPA_PLAIN", change=MISTAKES.get(name, ("", "")))
-    monkeypatch.setattr(native, "library", lambda: built)
-    if name is None:
-        for each in CHECKS.values():
-            each()
-        return
-    with pytest.raises(AssertionError):
-        CHECKS[name]()
+    check_mistake(name, MISTAKES, CHECKS, "-O1", "-DTPA_PLAIN")
+
+
+def test_a_pair_that_has_coded_is_copied():
+    """Its coder points to its own arrays: a copy makes another, and codes the same."""
+    pair, rng = some_pair(), np.random.default_rng(0)
+    K, V = (torch.from_numpy(rng.standard_normal((1, 1, 1, 64))).float() for _ in "KV")
+    expected = codes_of(pair, K, V, True)
+    for other in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        assert other.k.basis is not pair.k.basis
+        assert torch.equal(codes_of(other, K, V, True), expected)
 
 
 def test_without_a_compiler_pytorch_reads(monkeypatch):

@@ -62,7 +62,7 @@ def main() -> None:
     check_prompt(work)
     work.introduce()
     dense = work.load()
-    done = work.convert(dense)
+    done = work.convert(dense, compare=True)
     weights = show_conversion(done, dense, save(done.model, args.output))
     figures = measure(work, dense, done, text) | {"weights_bytes": weights, "text": {"prompt": args.prompt}}
     for name, model in (("dense", dense), ("TPA", done.model)):

@@ -25,6 +25,8 @@ from .machine import PeakMemory, environment
 from .options import ROOT, TINY, fill_defaults, progress_bar, tpa_config, wants_plan
 from .report import describe_config, size_on_disk
 
+MOST_COMPARED = 1024  # numbers of K up to which transforms of both kinds take seconds
+
 
 def backend_module(name: str) -> Any:
     """tpa_torch or tpa_ref; one line where torch is missing."""
@@ -35,9 +37,6 @@ def backend_module(name: str) -> Any:
         return importlib.import_module("tpa_torch")
     except ModuleNotFoundError as problem:
         raise TPAError(f"{problem.name} is not installed: pip install -e .[torch], or use --backend numpy") from None
-
-
-MOST_COMPARED = 1024  # numbers of K up to which transforms of both kinds take seconds
 
 
 @dataclass
@@ -114,8 +113,8 @@ class Work:
         plan = make_plan(dense, moments, args.kv_budget, args.max_kl, args.context, holdout, config, bar)
         return plan, plan.config
 
-    def convert(self, dense: Any) -> Converted:
-        """Calibrate, plan if asked to, and convert in memory."""
+    def convert(self, dense: Any, compare: bool = False) -> Converted:
+        """Calibrate, plan if asked to, and convert in memory. compare: also what either choice of --prefer comes to."""
         start = time.perf_counter()
         with PeakMemory(self.device) as peak:
             moments = self.calibrate(dense)
@@ -123,7 +122,7 @@ class Work:
             model = convert(dense, config, moments, progress_bar("converting"))
         seconds = time.perf_counter() - start
         small = self.config.num_kv_heads * self.config.head_dim <= MOST_COMPARED
-        both = by_preference(dense, moments, config, self.args.context) if moments and small else {}
+        both = by_preference(dense, moments, config, self.args.context) if compare and moments and small else {}
         return Converted(model, plan, moments.tokens if moments else 0, seconds, peak.bytes, both)
 
     def convert_to_folder(self, target: str) -> tuple[Plan | None, dict[str, Any]]:

@@ -88,8 +88,7 @@ class Spectral:
     def __post_init__(self) -> None:
         if self.predict or (self.widths and self.k is None):
             object.__setattr__(self, "prefer", PREFER[1])
-        if not any(self.strings):  # nothing is coded, or not chosen yet
-            object.__setattr__(self, "strings", ())
+        object.__setattr__(self, "strings", self.strings if any(self.strings) else ())  # nothing coded, or not yet
         if len(self.strings) not in (0, STRINGS) or (self.strings and not self.banded):
             raise TPAError(f"tpa config: {STRINGS} strings of widths belong to prefer 'speed', got {self!r:.80}")
         for widths in (self.widths, *self.strings):
@@ -104,9 +103,19 @@ class Spectral:
         return self.prefer == PREFER[0] and self.k is None and not self.predict and not self.widths
 
     @property
+    def joint(self) -> bool:
+        """Are K and V coded as one vector?"""
+        return self.k is None and not self.banded
+
+    @property
+    def of_strings(self) -> tuple[tuple[int, ...], ...]:
+        """The widths of each string of codes, empty where it has no coefficient."""
+        return (self.strings or ((),) * STRINGS) if self.banded else (self.widths,)
+
+    @property
     def given(self) -> tuple[int, ...]:
         """The widths of all coefficients."""
-        return self.widths or sum(self.strings, ())
+        return sum(self.of_strings, ())
 
     def resolved(self, config: GemmaConfig, notes: list[str]) -> Spectral:
         most = exact_rank("latent", config) * (1 if self.k else 2)
@@ -140,10 +149,9 @@ class TPAConfig:
     context: the length of text at which the rate is kept, since window layers hold fewer tokens (default: 32,768).
     sinks: how many first tokens are kept exactly, in bfloat16 (default: 1, BOS, with a rate, else none). recent: how
     many of the newest the global layers keep so (default: none).
-    prefer: of a spectral cache. "speed", the default: K in two bands, so that a query need not wait for K to be
-    rebuilt. "size": K and V as one vector, and what tokens predict of them not coded: fewer bytes at an equal loss.
-    predict: whether a spectral cache codes only what the tokens do not predict; default: with prefer "size", where
-    calibration measured it.
+    prefer: of a spectral cache. "speed", the default: K in two bands, hardly rebuilt when it is read. "size": K and V
+    as one vector, and what tokens predict of them not coded: fewer bytes at an equal loss. predict: is that last part
+    done? Default: with prefer "size", where calibration measured it.
     per_layer: the complete choice, one `FixedRank`, `Spectral` with widths, or None (dense) a layer.
 
     >>> TPAConfig(k_rank=2, v_rank=2).choice.k.mode
@@ -235,8 +243,7 @@ class TPAConfig:
             return cls(**side_keywords(choice))
         if choice.given:
             raise TPAError(f"tpa config: widths are those of one layer, so they go into per_layer, got {choice!r:.80}")
-        prefer = None if choice.predict else choice.prefer
-        return cls(rate=choice.rate, predict=choice.predict, prefer=prefer, **side_keywords(choice))
+        return cls(rate=choice.rate, predict=choice.predict, prefer=choice.prefer, **side_keywords(choice))
 
     @property
     def spectral(self) -> bool:
@@ -251,8 +258,7 @@ class TPAConfig:
         if self.spectral:
             alone = self.rate is not None and self.k_mode not in (None, "latent")
             k = Side(str(self.k_mode), self.k_rank, self.k_dtype or "int8") if alone else None
-            prefer = "size" if self.predict else self.prefer or PREFER[0]
-            return Spectral(self.rate or DEFAULT_RATE, k, self.predict, prefer=prefer)
+            return Spectral(self.rate or DEFAULT_RATE, k, self.predict, prefer=self.prefer or PREFER[0])
         ranks_given = self.k_rank is not None or self.v_rank is not None
         mode = self.mode or ("contextual" if ranks_given else "latent")
         dtype = self.kv_dtype or "bfloat16"
@@ -326,9 +332,8 @@ def choice_to_dict(choice: Choice) -> dict[str, Any]:
     if isinstance(choice, FixedRank):
         sides = [(x.mode, x.rank, x.dtype, none) for x in (choice.k, choice.v)]
     elif choice.banded:
-        counts = [width_counts(widths) for widths in choice.strings or ((),) * STRINGS]
-        ranks = [sum(map(len, choice.strings[:-1])), sum(map(len, choice.strings[-1:]))]
-        sides = [("banded", rank, "spectral", x) for rank, x in zip(ranks, (counts[:-1], counts[-1:]), strict=True)]
+        halves = choice.of_strings[:-1], choice.of_strings[-1:]
+        sides = [("banded", sum(map(len, x)), "spectral", [width_counts(widths) for widths in x]) for x in halves]
     else:
         coded = ("latent", len(choice.widths), "spectral", width_counts(choice.widths))
         shared = (*coded[:2], "shared", none)
@@ -344,8 +349,7 @@ def choice_from_dict(entry: dict[str, Any], rate: float, predict: bool | None) -
     k, v = (Side(entry[f"{side}_mode"], entry[f"{side}_rank"], entry[f"{side}_dtype"]) for side in "kv")
     found = [entry.get(f"{side}_widths", ()) for side in "kv"]
     if k.mode == "banded":
-        strings = tuple(widths_of(counts) for counts in [*found[0], *found[1]])
-        return Spectral(rate, None, predict, strings=strings)
+        return Spectral(rate, None, predict, strings=tuple(map(widths_of, [*found[0], *found[1]])))
     k_widths, v_widths = map(widths_of, found)
     if k.dtype == "spectral":
         return Spectral(rate, None, predict, k_widths, "size")

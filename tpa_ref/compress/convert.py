@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core import codes
-from ..core.banded import STRINGS, band_features
+from ..core.banded import band_features
 from ..core.mode import Mode
 from ..core.rope import frequencies
 from ..core.transform import (
@@ -120,7 +120,7 @@ class Conversion:
         if token_prediction.knows(layer, self.converted.tpa, self.config, self.converted.choices[layer]):
             return first_layer(self.converted)
         text = of_tokens(self.converted.tpa, self.moments)
-        found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text, self.thetas(layer))
+        found = layer_spectrum(self.moments_of(layer), self.converted.choices[layer], text, thetas(self.config, layer))
         arrays = {"encoder": found.encoder_sgd, "basis": found.basis_sgd, "mean": found.mean_gd}
         if found.predictor_zgd is not None:
             arrays["predictor"] = found.predictor_zgd
@@ -154,15 +154,11 @@ class Conversion:
             A_rh, W_rdm, _ = truncate_query_heads(model.to_numpy(model.weights.layers[layer].WQ_hdm), q_rank)
             model.query_factors[layer] = model.array(A_rh), model.array(W_rdm)
 
-    def thetas(self, layer: int) -> np.ndarray:
-        """RoPE's frequencies in a layer."""
-        return frequencies(self.config.head_dim, *self.config.rope(self.config.is_global[layer]))
-
     def spectral_pair(self, layer: int, choice: Spectral) -> Any:
         """K in two bands with V behind it, K and V as one vector, or V alone beside a K of fixed rank."""
         model, arrays, g = self.converted, self.store.get("spectrum", layer), self.config.num_kv_heads
         if choice.banded:
-            return model.Banded(*(self.banded(arrays, choice, side, self.thetas(layer)) for side in "kv"))
+            return model.Banded(*(self.banded(arrays, choice, side, thetas(self.config, layer)) for side in "kv"))
         if choice.k is None:
             return model.Joint(*(self.coded(arrays, choice, at) for at in (slice(0, g), slice(g, None))))
         moments = self.moments_of(layer, FixedRank(choice.k, choice.k)).sides[0]
@@ -182,7 +178,7 @@ class Conversion:
 
     def banded(self, arrays: dict[str, np.ndarray], choice: Spectral, side: str, theta_p: np.ndarray) -> Mode:
         """K, or V behind it, with the coefficients that have any bits."""
-        model, g, given = self.converted, self.config.num_kv_heads, choice.strings or ((),) * STRINGS
+        model, g, given = self.converted, self.config.num_kv_heads, choice.of_strings
         starts = np.cumsum([0, *string_sizes(self.config, theta_p)])
         rows = [start + np.arange(len(widths)) for start, widths in zip(starts, given, strict=False)]
         own, heads = (rows[:-1], slice(0, g)) if side == "k" else (rows[-1:], slice(g, None))
@@ -248,6 +244,11 @@ def moments_from_weights(model: Any, layer: int, choice: Choice | None = None) -
     return LayerMoments(M_gdgd, np.zeros((2 * g, d)))
 
 
+def thetas(config: GemmaConfig, layer: int) -> np.ndarray:
+    """RoPE's frequencies in a layer."""
+    return frequencies(config.head_dim, *config.rope(config.is_global[layer]))
+
+
 def string_sizes(config: GemmaConfig, theta_p: np.ndarray) -> list[int]:
     """How many numbers of a token fast K, slow K and V have."""
     fast, slow = band_features(theta_p)
@@ -289,8 +290,7 @@ def layer_spectrum(
 def predicts(tpa: TPAConfig, config: GemmaConfig) -> bool:
     """Are K and V to be predicted from the tokens?"""
     choice = tpa.choice
-    joint = isinstance(choice, Spectral) and choice.k is None and not choice.banded
-    return joint and token_prediction.wanted(tpa.predict, config)
+    return isinstance(choice, Spectral) and choice.joint and token_prediction.wanted(tpa.predict, config)
 
 
 def of_tokens(tpa: TPAConfig, moments: Any) -> TokenMoments | None:
@@ -298,7 +298,7 @@ def of_tokens(tpa: TPAConfig, moments: Any) -> TokenMoments | None:
     found = moments.of_tokens if moments else None
     if tpa.predict and found is None:
         raise TPAError("convert: predict wants moments of the tokens: calibrate on a text, with predict=True")
-    joint = isinstance(tpa.choice, Spectral) and tpa.choice.k is None and not tpa.choice.banded
+    joint = isinstance(tpa.choice, Spectral) and tpa.choice.joint
     return None if tpa.predict is False or not joint else found
 
 
@@ -312,12 +312,8 @@ def allocated(
     context = tpa.context or min(DEFAULT_CONTEXT, config.max_positions)
     layers, choice = sorted(variances), tpa.choice
     assert isinstance(choice, Spectral)
-    numbers = (
-        sum(config.slots(layer, context) for layer in layers)
-        * (2 if choice.k is None else 1)
-        * config.num_kv_heads
-        * config.head_dim
-    )
+    of_token = (2 if choice.k is None else 1) * config.num_kv_heads * config.head_dim
+    numbers = sum(config.slots(layer, context) for layer in layers) * of_token
     text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
     strings = [(layer, part) for layer in layers for part in parts_of(config, choice, layer, variances[layer])]
     held = [config.slots(layer, context) for layer, _ in strings]
@@ -334,8 +330,7 @@ def parts_of(config: GemmaConfig, choice: Spectral, layer: int, variance_s: np.n
     """The variances of each string of codes of a layer."""
     if not choice.banded:
         return [variance_s]
-    theta_p = frequencies(config.head_dim, *config.rope(config.is_global[layer]))
-    return np.split(variance_s, np.cumsum(string_sizes(config, theta_p))[:-1])
+    return np.split(variance_s, np.cumsum(string_sizes(config, thetas(config, layer)))[:-1])
 
 
 def with_widths(choice: Choice, widths: list[tuple[int, ...]]) -> Choice:

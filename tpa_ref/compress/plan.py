@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.banded import STRINGS, Banded, BandedLatent
+from ..core.banded import Banded, BandedLatent
 from ..core.cache import Exact, cache_bytes
 from ..core.mode import MODES
 from ..core.pair import Joint, Pair
@@ -271,12 +271,7 @@ def by_preference(model: Any, moments: Moments, config: TPAConfig, context: int)
 def widths(config: TPAConfig) -> list[tuple[int, ...]]:
     """Bits of the coefficients that have any, for each string of codes of a plan."""
     choices = [choice for choice in config.per_layer or () if isinstance(choice, Spectral)]
-    return [widths for choice in choices for widths in strings_of(choice)]
-
-
-def strings_of(choice: Spectral) -> tuple[tuple[int, ...], ...]:
-    """The widths of each string of codes."""
-    return (choice.strings or ((),) * STRINGS) if choice.banded else (choice.widths,)
+    return [widths for choice in choices for widths in choice.of_strings]
 
 
 class Trials(Conversion):
@@ -292,8 +287,7 @@ def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False, know
     if choice is None:
         return Pair.dense(g, d)
     if choice.banded:
-        strings = choice.strings or ((),) * STRINGS
-        given = (strings[:-1], strings[-1:])
+        given = choice.of_strings[:-1], choice.of_strings[-1:]
         k, v = (
             BandedLatent(g, d, sum(map(len, x)), "spectral", widths=sum(x, ()), strings=tuple(map(len, x)))
             for x in given

@@ -116,8 +116,7 @@ def knows(layer: int, tpa: TPAConfig, config: GemmaConfig, choice: Choice | None
     """Are K and V of a layer taken from the token, instead of being coded? Those of the first layer are functions of it
     alone, where every position is a token, and cost nothing but its id.
     """
-    free = isinstance(choice, Spectral) and choice.k is None and not (choice.widths or choice.banded)
-    free = free and tpa.predict is not False
+    free = isinstance(choice, Spectral) and choice.joint and not choice.widths and tpa.predict is not False
     small = config.hidden_size <= AFFORDABLE_ONCE and config.vision is None and config.rms_eps == EPS
     return layer == 0 and free and small
 

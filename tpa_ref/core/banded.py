@@ -81,14 +81,6 @@ class BandedLatent(CodedLatent):
         ends = np.cumsum(self.strings)
         return [self.widths[end - count : end] for end, count in zip(ends, self.strings, strict=True)]
 
-    @property
-    def string_bytes(self) -> list[int]:
-        """How many bytes of a token each string has."""
-        return [self.codes.packed_bytes(widths) for widths in self.widths_of_strings]
-
-    def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return {"C.codes": ((sum(self.string_bytes),), np.dtype(np.uint8))}
-
     def coded(self, X_bkgd: Any, before_bks: Any = None) -> tuple[Any, Any]:
         """String after string: (bytes [b,k,bytes], all coefficients as they are decoded [b,k,before + R])."""
         kind, rank = self.mean.dtype, 0  # in full precision: weak coefficients are differences of large numbers
@@ -98,14 +90,19 @@ class BandedLatent(CodedLatent):
             left_bkgd = left_bkgd - self.combined(found[0], self.basis[: self.before])
         for widths in self.widths_of_strings:
             own = slice(rank, rank + len(widths))
-            string = self.quantized(self.coefficients(left_bkgd, self.encoder[own]), widths)
-            C_bks = self.cast(self.codes.dequantize(string, widths), kind)
+            string, decoded_bks = self.coded_string(self.coefficients(left_bkgd, self.encoder[own]), widths)
+            C_bks = self.cast(decoded_bks, kind)
             rank = own.stop
             if rank < self.rank:
                 left_bkgd = left_bkgd - self.combined(C_bks, self.basis[self.before :][own])
             strings.append(string)
             found.append(C_bks)
         return self.joined(strings), self.joined(found)
+
+    def coded_string(self, C_bks: Any, widths: tuple[int, ...]) -> tuple[Any, Any]:
+        """(bytes of a string, its coefficients as they are decoded)."""
+        string = self.quantized(C_bks, widths)
+        return string, self.codes.dequantize(string, widths)
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
         """Its own coefficients."""
@@ -157,20 +154,28 @@ def interpolation() -> np.ndarray:
     >>> bool(np.abs(curve - np.exp(1j / TILE * np.arange(TILE))).max() < 0.0004)
     True
     """
-    t_k, t_n = np.arange(TILE), nodes()
-    others = [np.delete(t_n, n) for n in range(NODES)]
-    return np.stack([np.prod((t_k[:, None] - t) / (t_n[n] - t), -1) for n, t in enumerate(others)])
+    return lagrange(nodes(), np.arange(TILE))
 
 
-def tiles(positions_k: np.ndarray) -> list[slice]:
-    """Stretches of at most TILE keys at consecutive positions.
+def lagrange(t_n: np.ndarray, t_x: np.ndarray) -> np.ndarray:
+    """Lagrange's polynomials of some nodes: how much of the value at each a position takes, [n,x].
+
+    >>> lagrange(np.array([0.0, 1.0]), np.array([0.25])).tolist()
+    [[0.75], [0.25]]
+    """
+    others = [np.delete(t_n, n) for n in range(len(t_n))]
+    return np.stack([np.prod((t_x[..., None] - t) / (t_n[n] - t), -1) for n, t in enumerate(others)])
+
+
+def tiles(positions_k: np.ndarray, most: int = TILE) -> list[slice]:
+    """Stretches of at most so many keys at consecutive positions.
 
     >>> tiles(np.array([7, 8, 3, 4]))
     [slice(0, 2, None), slice(2, 4, None)]
     """
     breaks = np.nonzero(np.diff(positions_k) != 1)[0] + 1
     starts = [0, *breaks.tolist(), len(positions_k)]
-    return [slice(at, min(at + TILE, end)) for start, end in pairwise(starts) for at in range(start, end, TILE)]
+    return [slice(at, min(at + most, end)) for start, end in pairwise(starts) for at in range(start, end, most)]
 
 
 def scores(
@@ -201,9 +206,8 @@ def tile_scores(Q_qhd: np.ndarray, C_ks: np.ndarray, mode: BandedLatent, first: 
         Q_qgnf = turned_by(Q_qgnd[..., slow], -t, mode.theta[~is_fast(mode.theta)])
         U_qgns = einsum("qgnf,sgf->qgns", Q_qgnf, mode.basis[..., slow])
         mean_qgn = einsum("qgnf,gf->qgn", Q_qgnf, mode.mean[:, slow])
-        L_gnqk += (einsum("qgns,ks->gnqk", U_qgns, C_ks) + mean_qgn.transpose(1, 2, 0)[..., None]) * weight_k[
-            : len(C_ks)
-        ]
+        at_node_gnqk = einsum("qgns,ks->gnqk", U_qgns, C_ks) + mean_qgn.transpose(1, 2, 0)[..., None]
+        L_gnqk += at_node_gnqk * weight_k[: len(C_ks)]
     return L_gnqk.reshape(h, q, -1)
 
 

@@ -53,8 +53,18 @@ class CodedLatent(Latent):
             "k_norm": (None, (self.d,)),
         }
 
+    @property
+    def widths_of_strings(self) -> list[tuple[int, ...]]:
+        """The widths of each string of codes; here it is one."""
+        return [self.widths]
+
+    @property
+    def string_bytes(self) -> list[int]:
+        """How many bytes of a token each string has."""
+        return [codes.packed_bytes(widths) for widths in self.widths_of_strings]
+
     def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return {"C.codes": ((codes.packed_bytes(self.widths),), np.dtype(np.uint8))}
+        return {"C.codes": ((sum(self.string_bytes),), np.dtype(np.uint8))}
 
     def store(self, parts: Parts) -> Stored:
         return {"C.codes": self.quantized(parts["C"], self.widths)}

@@ -7,14 +7,14 @@ What does not depend on the text is made once a layer: the absorbed bases as the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tpa_ref.core.banded import TILE, band_features, interpolation, is_fast, nodes
+from tpa_ref.core.banded import TILE, band_features, interpolation, is_fast, lagrange, nodes, tiles
 from tpa_ref.core.mode import Stored
 from tpa_ref.core.pair import sides
 from tpa_ref.trace import Tracer, no_trace
@@ -24,6 +24,7 @@ from ..core.cache import Segment
 from ..core.masks import MASKED
 from ..lasting import lasting
 from . import prefill
+from .heads import tokens_last
 from .kernels import banded as compiled
 from .kernels import native
 from .kernels.banded import TILES
@@ -41,11 +42,18 @@ class Banded(pairs.Banded):
         few = K_bkgd.shape[0] * K_bkgd.shape[1] <= FEW_TOKENS and K_bkgd.dtype != torch.float64
         if not (few and K_bkgd.device.type == "cpu" and self.k.d % native.LANES == 0 and native.available()):
             return super().encode(K_bkgd, V_bkge, tokens, trace)
-        with lasting():
-            coder = self.__dict__.get("coder") or compiled.coder(self.modes)
-        self.__dict__["coder"] = coder  # the pair is frozen, and this no part of it
-        codes_k, codes_v = compiled.code(coder, K_bkgd.flatten(2), V_bkge.flatten(2))
+        codes_k, codes_v = compiled.code(self.coder, K_bkgd.flatten(2), V_bkge.flatten(2))
         return sides({"C.codes": codes_k}, {"C.codes": codes_v})
+
+    @cached_property
+    def coder(self) -> Any:
+        """K and V as the compiled function codes them."""
+        with lasting():
+            return compiled.coder(self.modes)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """A copy, or a pickled one, has arrays of its own, and so another coder."""
+        return type(self), self.modes
 
 
 def read(
@@ -79,11 +87,6 @@ def read_formed(Q_bgxd: Tensor, segment: Segment, seen_bqk: Tensor | None) -> Pa
     return largest_bgx1, P_bgxk.sum(-1, keepdim=True), P_bgxk @ V_bkge.transpose(1, 2)
 
 
-def tokens_last(codes_bkc: Tensor) -> Tensor:
-    """[b,k,bytes] -> [b,bytes,k], as they lie in memory."""
-    return codes_bkc.mT
-
-
 @dataclass(frozen=True)
 class Runs:
     """Keys at consecutive positions, at most a stretch each: [runs,4] of (row, first key, keys, number), where the runs
@@ -103,12 +106,8 @@ class Runs:
         found: list[tuple[int, int, int, int]] = []
         first_b = [0]
         for row, positions_k in enumerate(positions_bk):
-            breaks = np.nonzero(np.diff(positions_k) != 1)[0] + 1
-            starts = [0, *breaks.tolist(), keys]
-            for start, end in pairwise(starts):
-                found += [
-                    (row, at, min(most, end - at), len(found) + i) for i, at in enumerate(range(start, end, most))
-                ]
+            for at in tiles(positions_k, most):
+                found.append((row, at.start, at.stop - at.start, len(found)))
             first_b.append(len(found))
         runs = np.array(found, np.int64)
         angle_rp = positions_bk[runs[:, 0], runs[:, 1], None] * theta_p
@@ -135,6 +134,7 @@ def prepared(k: Any, v: Any, rounded: bool) -> Prepared:
     rebuild = padded(K_sgf.permute(1, 2, 0).flatten(0, 1), 2)
     t_n, T_n = nodes(), nodes() * (STRETCH - 1) / (TILE - 1)
     tile_t = TILE * np.arange(TILES)
+    between = np.moveaxis(lagrange(T_n, tile_t[:, None] + t_n), 0, -1)
     arrays = {
         "rebuild": units(rebuild, rounded),
         "fast_mean": mean_gd[:, fast],
@@ -147,7 +147,7 @@ def prepared(k: Any, v: Any, rounded: bool) -> Prepared:
         "weights": torch.from_numpy(interpolation().astype(np.float32)),
         "values": units(v.basis.float().transpose(0, 1), rounded),
         "value_mean": v.mean.float(),
-        "stretch_weights": torch.from_numpy(between(T_n, tile_t[:, None] + t_n).astype(np.float32)),
+        "stretch_weights": torch.from_numpy(between.astype(np.float32)),
     }
     sizes = {
         "g": k.g, "d": k.d, "fast": int(is_fast(theta_p).sum()), "slow": int(slow_p.sum()), "still": int(still_p.sum()),
@@ -194,13 +194,3 @@ def turns(t_n: np.ndarray, theta_p: np.ndarray) -> Tensor:
     """cos and sin of theta t, float32 [n,2,p]."""
     angle_np = t_n[:, None] * theta_p
     return torch.from_numpy(np.stack([np.cos(angle_np), np.sin(angle_np)], 1).astype(np.float32))
-
-
-def between(t_n: np.ndarray, t_xy: np.ndarray) -> np.ndarray:
-    """Lagrange's polynomials of nodes t_n at other positions: [x,y,n].
-
-    >>> between(np.array([0.0, 1.0]), np.array([[0.25]])).tolist()
-    [[[0.75, 0.25]]]
-    """
-    others = [np.delete(t_n, n) for n in range(len(t_n))]
-    return np.stack([np.prod((t_xy[..., None] - t) / (t_n[n] - t), -1) for n, t in enumerate(others)], -1)

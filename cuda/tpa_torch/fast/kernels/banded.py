@@ -48,15 +48,11 @@ def bands(sizes: dict[str, int], arrays: dict[str, Tensor], modes: Any) -> Bands
     for mode in modes:
         start = 0
         for widths, size in zip(mode.widths_of_strings, mode.string_bytes, strict=True):
-            of = np.zeros(len(widths), native.COEFFICIENT)
-            of["width"] = widths
-            at, after, of["shift"] = codes.places(widths)
-            of["row"][:, 0], of["row"][:, 1] = start + at, start + after
-            found.append(of)
+            found.append(native.coefficients(widths, start))
             starts.append(start)
             start += size
     held = {name: x.contiguous() for name, x in arrays.items()}
-    held["of"] = torch.from_numpy(np.concatenate(found).view(np.uint8).copy())
+    held["of"] = torch.cat(found)
     made = Bands(**sizes, **{name: x.data_ptr() for name, x in held.items()})
     made.held, made.scale_rows = held, tuple(starts)
     return made

@@ -196,7 +196,7 @@ def fields(stored: dict[str, Tensor], mode: Any, part: str) -> tuple[str, Pointe
     """(how numbers are stored, the three pointers) of one part; see `triton_kernels`."""
     if isinstance(mode, CodedLatent | BandedLatent):
         device = stored["codes"].device
-        return "spectral", (stored["codes"], unpacking(strings(mode), device), numbers(device))
+        return "spectral", (stored["codes"], unpacking(tuple(mode.widths_of_strings), device), numbers(device))
     if "x" in stored:
         return "float", (stored["x"], None, None)
     return mode.part_dtype(part), (stored["codes"], stored["scale"], stored.get("minimum"))
@@ -215,13 +215,8 @@ def behind(v: Side, mode_k: Any, mode_v: Any) -> Side:
     """V of `banded`: its rows are the coefficients of K, from the codes of K, and its own."""
     codes, _, levels = v.stored
     assert codes is not None
-    places = unpacking(strings(mode_v), codes.device, strings(mode_k))
+    places = unpacking(tuple(mode_v.widths_of_strings), codes.device, tuple(mode_k.widths_of_strings))
     return replace(v, form="behind", width=mode_v.before + mode_v.rank, stored=(codes, places, levels))
-
-
-def strings(mode: Any) -> Strings:
-    """The widths of each string of codes of a token."""
-    return tuple(mode.widths_of_strings) if isinstance(mode, BandedLatent) else (mode.widths,)
 
 
 @lru_cache(maxsize=512)

@@ -289,16 +289,18 @@ def exponentials(L: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- codes of a spectral cache ----
 
-COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
+_COEFFICIENT = np.dtype([("width", "i4"), ("row", "2i4"), ("shift", "i4")])
 
 
 @lru_cache(maxsize=512)
 @lasting()
-def _coefficients(widths: tuple[int, ...]) -> Tensor:
-    """Where the windows of each coefficient lie, as `codes.hpp` reads it; a tensor of bytes."""
-    found = np.zeros(len(widths), COEFFICIENT)
-    found["width"] = widths
-    found["row"][:, 0], found["row"][:, 1], found["shift"] = codes.places(widths)
+def coefficients(widths: tuple[int, ...], start: int = 0) -> Tensor:
+    """Where the windows of each coefficient lie in a string that begins at byte `start`, as `codes.hpp` reads it; a
+    tensor of bytes.
+    """
+    found = np.zeros(len(widths), _COEFFICIENT)
+    at, after, found["shift"] = codes.places(widths)
+    found["width"], found["row"][:, 0], found["row"][:, 1] = widths, start + at, start + after
     return torch.from_numpy(found.view(np.uint8).copy())
 
 
@@ -346,18 +348,8 @@ def levels(codes_bck: Tensor, widths: tuple[int, ...], out_bsk: Tensor) -> Tenso
     """Codes [b,bytes,k] -> coefficients [b,s,k]."""
     b, s, k = out_bsk.shape
     strides = codes_bck.stride(0), codes_bck.stride(1)
-    call(
-        "tpa_levels",
-        codes_bck,
-        *strides,
-        _coefficients(widths),
-        levels_of_codes()[0],
-        scales_of_codes()[0],
-        out_bsk,
-        b,
-        s,
-        k,
-    )
+    arrays = coefficients(widths), levels_of_codes()[0], scales_of_codes()[0], out_bsk
+    call("tpa_levels", codes_bck, *strides, *arrays, b, s, k)
     return out_bsk
 
 
@@ -366,7 +358,7 @@ def weigh_codes(P_byk: Tensor, codes_bck: Tensor, widths: tuple[int, ...], round
     b, y, k = P_byk.shape
     Y_bys = torch.empty(b, y, len(widths))
     rounded = rounded and has_bf16_dot()
-    arrays = _coefficients(widths), *levels_of_codes(), scales_of_codes()[0], P_byk.contiguous(), Y_bys
+    arrays = coefficients(widths), *levels_of_codes(), scales_of_codes()[0], P_byk.contiguous(), Y_bys
     strides = codes_bck.stride(0), codes_bck.stride(1)
     call("tpa_weigh_codes", codes_bck, *strides, *arrays, b, y, k, len(widths), int(rounded))
     return Y_bys

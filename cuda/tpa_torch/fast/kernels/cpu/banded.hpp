@@ -87,7 +87,8 @@ inline void look_up(const uint8_t* window, const uint16_t* table, uint16_t* out)
     _mm512_storeu_si512(out, _mm512_unpacklo_epi8(byte[0], byte[1]));
     _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi8(byte[0], byte[1]));
 #else
-    for (int k = 0; k < TILE; k++) out[k] = uint16_t(((const uint8_t*)table)[window[k]] | ((const uint8_t*)table)[WINDOWS + window[k]] << 8);
+    const uint8_t *low = (const uint8_t*)table, *high = low + WINDOWS;
+    for (int k = 0; k < TILE; k++) out[k] = uint16_t(low[window[k]] | high[window[k]] << 8);
 #endif
 }
 #endif
@@ -148,6 +149,9 @@ template <class IN> struct Reader {
         std::fill(total.begin(), total.end(), 0.0f);
     }
 
+    // Which of the three a coefficient is in.
+    int string_of(int64_t s) const { return s < of.fast_rank ? 0 : s < of.key_rank ? 1 : 2; }
+
     // Features of a band, in whole registers.
     static int64_t features(int64_t pairs) { return (2 * pairs + W - 1) / W * W; }
 
@@ -164,7 +168,7 @@ template <class IN> struct Reader {
         }
         for (int64_t s = 0; s < of.rank; s++) {
             windows(held[s >= of.key_rank], of.of[s], run.first, run.count, window);
-            const int string = s < of.fast_rank ? 0 : s < of.key_rank ? 1 : 2;
+            const int string = string_of(s);
             if constexpr (N == 1) {
                 float* to = &levels[s * SPAN + at];
                 tile_levels(window, of.of[s].width, tables, to);
@@ -362,7 +366,7 @@ template <class IN> struct Reader {
             total[row] = total[row] * shrink + sum(sum_of);
         }
         for (int64_t s = 0; s < of.rank; s++) {
-            const int string = s < of.fast_rank ? 0 : s < of.key_rank ? 1 : 2;
+            const int string = string_of(s);
             for (int64_t row = 0; row < y; row++) {
                 float* at = &sums[(s * y + row) * W];
                 F found = load(at);
