@@ -28,7 +28,7 @@ import tpa_torch
 from tpa_ref import plots
 from tpa_ref.compress.bits import allocate_bits
 from tpa_ref.compress.convert import string_sizes
-from tpa_ref.core.banded import NODES, TILE, band_features
+from tpa_ref.core.banded import NODES, TILE, band_features, groups_of_heads
 from tpa_ref.core.rope import frequencies
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.config import GemmaConfig
@@ -82,15 +82,16 @@ def pair(k: tuple[str, Any], v: tuple[str, Any], dtype: str, config: GemmaConfig
 def banded(rate: float, config: GemmaConfig, device: str) -> Pair:
     """The same in two bands, with V behind them: variances of each string fall as those of all numbers."""
     g, d, theta_p = config.num_kv_heads, config.head_dim, frequencies(config.head_dim, *config.rope(True))
-    variances = [np.exp(-np.linspace(0, np.log(1000), size)) for size in string_sizes(config, theta_p)]
-    found = allocate_bits(variances, [1, 1, 1], rate * 2 * g * d)
+    groups = groups_of_heads(g, d)
+    variances = [np.exp(-np.linspace(0, np.log(1000), size)) for size in string_sizes(theta_p, g // groups)]
+    found = allocate_bits(variances, [1, 1, 1], rate * 2 * g // groups * d)
     strings = [tuple(width for width in widths if width) for widths in found]
     ranks = [len(widths) for widths in strings]
     before, theta = sum(ranks[:2]), torch.from_numpy(theta_p).float()
     basis, encoder = (torch.randn(sum(ranks), g, d, device=device) / d**0.5 for _ in "be")
-    own = {"encoder": encoder[:before], "mean": encoder[0], "widths": strings[0] + strings[1]}
+    own = {"encoder": encoder[:before], "mean": encoder[0], "widths": strings[0] + strings[1], "groups": groups}
     k = BandedLatent(g, d, before, basis=basis[:before], strings=tuple(ranks[:2]), theta=theta, **own)
-    own = {"encoder": encoder[before:], "mean": encoder[0], "widths": strings[2]}
+    own = {"encoder": encoder[before:], "mean": encoder[0], "widths": strings[2], "groups": groups}
     return Banded(k, BandedLatent(g, d, ranks[2], basis=basis, strings=(ranks[2],), before=before, **own))
 
 

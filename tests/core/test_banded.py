@@ -21,7 +21,7 @@ def some_moments(seed=0, g=2, d=4, tokens=4000):
     return X, (X.T @ X / tokens).reshape(shape), X.mean(0).reshape(g, d), (G.T @ G + 0.1 * np.eye(g * d)).reshape(shape)
 
 
-def some_keys(base, g=2, d=32, seed=0):
+def some_keys(base, g=2, d=32, seed=0, groups=1):
     """K's mode with random factors, and codes of 200 tokens; fast pairs know nothing of slow coefficients."""
     rng = np.random.default_rng(seed)
     theta = frequencies(d, base)
@@ -29,7 +29,7 @@ def some_keys(base, g=2, d=32, seed=0):
     widths = (6, 5, 4, 4, 3), (8, 7, 5, 2, 2, 1, 1)
     B = rng.standard_normal((12, g, d))
     B[5:][..., fast] = 0
-    sizes = {"widths": sum(widths, ()), "strings": (5, 7), "theta": theta}
+    sizes = {"widths": sum(widths, ()), "strings": (5, 7), "theta": theta, "groups": groups}
     return BandedLatent(g, d, 12, "spectral", basis=B, encoder=B, mean=rng.standard_normal((g, d)), **sizes)
 
 
@@ -100,7 +100,7 @@ def test_each_string_is_of_what_is_left():
     )  # fmt: skip
     string, C = mode.coded(np.array([[[[0.7, 0.2]]]]))
     assert string.shape == (1, 1, 4) and mode.string_bytes == [2, 2]
-    first, second = C[0, 0]
+    first, second = C[0, 0, 0]
     assert abs(second - (0.2 - first)) < 0.05  # not 0.2, nor 0.2 - 0.7
     np.testing.assert_array_equal(mode.load({"C.codes": string}, np.float64)["C"], C)
 
@@ -118,7 +118,7 @@ def test_a_string_may_be_empty():
         mean=np.zeros((1, 2)),
     )
     string, C = mode.coded(np.ones((1, 3, 1, 2)))
-    assert string.shape == (1, 3, 2) and C.shape == (1, 3, 1)
+    assert string.shape == (1, 3, 2) and C.shape == (1, 3, 1, 1)
 
 
 # ---- slow pairs ----
@@ -144,10 +144,11 @@ def test_the_error_is_bounded(theta_tile):
 
 @pytest.mark.parametrize("base", [1e4, 1e6])
 @pytest.mark.parametrize("start", [0, 90_000])
-def test_logits_without_rebuilding_slow_pairs(base, start):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_logits_without_rebuilding_slow_pairs(base, start, groups):
     """As `Mode.scores`, which turns every key; positions jump where a ring begins anew."""
-    rng, mode = np.random.default_rng(0), some_keys(base)
-    C = rng.standard_normal((2, 150, 12))
+    rng, mode = np.random.default_rng(0), some_keys(base, groups=groups)
+    C = rng.standard_normal((2, 150, groups, 12))
     positions = start + np.stack([np.roll(np.arange(150), 37), np.arange(150)])
     Q = rng.standard_normal((2, 3, 4, 32))
     exact = mode.scores(Q, {"C": C}, Tokens(rope_tables(positions, 32, base)), 0.3)

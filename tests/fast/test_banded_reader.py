@@ -25,12 +25,13 @@ from tpa_torch.gemma.positions import Tokens
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler")
 
 
-def some_pair(g=1, d=64, base=1e4, ranks=(9, 20, 40), seed=0):
+def some_pair(g=1, d=64, base=1e4, ranks=(9, 20, 40), seed=0, groups=1):
     """K and V of a layer with random factors; fast pairs know nothing of slow coefficients."""
     rng = np.random.default_rng(seed)
     theta = frequencies(d, base)
     fast, slow = band_features(theta)
-    ranks = min(ranks[0], g * len(fast)), min(ranks[1], g * len(slow)), min(ranks[2], g * d)
+    heads = g // groups
+    ranks = min(ranks[0], heads * len(fast)), min(ranks[1], heads * len(slow)), min(ranks[2], heads * d)
     widths = [tuple(sorted(rng.integers(1, 9, rank).tolist(), reverse=True)) for rank in ranks]
     number = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).float() / d**0.5  # noqa: E731
     before = ranks[0] + ranks[1]
@@ -38,11 +39,11 @@ def some_pair(g=1, d=64, base=1e4, ranks=(9, 20, 40), seed=0):
     basis[ranks[0] :, :, fast] = 0
     k = BandedLatent(
         g, d, before, "spectral", basis=basis, encoder=number(before, g, d), mean=number(g, d),
-        widths=widths[0] + widths[1], strings=ranks[:2], theta=torch.from_numpy(theta).float(),
+        widths=widths[0] + widths[1], strings=ranks[:2], theta=torch.from_numpy(theta).float(), groups=groups,
     )  # fmt: skip
     v = BandedLatent(
         g, d, ranks[2], "spectral", basis=number(before + ranks[2], g, d), encoder=number(ranks[2], g, d),
-        mean=number(g, d), widths=widths[2], strings=ranks[2:], before=before,
+        mean=number(g, d), widths=widths[2], strings=ranks[2:], before=before, groups=groups,
     )  # fmt: skip
     return banded.Banded(k, v)
 
@@ -54,9 +55,9 @@ def some_segment(pair, keys=300, batch=2, base=1e4, shift=0, seed=0):
     for side, mode in (("k", pair.k), ("v", pair.v)):
         held = stored[f"{side}.C.codes"]
         held.copy_(torch.from_numpy(rng.integers(0, 256, held.shape).astype(np.uint8)))
-        for start in np.cumsum([0, *mode.string_bytes[:-1]]):
-            if start < held.shape[-1]:
-                held[..., start] = torch.from_numpy(rng.integers(56, 72, held.shape[:2]).astype(np.uint8))
+        of_group, starts = sum(mode.string_bytes), np.cumsum([0, *mode.string_bytes[:-1]])
+        for start in (group * of_group + x for group in range(mode.groups) for x in starts if x < of_group):
+            held[..., start] = torch.from_numpy(rng.integers(56, 72, held.shape[:2]).astype(np.uint8))
     positions = (positions + shift) % keys
     tables = rope_tables(positions, pair.k.d, base)
     turns = torch.complex(*(torch.from_numpy(table.astype(np.float32)) for table in tables))
@@ -89,6 +90,8 @@ def check(shape, dtype=torch.float32, masked=False, bound=1e-3):
 
 SHAPES = [
     {}, {"base": 1e6}, {"g": 2, "d": 32}, {"d": 128, "base": 1e6, "ranks": (13, 60, 100), "seed": 37},
+    
+    {"g": 3, "d": 32, "groups": 3}, {"g": 4, "d": 32, "groups": 2},
     {"ranks": (0, 11, 9)}, {"ranks": (5, 0, 9)}, {"ranks": (5, 6, 0)}, {"ranks": (0, 0, 3)},
 ]  # fmt: skip
 
@@ -155,7 +158,11 @@ MISTAKES = {
     "what was summed before": ("total[row] = total[row] * shrink + sum(sum_of)", "total[row] += sum(sum_of)"),
     "what is not seen": ("if (!seen[k]) L[row * SPAN + k] = MASKED", "(void)L, (void)seen"),
     "what the first string has told": ("if (n + 1 < side.strings) take(C, basis, count)", "(void)basis"),
-    "what K has told of V": ("take(decoded, side.basis, side.before);", ""),
+    "the codes of another group": ("group * of.key_bytes * from.key_row", "0"),
+    "the basis of another head": ("(first_head + head) * size * of.columns, size, &st", "0, size, &st"),
+    "the values of another head": ("head % of.g * of.rank * of.d", "0"),
+    "the encoder of another group": ("side.encoder + group * side.rank * side.numbers", "side.encoder"),
+    "what K has told of V": ("take(room.decoded.data(), basis, side.before);", ""),
 }  # fmt: skip
 CHECKS = {name: lambda _: check({"d": 128, "base": 1e6, "ranks": (13, 60, 100)}) for name in MISTAKES} | {
     "scale of another string": lambda _: check({}),
@@ -163,6 +170,10 @@ CHECKS = {name: lambda _: check({"d": 128, "base": 1e6, "ranks": (13, 60, 100)})
     "what is not seen": lambda _: check({}, masked=True),
     "what the first string has told": lambda _: check_coder({}),
     "what K has told of V": lambda _: check_coder({}),
+    "the codes of another group": lambda _: check({"g": 4, "d": 32, "groups": 2}),
+    "the basis of another head": lambda _: check({"g": 4, "d": 32, "groups": 2}),
+    "the values of another head": lambda _: check({"g": 4, "d": 32, "groups": 2}),
+    "the encoder of another group": lambda _: check_coder({"g": 4, "d": 32, "groups": 2}),
 }
 
 

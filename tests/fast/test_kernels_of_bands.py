@@ -25,7 +25,7 @@ __all__ = ["asked_for"]  # for every test here
 STRINGS = WIDTHS[:9], WIDTHS, WIDTHS[3:]  # of fast K, slow K and V
 
 
-def banded(strings=STRINGS, seed=0):
+def banded(strings=STRINGS, seed=0, groups=1):
     """K in two bands, and V behind them."""
     sides, read = [], 0
     for own, theta in ((strings[:-1], THETA.to(DEVICE)), (strings[-1:], None)):
@@ -33,6 +33,7 @@ def banded(strings=STRINGS, seed=0):
         read += rank
         made = vars(random_mode("latent", "spectral", read, seed + before))
         made |= {"rank": rank, "before": before, "strings": tuple(map(len, own)), "widths": sum(own, ())}
+        made |= {"groups": groups}
         made |= {"encoder": made["basis"][before:] * (read / (G * D)) ** 0.5, "theta": theta}  # of unit variance
         sides.append(BandedLatent(**made))
     fast, _ = band_features(THETA.numpy())
@@ -46,14 +47,14 @@ def expected(Q, held, lengths):
     stored, positions_bk = ring.read(lengths)
     (parts_k, parts_v), K = ring.pair.load(stored, torch.float64), ring.pair.k
     mode = replace(K, **{name: None if x is None else to_numpy(x) for name, x in K.arrays().items()})
-    Q_bqhd, C_bks = to_numpy(Q.double()), to_numpy(parts_k["C"])
+    Q_bqhd, C_bkjs = to_numpy(Q.double()), to_numpy(parts_k["C"])
     origin_bk = positions_bk - np.arange(positions_bk.shape[1])
     L_bhqk = np.zeros((len(Q), H, 1, positions_bk.shape[1]))
     for row, origin_k in enumerate(origin_bk):
         for start in range(0, len(origin_k), TILE):
             tile = slice(start, start + TILE)
             for origin in np.unique(origin_k[tile][positions_bk[row, tile] >= 0]):
-                found = tile_scores(Q_bqhd[row], C_bks[row, tile], mode, origin + start)
+                found = tile_scores(Q_bqhd[row], C_bkjs[row, tile], mode, origin + start)
                 L_bhqk[row, :, :, tile] += np.where(origin_k[tile] == origin, found, 0) * SCALE
     query, position = (torch.from_numpy(x).to(DEVICE) for x in (lengths[:, None] - 1, positions_bk))
     seen = masks.visible(query, position, held.window)
@@ -89,15 +90,15 @@ def test_tiles(tokens):
     assert error(banded(), (197, 65), slots=200, splits=tokens and 3, tile=tile) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize(("g", "h", "d"), [(1, 4, 64), (2, 4, 32), (2, 16, 128)])
-def test_other_heads(g, h, d, monkeypatch):
-    """One KV head, a small one, and more queries than a matrix product has rows at least."""
+@pytest.mark.parametrize(("g", "h", "d", "groups"), [(1, 4, 64, 1), (2, 4, 32, 2), (2, 16, 128, 1), (4, 8, 32, 2)])
+def test_other_heads(g, h, d, groups, monkeypatch):
+    """One KV head, small ones in groups of one and two, and more queries than a matrix product has rows at least."""
     for name, size in zip("GHD", (g, h, d), strict=True):
         monkeypatch.setattr(test_kernels, name, size)
         monkeypatch.setitem(globals(), name, size)
     monkeypatch.setattr(test_kernels, "THETA", torch.logspace(0, -3, d // 2))
     monkeypatch.setitem(globals(), "THETA", test_kernels.THETA)
-    assert error(banded(), (37, 9)) < TOLERANCE["float32"]
+    assert error(banded(groups=groups), (37, 9)) < TOLERANCE["float32"]
 
 
 def test_how_little_interpolation_changes():

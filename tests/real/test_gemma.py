@@ -104,14 +104,14 @@ def bench():
 
 @pytest.mark.parametrize("name", gemma_table.SETTINGS)
 def test_kl_of_every_setting(bench, name):
-    """Within 0.8 to 1.1 of the committed KL: rounding differs between machines; far below would mean measuring
+    """Within 0.75 to 1.25 of the committed KL: rounding differs between machines; far below would mean measuring
     something else.
     """
     committed = json.loads((ROOT / "results" / "gemma_settings.json").read_text())["tested"][name]
     tokens = gemma_table.TESTED["evaluation"]
     found = bench.measure(name, "prose", tokens, tokens)
     assert found["ratio"] == pytest.approx(committed["ratio"], rel=0.01)
-    assert 0.8 * committed["kl"] < found["kl"] < 1.1 * committed["kl"]
+    assert 0.75 * committed["kl"] < found["kl"] < 1.25 * committed["kl"]
 
 
 def test_a_cache_in_transformers(theirs, folder):

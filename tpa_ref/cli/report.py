@@ -56,8 +56,9 @@ def _describe_pair(pair: Any) -> str:
         return f"K and V {_describe_mode(pair.k, 2)}"
     if isinstance(pair, Banded):
         (fast, slow), (last,) = pair.k.strings, pair.v.strings  # type: ignore[attr-defined]
-        numbers, bits = pair.k.g * pair.k.d, sum(pair.k.widths) + sum(pair.v.widths)  # type: ignore[attr-defined]
-        coded = f"{fast} + {slow} of {numbers} coefficients of K (fast pairs, slow ones) and {last} of V coded"
+        groups, bits = pair.k.groups, sum(pair.k.widths) + sum(pair.v.widths)  # type: ignore[attr-defined]
+        numbers, each = pair.k.g // groups * pair.k.d, f", in each of {groups} groups of heads" if groups > 1 else ""
+        coded = f"{fast} + {slow} of {numbers} coefficients of K (fast pairs, slow ones) and {last} of V coded{each}"
         return f"banded, {bits / (2 * numbers):.2f} bits/number; {coded}"
     return f"K {_describe_mode(pair.k)}, V {_describe_mode(pair.v)}"
 

@@ -75,7 +75,7 @@ class Spectral:
     rate: mean bits per number of dense K and V, in (0, 8]. k: K by itself, of fixed rank, so that the rate is V's
     alone. predict: code only what the tokens do not predict; None: where calibration has measured that. widths: the
     bits of each coefficient that has any, strongest first, once they are chosen for a layer. prefer: "speed" (K in two
-    bands, `core.banded`) or "size" (K and V as one vector). strings: the widths of fast K, slow K and V, for "speed".
+    bands, `core.banded`) or "size" (K and V as one vector). strings: for "speed", those of fast K, slow K, V.
     """
 
     rate: float = DEFAULT_RATE

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core import codes
-from ..core.banded import band_features
+from ..core.banded import band_features, groups_of_heads
 from ..core.mode import Mode
 from ..core.rope import frequencies
 from ..core.transform import (
@@ -38,6 +38,8 @@ from .config import DEFAULT_CONTEXT, Choice, FixedRank, Side, Spectral, TPAConfi
 from .moments import LayerMoments, SideMoments
 from .store import Memory
 from .token_prediction import TokenMoments
+
+OF_STRING = 8 + 3.5  # bits: a byte for its scale, and what fills its last byte, on average
 
 
 def convert(model: Any, tpa: Any = None, calibration: Any = None, progress: Callable = iter) -> Any:
@@ -179,7 +181,8 @@ class Conversion:
     def banded(self, arrays: dict[str, np.ndarray], choice: Spectral, side: str, theta_p: np.ndarray) -> Mode:
         """K, or V behind it, with the coefficients that have any bits."""
         model, g, given = self.converted, self.config.num_kv_heads, choice.of_strings
-        starts = np.cumsum([0, *string_sizes(self.config, theta_p)])
+        groups = groups_of(self.config, choice)
+        starts = np.cumsum([0, *string_sizes(theta_p, g // groups)])
         rows = [start + np.arange(len(widths)) for start, widths in zip(starts, given, strict=False)]
         own, heads = (rows[:-1], slice(0, g)) if side == "k" else (rows[-1:], slice(g, None))
         read = np.concatenate(rows[:-1] if side == "k" else rows)
@@ -189,7 +192,7 @@ class Conversion:
         strings = given[:-1] if side == "k" else given[-1:]
         rank, before = sum(map(len, strings)), len(read) - sum(map(len, strings))
         lost = loss(np.split(arrays["variance"], starts[1:-1]), rank)
-        sizes: dict[str, Any] = {"strings": tuple(map(len, strings)), "before": before}
+        sizes: dict[str, Any] = {"strings": tuple(map(len, strings)), "before": before, "groups": groups}
         return model.BandedLatent(
             g, self.config.head_dim, rank, "spectral", lost, widths=sum(strings, ()), **sizes, **constants
         )
@@ -249,21 +252,35 @@ def thetas(config: GemmaConfig, layer: int) -> np.ndarray:
     return frequencies(config.head_dim, *config.rope(config.is_global[layer]))
 
 
-def string_sizes(config: GemmaConfig, theta_p: np.ndarray) -> list[int]:
-    """How many numbers of a token fast K, slow K and V have."""
+def string_sizes(theta_p: np.ndarray, heads: int) -> list[int]:
+    """How many numbers of a group of heads fast K, slow K and V have."""
     fast, slow = band_features(theta_p)
-    return [config.num_kv_heads * n for n in (len(fast), len(slow), config.head_dim)]
+    return [heads * n for n in (len(fast), len(slow), 2 * len(theta_p))]
 
 
-def banded_spectrum(moments: LayerMoments, strings: tuple[tuple[int, ...], ...], theta_p: np.ndarray) -> Spectrum:
-    """The transform of fast K, slow K behind it, and V behind both. strings: their widths; none: as if exact."""
+def banded_spectrum(
+    moments: LayerMoments, strings: tuple[tuple[int, ...], ...], theta_p: np.ndarray, groups: int
+) -> Spectrum:
+    """The transform of fast K, slow K behind it, and V behind both, of each group of heads by itself.
+
+    Row s of encoder and basis [.,2g,d] is coefficient s of every group; its variance is the sum of theirs. strings: the
+    widths; none: as if exact.
+    """
     g, d = len(moments.mean_gd) // 2, len(theta_p) * 2
-    index_gd = np.arange(g * d).reshape(g, d)
-    blocks = [index_gd[:, band].reshape(-1) for band in band_features(theta_p)] + [g * d + np.arange(g * d)]
+    index_gd = np.arange(g // groups * d).reshape(-1, d)
+    blocks = [index_gd[:, band].reshape(-1) for band in band_features(theta_p)] + [index_gd.size + index_gd.reshape(-1)]
     distortions = [np.full(len(block), 0.0 if not strings else 1.0) for block in blocks[:-1]]
     for D_s, widths in zip(distortions, strings, strict=False):
         D_s[: len(widths)] = codes.DISTORTION[np.array(widths, int)]
-    return successive(moments.M_gdgd, moments.mean_gd, moments.F, blocks, distortions)
+    numbers = 2 * index_gd.size
+    encoder_sgd, basis_sgd, variance_s = np.zeros((numbers, 2 * g, d)), np.zeros((numbers, 2 * g, d)), np.zeros(numbers)
+    for heads in np.arange(g).reshape(groups, -1):
+        both = np.concatenate([heads, g + heads])
+        F = [F_gdgd if F_gdgd is None else F_gdgd[heads][:, :, heads] for F_gdgd in moments.F]
+        found = successive(moments.M_gdgd[both][:, :, both], moments.mean_gd[both], F, blocks, distortions)
+        encoder_sgd[:, both], basis_sgd[:, both] = found.encoder_sgd, found.basis_sgd
+        variance_s += found.variance_s
+    return Spectrum(encoder_sgd, basis_sgd, moments.mean_gd, variance_s)
 
 
 def layer_spectrum(
@@ -277,7 +294,8 @@ def layer_spectrum(
     moments = replace(moments, F=(F_k, F_v))
     if choice.banded:
         assert theta_p is not None
-        return banded_spectrum(moments, choice.strings, theta_p)
+        g, d = len(moments.mean_gd) // 2, 2 * len(theta_p)
+        return banded_spectrum(moments, choice.strings, theta_p, groups_of_heads(g, d))
     if choice.k is not None:
         V = moments.sides[1]
         return spectrum(V.M_gdgd, V.mean_gd, [V.F_gdgd])
@@ -316,9 +334,10 @@ def allocated(
     numbers = sum(config.slots(layer, context) for layer in layers) * of_token
     text = 8 * context * id_dtype(config.vocab_size).itemsize if predicted else 0
     strings = [(layer, part) for layer in layers for part in parts_of(config, choice, layer, variances[layer])]
-    held = [config.slots(layer, context) for layer, _ in strings]
-    bits = choice.rate * numbers - text - 8 * sum(n for n, (_, part) in zip(held, strings, strict=True) if len(part))
-    widths = allocate_bits([part for _, part in strings], held, max(0, bits))  # 8: a string has a byte for its scale
+    held = [config.slots(layer, context) * groups_of(config, choice) for layer, _ in strings]
+    coded = sum(n for n, (_, part) in zip(held, strings, strict=True) if len(part))
+    bits = max(0, choice.rate * numbers - text - OF_STRING * coded)
+    widths = allocate_bits([part for _, part in strings], held, bits)
     given: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
     for (layer, _), found in zip(strings, widths, strict=True):
         given[layer].append(tuple(width for width in found if width))
@@ -330,7 +349,13 @@ def parts_of(config: GemmaConfig, choice: Spectral, layer: int, variance_s: np.n
     """The variances of each string of codes of a layer."""
     if not choice.banded:
         return [variance_s]
-    return np.split(variance_s, np.cumsum(string_sizes(config, thetas(config, layer)))[:-1])
+    sizes = string_sizes(thetas(config, layer), config.num_kv_heads // groups_of(config, choice))
+    return np.split(variance_s, np.cumsum(sizes)[:-1])
+
+
+def groups_of(config: GemmaConfig, choice: Spectral) -> int:
+    """How many groups of heads a token has, each with strings of the same widths."""
+    return groups_of_heads(config.num_kv_heads, config.head_dim) if choice.banded else 1
 
 
 def with_widths(choice: Choice, widths: list[tuple[int, ...]]) -> Choice:

@@ -27,7 +27,7 @@ from ..gemma.memory import full_bytes, windowed_bytes
 from ..gemma.token_vectors import id_dtype
 from .bits import damage, gaussian_bound
 from .config import DEFAULT_CONTEXT, DEFAULT_RATE, MAX_RATE, PREFER, Spectral, TPAConfig
-from .convert import Conversion, allocated, begin_conversion, parts_of
+from .convert import Conversion, allocated, begin_conversion, groups_of, parts_of
 from .evaluate import evaluate
 from .moments import Moments
 from .store import Memory
@@ -228,8 +228,9 @@ class Curve:
         entries = [self.model_config.slots(layer, self.context) for layer in self.variances]
         config = self.config(rate)
         choices = [choice for choice in config.per_layer or () if isinstance(choice, Spectral)]
-        bits = sum(sum(choice.given) * held for choice, held in zip(choices, entries, strict=True))
-        return gaussian_bound(list(self.variances.values()), entries, bits)
+        held = [entry * groups_of(self.model_config, choice) for entry, choice in zip(entries, choices, strict=True)]
+        bits = sum(sum(choice.given) * n for choice, n in zip(choices, held, strict=True))
+        return gaussian_bound(list(self.variances.values()), held, bits)
 
     def parts(self) -> list[np.ndarray]:
         """The variances of all strings of codes."""
@@ -287,9 +288,11 @@ def planned_pair(choice: Any, config: GemmaConfig, predicted: bool = False, know
     if choice is None:
         return Pair.dense(g, d)
     if choice.banded:
-        given = choice.of_strings[:-1], choice.of_strings[-1:]
+        given, groups = (choice.of_strings[:-1], choice.of_strings[-1:]), groups_of(config, choice)
         k, v = (
-            BandedLatent(g, d, sum(map(len, x)), "spectral", widths=sum(x, ()), strings=tuple(map(len, x)))
+            BandedLatent(
+                g, d, sum(map(len, x)), "spectral", widths=sum(x, ()), strings=tuple(map(len, x)), groups=groups
+            )
             for x in given
         )
         return Banded(k, v)

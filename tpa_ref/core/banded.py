@@ -9,9 +9,10 @@ turn by less than one radian from one end of the tile to the other. Therefore K 
     slow K     c_s = E_s (K - mean - B_f c^_f)            what is left when c^_f is decoded
     V          c_v = E_v (V - mean - W (c^_f, c^_s))      what is left of V when K is decoded
 
-Each is a string of codes of its own. A fast pair is rebuilt from c^_f, which is short, and turned as always. Of slow
-pairs nothing is rebuilt (`scores`): the absorbed query, as a function of the position, is a smooth curve, known from
-four points.
+Each is a string of codes of its own. Several heads are coded as one vector, up to 256 numbers of K, and beyond that in
+groups j: what a key costs then grows with the number of heads, not with its square. A fast pair is rebuilt from c^_f,
+which is short, and turned as always. Of slow pairs nothing is rebuilt (`scores`): the absorbed query, as a function of
+the position, is a smooth curve, known from four points.
 
     q . R(t) B c = (B^T R(-t) q) . c = u(t) . c,       u(t) ~ sum_n l_n(t) u(t_n)       (Lagrange, Chebyshev nodes t_n)
 """
@@ -34,6 +35,7 @@ from .spectral import CodedLatent
 TILE = 64  # keys whose slow pairs are read at once
 NODES = 4  # positions of a tile at which the query absorbs the basis
 STRINGS = 3  # of codes: fast K, slow K, V
+TOGETHER = 256  # numbers of K that are coded as one vector: one head of most Gemmas
 
 
 def is_fast(theta_p: Any) -> Any:
@@ -55,17 +57,29 @@ def band_features(theta_p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.nonzero(fast_d)[0], np.nonzero(~fast_d)[0]
 
 
+def groups_of_heads(g: int, d: int) -> int:
+    """How many groups of KV heads are coded apart: as few as have at most 256 numbers each, if not a head has more.
+
+    >>> groups_of_heads(4, 32), groups_of_heads(4, 256), groups_of_heads(16, 128)
+    (1, 4, 8)
+    """
+    return min((j for j in range(1, g + 1) if g % j == 0 and g // j * d <= TOGETHER), default=g)
+
+
 @dataclass(frozen=True)
 class BandedLatent(CodedLatent):
-    """K, or V behind K: coefficients in strings, each of what is left when all before it are decoded.
+    """K, or V behind K: R coefficients of a group of heads, in strings, each of what is left when all before it are
+    decoded.
 
     basis [before + R,g,d]: its first rows are those of coefficients that another side holds (V: all of K's). encoder
-    [R,g,d]. strings: how many coefficients each string has. theta: RoPE's frequencies [d/2], for K.
+    [R,g,d]. Row s of both is that of coefficient s of every group; all have the same widths. strings: how many
+    coefficients each string has. theta: RoPE's frequencies [d/2], for K.
     """
 
     strings: tuple[int, ...] = field(default=(), repr=False)
     before: int = 0
     theta: Any = None
+    groups: int = 1
 
     name = "banded"
     constants = ("basis", "encoder", "mean", "theta")
@@ -77,40 +91,66 @@ class BandedLatent(CodedLatent):
 
     @property
     def widths_of_strings(self) -> list[tuple[int, ...]]:
-        """The widths of each string."""
+        """The widths of each string of a group."""
         ends = np.cumsum(self.strings)
         return [self.widths[end - count : end] for end, count in zip(ends, self.strings, strict=True)]
 
-    def coded(self, X_bkgd: Any, before_bks: Any = None) -> tuple[Any, Any]:
-        """String after string: (bytes [b,k,bytes], all coefficients as they are decoded [b,k,before + R])."""
+    def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"C.codes": ((self.groups * sum(self.string_bytes),), np.dtype(np.uint8))}
+
+    def coded(self, X_bkgd: Any, before_bkjs: Any = None) -> tuple[Any, Any]:
+        """String after string: (bytes [b,k,j bytes], all coefficients as they are decoded [b,k,j,before + R])."""
         kind, rank = self.mean.dtype, 0  # in full precision: weak coefficients are differences of large numbers
         left_bkgd, found, strings = self.cast(X_bkgd, kind) - self.mean, [], []
-        if before_bks is not None:
-            found.append(self.cast(before_bks, kind))
+        if before_bkjs is not None:
+            found.append(self.cast(before_bkjs, kind))
             left_bkgd = left_bkgd - self.combined(found[0], self.basis[: self.before])
         for widths in self.widths_of_strings:
             own = slice(rank, rank + len(widths))
-            string, decoded_bks = self.coded_string(self.coefficients(left_bkgd, self.encoder[own]), widths)
-            C_bks = self.cast(decoded_bks, kind)
+            string, decoded_bkjs = self.coded_string(self.coefficients(left_bkgd, self.encoder[own]), widths)
+            C_bkjs = self.cast(decoded_bkjs, kind)
             rank = own.stop
             if rank < self.rank:
-                left_bkgd = left_bkgd - self.combined(C_bks, self.basis[self.before :][own])
+                left_bkgd = left_bkgd - self.combined(C_bkjs, self.basis[self.before :][own])
             strings.append(string)
-            found.append(C_bks)
-        return self.joined(strings), self.joined(found)
+            found.append(C_bkjs)
+        codes_bkjx = self.joined(strings)
+        return codes_bkjx.reshape(*codes_bkjx.shape[:2], -1), self.joined(found)
 
-    def coded_string(self, C_bks: Any, widths: tuple[int, ...]) -> tuple[Any, Any]:
+    def coded_string(self, C_bkjs: Any, widths: tuple[int, ...]) -> tuple[Any, Any]:
         """(bytes of a string, its coefficients as they are decoded)."""
-        string = self.quantized(C_bks, widths)
+        string = self.quantized(C_bkjs, widths)
         return string, self.codes.dequantize(string, widths)
 
     def load(self, stored: Stored, dtype: Any) -> Parts:
         """Its own coefficients."""
-        ends = np.cumsum(self.string_bytes)
-        strings = zip(ends, self.string_bytes, self.widths_of_strings, strict=True)
-        packed = stored["C.codes"]
-        found = [self.codes.dequantize(packed[..., end - size : end], widths) for end, size, widths in strings]
+        packed, sizes = stored["C.codes"], self.string_bytes
+        packed_bkjx = packed.reshape(*packed.shape[:2], self.groups, sum(sizes))
+        strings = zip(np.cumsum(sizes), sizes, self.widths_of_strings, strict=True)
+        found = [self.codes.dequantize(packed_bkjx[..., end - size : end], widths) for end, size, widths in strings]
         return {"C": self.cast(self.joined(found), dtype)}
+
+    # ---- the three products, of each group of heads by itself ----
+
+    def by_group(self, X_xgd: Any) -> Any:
+        """[...,g,d] as groups of heads and all numbers of each, [...,j,x]."""
+        *leading, g, d = X_xgd.shape
+        return X_xgd.reshape(*leading, self.groups, g // self.groups * d)
+
+    def coefficients(self, X_bkgd: np.ndarray, E_sgd: np.ndarray) -> np.ndarray:
+        """C [b,k,j,s]."""
+        return einsum("sjx,bkjx->bkjs", self.by_group(E_sgd), self.by_group(X_bkgd))
+
+    def combined(self, C_bkjs: np.ndarray, B_sgd: np.ndarray) -> np.ndarray:
+        """X [b,k,g,d] of its coefficients."""
+        return einsum("bkjs,sjx->bkjx", C_bkjs, self.by_group(B_sgd)).reshape(*C_bkjs.shape[:2], self.g, self.d)
+
+    def weighted(self, P_bhqk: np.ndarray, C_bkju: np.ndarray, B_uge: np.ndarray) -> np.ndarray:
+        """The same, summed over the keys with probabilities: [b,q,h,e]."""
+        b, h, q, k = P_bhqk.shape
+        Y_bjnqu = einsum("bjnqk,bkju->bjnqu", P_bhqk.reshape(b, self.groups, -1, q, k), C_bkju)
+        Y_bgnqu = Y_bjnqu.reshape(b, self.g, h // self.g, q, -1)
+        return einsum("bgnqu,uge->bqgne", Y_bgnqu, B_uge).reshape(b, q, h, -1)
 
     @staticmethod
     def joined(parts: list[Any]) -> Any:
@@ -122,8 +162,8 @@ class Banded(Pair):
     """K in two bands, and V behind them: what V repeats of K is coded once."""
 
     def encode(self, K_bkgd: np.ndarray, V_bkge: np.ndarray, tokens: Tokens, trace: Tracer = no_trace) -> Stored:
-        codes_k, C_bks = self.k.coded(K_bkgd)  # type: ignore[attr-defined]
-        codes_v, _ = self.v.coded(V_bkge, C_bks)  # type: ignore[attr-defined]
+        codes_k, C_bkjs = self.k.coded(K_bkgd)  # type: ignore[attr-defined]
+        codes_v, _ = self.v.coded(V_bkge, C_bkjs)  # type: ignore[attr-defined]
         return sides({"C.codes": codes_k}, {"C.codes": codes_v})
 
     def load(self, stored: Stored, dtype: Any) -> tuple[Parts, Parts]:
@@ -179,35 +219,38 @@ def tiles(positions_k: np.ndarray, most: int = TILE) -> list[slice]:
 
 
 def scores(
-    Q_bqhd: np.ndarray, C_bks: np.ndarray, mode: BandedLatent, positions_bk: np.ndarray, scale: float
+    Q_bqhd: np.ndarray, C_bkjs: np.ndarray, mode: BandedLatent, positions_bk: np.ndarray, scale: float
 ) -> np.ndarray:
     """Logits [b,h,q,k] of rotated queries against coefficients of K, without forming the slow pairs of K."""
     b, q, h, _ = Q_bqhd.shape
-    L_bhqk = np.zeros((b, h, q, C_bks.shape[1]), Q_bqhd.dtype)
+    L_bhqk = np.zeros((b, h, q, C_bkjs.shape[1]), Q_bqhd.dtype)
     for row in range(b):
         for tile in tiles(positions_bk[row]):
             first = positions_bk[row, tile.start]
-            L_bhqk[row, :, :, tile] = tile_scores(Q_bqhd[row], C_bks[row, tile], mode, first) * scale
+            L_bhqk[row, :, :, tile] = tile_scores(Q_bqhd[row], C_bkjs[row, tile], mode, first) * scale
     return L_bhqk
 
 
-def tile_scores(Q_qhd: np.ndarray, C_ks: np.ndarray, mode: BandedLatent, first: int) -> np.ndarray:
+def tile_scores(Q_qhd: np.ndarray, C_kjs: np.ndarray, mode: BandedLatent, first: int) -> np.ndarray:
     """Logits [h,q,k] of one tile, whose first key stands at position `first`."""
     fast, slow = band_features(mode.theta)
     (q, h, _), g, R_f = Q_qhd.shape, mode.g, mode.strings[0]
     # the query as the tile's first key sees it: all that follows is the same for every tile
     Q_qgnd = turned_by(Q_qhd, -first, mode.theta).reshape(q, g, h // g, -1)
     # fast pairs: rebuilt from few coefficients, and turned
-    K_kgf = einsum("ks,sgf->kgf", C_ks[:, :R_f], mode.basis[:R_f][..., fast]) + mode.mean[:, fast]
-    K_kgf = turned_by(K_kgf, np.arange(len(C_ks)), mode.theta[is_fast(mode.theta)])
+    K_kjx = einsum("kjs,sjx->kjx", C_kjs[..., :R_f], mode.by_group(mode.basis[:R_f][..., fast]))
+    K_kgf = K_kjx.reshape(len(C_kjs), g, -1) + mode.mean[:, fast]
+    K_kgf = turned_by(K_kgf, np.arange(len(C_kjs)), mode.theta[is_fast(mode.theta)])
     L_gnqk = einsum("qgnf,kgf->gnqk", Q_qgnd[..., fast], K_kgf)
     # slow pairs: absorbed at the nodes, interpolated between them
     for t, weight_k in zip(nodes(), interpolation(), strict=True):
         Q_qgnf = turned_by(Q_qgnd[..., slow], -t, mode.theta[~is_fast(mode.theta)])
         U_qgns = einsum("qgnf,sgf->qgns", Q_qgnf, mode.basis[..., slow])
         mean_qgn = einsum("qgnf,gf->qgn", Q_qgnf, mode.mean[:, slow])
-        at_node_gnqk = einsum("qgns,ks->gnqk", U_qgns, C_ks) + mean_qgn.transpose(1, 2, 0)[..., None]
-        L_gnqk += at_node_gnqk * weight_k[: len(C_ks)]
+        U_qjxs = U_qgns.reshape(q, mode.groups, h // mode.groups, mode.rank)
+        at_node_jxqk = einsum("qjxs,kjs->jxqk", U_qjxs, C_kjs)
+        at_node_gnqk = at_node_jxqk.reshape(L_gnqk.shape) + mean_qgn.transpose(1, 2, 0)[..., None]
+        L_gnqk += at_node_gnqk * weight_k[: len(C_kjs)]
     return L_gnqk.reshape(h, q, -1)
 
 

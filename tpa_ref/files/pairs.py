@@ -1,6 +1,6 @@
 """How layers cache, as JSON and named tensors: what a saved TPA model adds to a checkpoint.
 
-Every layer has an entry for K and one for V, {mode, rank, dtype, error, widths}, and its constant arrays are
+Every layer has an entry for K and one for V, {mode, rank, dtype, error, widths, groups}, and its constant arrays are
 `tpa.layers.L.k.basis` and so on. A spectral side is `latent` of dtype "spectral"; V's "shared": its coefficients are
 those of K.
 """
@@ -19,7 +19,7 @@ from ..core.spectral import CodedLatent
 from ..errors import TPAError
 from ..gemma.config import GemmaConfig
 
-ENTRY = {"mode", "rank", "dtype", "error", "widths"}
+ENTRY = {"mode", "rank", "dtype", "error", "widths", "groups"}
 
 
 def is_basis(name: str) -> bool:
@@ -44,7 +44,8 @@ def describe(pair: Any) -> list[dict[str, Any]]:
     for mode in pair.modes:
         entries.append({"mode": mode.name, "rank": mode.rank, "dtype": mode.dtype, "error": mode.error})
         if isinstance(mode, BandedLatent):
-            entries[-1] |= {"widths": [width_counts(widths) for widths in mode.widths_of_strings]}
+            strings = [width_counts(widths) for widths in mode.widths_of_strings]
+            entries[-1] |= {"widths": strings, "groups": mode.groups}
         elif mode.dtype == "spectral":
             entries[-1] |= {"mode": "latent", "widths": width_counts(mode.widths)}
     if isinstance(pair, Joint):
@@ -95,14 +96,18 @@ def saved_banded(model_class: Any, entry: Any, tensors: Mapping[str, Any], confi
     if [len(x) for x in widths] != [STRINGS - 1, 1]:
         raise TPAError(f"{where}: banded K has {STRINGS - 1} strings of widths and V 1, got {[len(x) for x in widths]}")
     modes, before, (g, d) = [], 0, (config.num_kv_heads, config.head_dim)
+    groups = entry[0].get("groups", 1)
+    if type(groups) is not int or groups < 1 or g % groups or entry[1].get("groups", 1) != groups:
+        got = [x.get("groups", 1) for x in entry]
+        raise TPAError(f"{where}: groups must divide the {g} KV heads, alike for K and V, got {got}")
+    most = g // groups * d
     for side, described, strings in zip("kv", entry, widths, strict=True):
         rank, flat, name = described["rank"], sum(strings, ()), f"tpa.layers.{layer}.{side}"
-        if rank != len(flat) or rank > g * d:
-            raise TPAError(
-                f"{where}: rank of {side} must be that of its {len(flat)} widths, at most {g * d}, got {rank!r}"
-            )
+        if rank != len(flat) or rank > most:
+            raise TPAError(f"{where}: rank of {side} must be that of {len(flat)} widths, at most {most}, got {rank!r}")
         arrays: dict[str, Any] = {x: tensors.get(f"{name}.{x}") for x in BandedLatent.constants}
         sizes: dict[str, Any] = {"widths": flat, "strings": tuple(map(len, strings)), "before": before}
+        sizes |= {"groups": groups}
         modes.append(model_class.BandedLatent(g, d, rank, "spectral", float(described["error"]), **sizes, **arrays))
         before = rank
         if tensors:

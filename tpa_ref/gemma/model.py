@@ -104,10 +104,15 @@ class Model:
         text_bt = self.text_so_far(tokens_bq, is_image_bq, positions_bq, cache)
         at = self.positions(positions_bq, vision.last_seen(is_image_bq, positions_bq), text_bt)
         held = self.whole_text(*tokens_bq.shape) if cache is None else cache
-        for layer, block in enumerate(self.weights.layers):
-            x_bqm = self.block(x_bqm, layer, block, at, held, scoped(trace, f"layers.{layer}"))
+        x_bqm = self.blocks(x_bqm, at, held, trace)
         held.advance(positions_bq)
         return trace("final.x_bqm", self.norm(x_bqm, self.weights.final_norm_m))
+
+    def blocks(self, x_bqm: Any, at: Any, cache: Any, trace: Tracer = no_trace) -> Any:
+        """All layers."""
+        for layer, block in enumerate(self.weights.layers):
+            x_bqm = self.block(x_bqm, layer, block, at, cache, scoped(trace, f"layers.{layer}"))
+        return x_bqm
 
     def block(self, x_bqm: Any, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer = no_trace) -> Any:
         """One layer: attention and MLP, each with a norm before and a norm after, added to the residual stream.

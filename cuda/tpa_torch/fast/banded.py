@@ -42,7 +42,7 @@ class Banded(pairs.Banded):
         few = K_bkgd.shape[0] * K_bkgd.shape[1] <= FEW_TOKENS and K_bkgd.dtype != torch.float64
         if not (few and K_bkgd.device.type == "cpu" and self.k.d % native.LANES == 0 and native.available()):
             return super().encode(K_bkgd, V_bkge, tokens, trace)
-        codes_k, codes_v = compiled.code(self.coder, K_bkgd.flatten(2), V_bkge.flatten(2))
+        codes_k, codes_v = compiled.code(self.coder, *map(self.k.by_group, (K_bkgd, V_bkge)))
         return sides({"C.codes": codes_k}, {"C.codes": codes_v})
 
     @cached_property
@@ -62,17 +62,23 @@ def read(
     """One segment: largest logit, sum of exponentials [b,g,x,1] and weighted sum of values [b,g,x,e]. at: where the
     queries stand (`gemma.positions`).
     """
-    k: Any = segment.pair.k
-    v: Any = segment.pair.v
     codes = [tokens_last(segment.stored[f"{side}.C.codes"]) for side in "kv"]
     if not (native.available() and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in codes)):
         return read_formed(Q_bgxd, segment, seen_bqk)
     rounded = dtype == torch.bfloat16 and native.has_bf16_dot()
-    layer = scratch.constant(f"bands, rounded: {rounded}", k.basis, lambda: prepared(k, v, rounded))
+    layer = constants(segment.pair, rounded, scratch)
     name = "runs", segment.kind, segment.positions_bk.shape
     if name not in at.kept:
         at.kept[name] = Runs.of(segment.positions_bk, layer.theta_p)
     return compiled.attend(layer.bands, codes, at.kept[name], Q_bgxd, seen_bqk, rounded)
+
+
+def constants(pair: Any, rounded: bool, scratch: Scratch) -> Prepared:
+    """The constants of a layer, made once; rounded: what is multiplied in bfloat16."""
+    made: Prepared = scratch.constant(
+        f"bands, rounded: {rounded}", pair.k.basis, lambda: prepared(pair.k, pair.v, rounded)
+    )
+    return made
 
 
 def read_formed(Q_bgxd: Tensor, segment: Segment, seen_bqk: Tensor | None) -> Partial:
@@ -150,8 +156,10 @@ def prepared(k: Any, v: Any, rounded: bool) -> Prepared:
         "stretch_weights": torch.from_numpy(between.astype(np.float32)),
     }
     sizes = {
-        "g": k.g, "d": k.d, "fast": int(is_fast(theta_p).sum()), "slow": int(slow_p.sum()), "still": int(still_p.sum()),
+        "g": k.g, "groups": k.groups, "d": k.d,
+        "fast": int(is_fast(theta_p).sum()), "slow": int(slow_p.sum()), "still": int(still_p.sum()),
         "fast_rank": rank, "key_rank": k.rank, "rank": k.rank + v.rank, "columns": width(rank, k.rank),
+        "key_bytes": sum(k.string_bytes), "value_bytes": sum(v.string_bytes),
     }  # fmt: skip
     return Prepared(theta_p, compiled.bands(sizes, arrays, (k, v)))
 

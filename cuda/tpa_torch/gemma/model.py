@@ -22,7 +22,7 @@ from ..core.cache import Cache, WholeText
 from ..core.mode import MODES
 from ..core.norm import rms_norm
 from ..core.pair import Joint, Pair
-from ..fast import attend, graph, kernels, step
+from ..fast import attend, decoder, graph, kernels, step
 from ..fast.banded import Banded
 from ..fast.int8 import Int8, wide
 from ..fast.linear import at_least_float32, linear
@@ -61,6 +61,10 @@ class Model(reference.Model):
 
     __call__ = inference(reference.Model.__call__)
     hidden = inference(reference.Model.hidden)
+
+    def blocks(self, x_bqm: Tensor, at: Any, cache: Any, trace: Tracer = no_trace) -> Tensor:
+        found = decoder.take(self, x_bqm, at, cache, trace)
+        return super().blocks(x_bqm, at, cache, trace) if found is None else found
 
     def block(
         self, x_bqm: Tensor, layer: int, w: LayerWeights, at: Any, cache: Any, trace: Tracer = no_trace

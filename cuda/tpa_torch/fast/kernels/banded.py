@@ -6,7 +6,6 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,9 @@ TILES = 16  # of a stretch
 class Bands(ctypes.Structure):
     """The fields of `struct Bands`; `held` are the arrays that they point to."""
 
-    SIZES = ("g", "d", "fast", "slow", "still", "fast_rank", "key_rank", "rank")
+    SIZES = (
+        "g", "groups", "d", "fast", "slow", "still", "fast_rank", "key_rank", "rank", "key_bytes", "value_bytes",
+    )  # fmt: skip
     ARRAYS = (
         "rebuild", "fast_mean", "absorb", "absorb_still", "tile_turns", "fast_turns", "node_turns", "still_turns",
         "weights", "stretch_weights", "values", "value_mean",
@@ -58,6 +59,29 @@ def bands(sizes: dict[str, int], arrays: dict[str, Tensor], modes: Any) -> Bands
     return made
 
 
+class Segment(ctypes.Structure):
+    """The fields of `struct Segment`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("key_batch", "key_row", "value_batch", "value_row")),
+        ("scale_rows", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("scales", "turns", "seen")),
+        *((name, ctypes.c_int64) for name in ("queries", "count")),
+    )
+
+
+def segment(layer: Bands, codes_bck: list[Tensor], turns: Tensor | None = None, seen: Tensor | None = None) -> Segment:
+    """Where the codes of K and V lie; seen [b,q,k]. What it points to must outlive it."""
+    (keys, values), scales = codes_bck, native.scales_of_codes()[0]
+    strides = keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)
+    return Segment(
+        keys.data_ptr(), values.data_ptr(), *strides, layer.scale_rows, scales.data_ptr(),
+        None if turns is None else turns.data_ptr(), None if seen is None else seen.data_ptr(),
+        1 if seen is None else seen.shape[1], keys.shape[-1],
+    )  # fmt: skip
+
+
 class Trellis(ctypes.Structure):
     """The fields of `struct Trellis`."""
 
@@ -78,7 +102,7 @@ class Side(ctypes.Structure):
     """The fields of `struct Side`; `held` are the arrays that they point to."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("strings", "before", "numbers", "bytes")),
+        *((name, ctypes.c_int64) for name in ("strings", "before", "rank", "numbers", "bytes")),
         ("of", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("mean", "encoder", "basis")),
     )
@@ -97,19 +121,22 @@ def coder(modes: Any) -> tuple[Any, Any]:
             string.trellis = Trellis(*(x.data_ptr() for x in arrays), len(widths), codes.FREE)
             string.bytes = size
             held.append(arrays)
-        constants = [x.float().contiguous() for x in (mode.mean, mode.encoder, mode.basis)]
-        sizes = len(strings), mode.before, mode.g * mode.d, sum(mode.string_bytes)
+        by_group = mode.mean, *(x.unflatten(1, (mode.groups, -1)).transpose(0, 1) for x in (mode.encoder, mode.basis))
+        constants = [x.float().contiguous() for x in by_group]
+        numbers = mode.g // mode.groups * mode.d
+        sizes = len(strings), mode.before, mode.rank, numbers, sum(mode.string_bytes)
         sides.append(Side(*sizes, ctypes.addressof(strings), *(x.data_ptr() for x in constants)))
         held += [strings, constants]
     return (Side * 2)(*sides), held
 
 
-def code(found: tuple[Any, Any], K_bkx: Tensor, V_bkx: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of K and of V of a few tokens, [b,k,bytes] each, from their numbers."""
+def code(found: tuple[Any, Any], K_bkjx: Tensor, V_bkjx: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of K and of V of a few tokens, [b,k,j bytes] each, by groups of heads."""
     sides, _ = found
-    K, V = (x.float().contiguous() for x in (K_bkx, V_bkx))
-    made = [torch.empty(*K.shape[:2], side.bytes, dtype=torch.uint8) for side in sides]
-    native.call("tpa_code_banded", ctypes.addressof(sides), K, V, *made, K.shape[0] * K.shape[1])
+    K, V = (x.float().contiguous() for x in (K_bkjx, V_bkjx))
+    b, k, groups, _ = K.shape
+    made = [torch.empty(b, k, groups * side.bytes, dtype=torch.uint8) for side in sides]
+    native.call("tpa_code_banded", ctypes.addressof(sides), K, V, *made, b * k, groups)
     return made[0], made[1]
 
 
@@ -132,22 +159,14 @@ def attend(
     layer: Bands, codes_bck: list[Tensor], runs: Any, Q_bgxd: Tensor, seen_bqk: Tensor | None, rounded: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit and sum of exponentials [b,g,x,1], and weighted sum of values [b,g,x,e]."""
-    keys, values = codes_bck
     seen = None if seen_bqk is None else seen_bqk.expand(len(Q_bgxd), -1, -1).contiguous().view(torch.uint8)
-    held = [0, 1] if seen is None else [seen.data_ptr(), seen.shape[1]]
-    segment = np.array(  # the fields of `struct Segment`
-        [
-            keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-            *layer.scale_rows, native.scales_of_codes()[0].data_ptr(), runs.turns.data_ptr(), *held, keys.shape[-1],
-        ],
-        np.int64,
-    )  # fmt: skip
+    where = segment(layer, codes_bck, runs.turns, seen)
     Q_bgxd = Q_bgxd.contiguous()
     largest, total = Q_bgxd.new_empty(2, *Q_bgxd.shape[:3], 1)
     out = torch.empty_like(Q_bgxd)
     batch, _, x, _ = Q_bgxd.shape
     native.call(
-        "tpa_attend_banded", ctypes.addressof(layer), segment.ctypes.data, ctypes.addressof(tables()),
+        "tpa_attend_banded", ctypes.addressof(layer), ctypes.addressof(where), ctypes.addressof(tables()),
         runs.runs.ctypes.data, runs.first_b.ctypes.data, Q_bgxd, largest, total, out, batch, x, int(rounded),
     )  # fmt: skip
     return largest, total, out

@@ -59,13 +59,13 @@ class Tile:
 class Side:
     """K or V of a segment as the kernels see it.
 
-    form: "rows", "contextual", "rebuilt", "banded" or "behind"; per_head: a row for each KV head; rows: rows a
-    token; width: numbers of a row; stride: entries of `stored[0]` from row to row; store: how they are stored; a: the
-    a's of `contextual`; fast: coefficients of the fast pairs of `banded`.
+    form: "rows", "contextual", "rebuilt", "banded" or "behind"; groups: of KV heads, each with rows of its own; rows:
+    how many a token; width: numbers of a row; stride: entries of `stored[0]` from row to row; store: how they are
+    stored; a: the a's of `contextual`; fast: coefficients of the fast pairs of `banded`.
     """
 
     form: str
-    per_head: bool
+    groups: int
     rows: int
     width: int
     stride: int
@@ -183,9 +183,10 @@ def side(stored: Stored, mode: Any) -> Side:
     store, pointers = fields(of_part(stored, name), mode, name)
     x = pointers[0]
     assert x is not None
-    stride = x.shape[-1] * (mode.rank if absorbs else 1)
-    per_head = isinstance(mode, Dense | FixedB)
-    made = Side("rows", per_head, mode.rank if contextual else 1, width, stride, store, pointers)
+    banded = isinstance(mode, BandedLatent)  # whose groups lie side by side
+    stride = x.shape[-1] * (mode.rank if absorbs else 1) // (mode.groups if banded else 1)
+    groups = mode.groups if banded else mode.g if isinstance(mode, Dense | FixedB) else 1
+    made = Side("rows", groups, mode.rank if contextual else 1, width, stride, store, pointers)
     if not contextual:
         return made
     store_a, a = fields(of_part(stored, "A"), mode, "A")
@@ -253,7 +254,9 @@ def rebuild(mode: Any, dtype: torch.dtype) -> Constants:
     """Basis and mean of a K that is rebuilt."""
     if not isinstance(mode, FixedB | Latent):
         return None, None, None, None
-    return cast(mode.basis, dtype), cast(mode.mean, dtype), None, None
+    basis = cast(mode.basis, dtype)
+    assert basis is not None
+    return basis.transpose(0, 1) if isinstance(mode, FixedB) else basis, cast(mode.mean, dtype), None, None
 
 
 def finished(O_bhe: Tensor, mode: Mode) -> Tensor:
@@ -293,8 +296,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Every split by itself: partial outputs [b,h,split,E] and their log-sum-exp [b,h,split], float32."""
     b, h, D = Q_bhd.shape
-    one_for_all = not (k.per_head or v.per_head or k.form == "rebuilt")
-    heads = h if one_for_all else h // g  # of one program: all share what is read, or those of one KV head do
+    heads = h // max(k.groups, v.groups, g if k.form == "rebuilt" else 1)  # of one program: all share what is read
     block_h = max(16, triton.next_power_of_2(heads))
     tile = tile or chosen_tile(k, v, block_h, Q_bhd.dtype)
     tokens = min(tile.tokens, TILE) if k.form == "banded" else tile.tokens
@@ -309,7 +311,7 @@ def attend(
         scale=scale * log2(euler), **shapes(k, constant),
         K=k.form, V=v.form, STORE_K=k.store, STORE_V=v.store, STORE_KA=k.store_a, STORE_VA=v.store_a,
         ROWS_K=k.rows, ROWS_V=v.rows,
-        PER_HEAD_K=k.per_head, PER_HEAD_V=v.per_head, SEGMENT=kind,
+        GROUPS_K=k.groups, GROUPS_V=v.groups, SEGMENT=kind,
         G=g, N=h // g, HEADS=heads, D=D, BLOCK_H=block_h, BLOCK_T=tokens,
         BLOCK_D=min(256, max(16, triton.next_power_of_2(D))) if constant[0] is None else constant[0].shape[-1] // 2,
         BLOCK_E=block_e, BLOCK_R=tile.coefficients, DOT=dot_dtype(Q_bhd),
@@ -319,13 +321,13 @@ def attend(
 
 
 def shapes(k: Side, constant: Constants) -> dict[str, Any]:
-    """What the kernel is told of the constants of K: strides of a basis [R,g,d] (or [g,R,d], of rows for each head);
-    laps and columns of absorbed queries [g,t,lap,b,n,S].
+    """What the kernel is told of the constants of K: strides of a basis [R,g,d]; laps and
+    columns of absorbed queries [g,t,lap,b,n,S].
     """
     basis, mean, U, _ = constant
     strides = (0, 0) if basis is None else basis.stride()[:2]
     laps, columns = (1, 0) if U is None else (U.shape[2], U.shape[-1])
-    of_basis = {"basis_row": strides[k.per_head], "basis_group": strides[not k.per_head], "MEAN": mean is not None}
+    of_basis = {"basis_row": strides[0], "basis_group": strides[1], "MEAN": mean is not None}
     return of_basis | {"laps": laps, "columns": columns}
 
 

@@ -142,8 +142,21 @@ def loaded(path: Path) -> ctypes.CDLL:
         "tpa_quantize": [pointer] * 8 + [whole] * 5,
         "tpa_levels": [pointer, whole, whole, pointer, pointer, pointer, pointer] + [whole] * 4,
         "tpa_weigh_codes": [pointer, whole, whole] + [pointer] * 6 + [whole] * 6,
-        "tpa_code_banded": [pointer] * 5 + [whole] * 2,
+        "tpa_code_banded": [pointer] * 5 + [whole] * 3,
         "tpa_attend_banded": [pointer] * 9 + [whole] * 4,
+        "tpa_decode": [
+            pointer,
+            pointer,
+            whole,
+            pointer,
+            pointer,
+            whole,
+            pointer,
+            ctypes.c_double,
+            pointer,
+            pointer,
+            whole,
+        ],
         "tpa_dot_rotated": [whole, pointer] + [whole] * 3 + [pointer, pointer, whole, pointer, pointer] + [whole] * 6,
     }
     for name, types in arguments.items():
@@ -161,7 +174,9 @@ def call(name: str, *arguments: Any) -> None:
 # ---- stored rows of keys or values ----
 
 
-class _Array(ctypes.Structure):
+class Array(ctypes.Structure):
+    """The fields of `struct Array`."""
+
     _fields_ = (
         ("kind", ctypes.c_int64),
         ("at", ctypes.c_void_p),
@@ -210,12 +225,12 @@ class Rows:
     def shape(self) -> tuple[int, ...]:
         return (*next(iter(self.fields.values())).shape[:-1], self.n)
 
-    def _array(self) -> _Array:
+    def _array(self) -> Array:
         array = self.fields.get("x", self.fields.get("codes"))
         assert array is not None and array.ndim == 3
         scale, minimum = (self.fields.get(name) for name in ("scale", "minimum"))
         size = array.element_size()
-        return _Array(
+        return Array(
             KINDS[self.kind],
             array.data_ptr(),
             None if scale is None else scale.data_ptr(),

@@ -154,7 +154,7 @@ def attend_split(
     basis_row, basis_group, columns, scale,
     K: tl.constexpr, V: tl.constexpr, STORE_K: tl.constexpr, STORE_V: tl.constexpr,
     STORE_KA: tl.constexpr, STORE_VA: tl.constexpr,
-    ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, PER_HEAD_K: tl.constexpr, PER_HEAD_V: tl.constexpr,
+    ROWS_K: tl.constexpr, ROWS_V: tl.constexpr, GROUPS_K: tl.constexpr, GROUPS_V: tl.constexpr,
     MEAN: tl.constexpr, SEGMENT: tl.constexpr, G: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr, DOT: tl.constexpr,
@@ -172,7 +172,8 @@ def attend_split(
     within_h = tl.arange(0, BLOCK_H)
     head_h = block * HEADS + within_h
     is_head_h = within_h < HEADS
-    group = block * HEADS // N  # the KV head of this program, where it has one
+    group = block * HEADS // N  # the first KV head of this program
+    row_k, row_v = block * HEADS // (G * N // GROUPS_K), block * HEADS // (G * N // GROUPS_V)  # of those of a token
     group_h = head_h // N
     e = tl.program_id(0) % blocks_e * BLOCK_E + tl.arange(0, BLOCK_E)
     d = tl.arange(0, BLOCK_D)
@@ -199,25 +200,26 @@ def attend_split(
         # 1) logits
         L = tl.zeros((BLOCK_H, BLOCK_T), tl.float32)
         if K == "rebuilt":
-            row = (token * G + group if PER_HEAD_K else token)[:, None]
+            row = (token * GROUPS_K + row_k)[:, None]
             L = rebuilt(
                 L, Q1, Q2, k, row, inside, position, rank, rank, bytes_k, constant, tables, group, basis_group,
                 basis_row, DOT, STORE_K, BLOCK_T, BLOCK_R, BLOCK_D, BLOCK_D, MEAN,
             )  # fmt: skip
         elif K == "banded":
-            row = token[:, None]
+            row = (token * GROUPS_K + row_k)[:, None]
             u = tl.arange(0, BLOCK_H * NODES)
-            node = (u // NODES // N * tl.cdiv(slots, TILE) + start // TILE) * NODES + u % NODES
+            head_u = block * HEADS + u // NODES
+            node = (head_u // N * tl.cdiv(slots, TILE) + start // TILE) * NODES + u % NODES
             newest = (length - 1) % slots  # behind this slot lies what is left of the lap before
             end = tl.minimum(start + BLOCK_T, filled)
             for lap in range((start > newest).to(tl.int32), (end - 1 > newest).to(tl.int32) + 1):
                 row_u = (node * laps + lap) * tl.num_programs(2) + row_b
                 L_lap = interpolated(
-                    constant[2] + (row_u * N + u // NODES % N) * columns, constant[3], k, row, slot, inside,
+                    constant[2] + (row_u * N + head_u % N) * columns, constant[3], k, row, slot, inside,
                     u // NODES < HEADS, rank, bytes_k, DOT, STORE_K, BLOCK_H, BLOCK_T, BLOCK_R,
                 )  # fmt: skip
                 L = tl.where(((slot > newest).to(tl.int32) == lap)[None, :], L_lap, L)
-            for of in range(G):
+            for of in range(group, group + G // GROUPS_K):
                 own = (is_head_h & (group_h == of))[:, None]
                 Q1 = tl.load(q_hd + d[None, :], own, 0).to(DOT)
                 Q2 = tl.load(q_hd + D // 2 + d[None, :], own, 0).to(DOT)
@@ -232,7 +234,7 @@ def attend_split(
                 a = weights(k_a, token[:, None], (s * G + group_h)[None, :], of_heads, ROWS_K * G, STORE_KA)
                 L += a * tl.dot(Q, tl.trans(B.to(DOT)), input_precision="ieee")
         else:
-            row = (token * G + group if PER_HEAD_K else token)[:, None]
+            row = (token * GROUPS_K + row_k)[:, None]
             for first in tl.static_range(0, D, BLOCK_D):
                 c = first + d
                 if D > BLOCK_D:
@@ -258,7 +260,7 @@ def attend_split(
                 a = weights(v_a, token[:, None], (u * G + group_h)[None, :], of_heads, ROWS_V * G, STORE_VA)
                 O_he = tl.dot((P * a).to(DOT), B.to(DOT), O_he, input_precision="ieee")
         else:
-            row = (token * G + group if PER_HEAD_V else token)[:, None]
+            row = (token * GROUPS_V + row_v)[:, None]
             if V == "behind":
                 codes = tl.where((e < rank)[None, :], k[0] + row * bytes_k, v[0] + row * bytes_v)
                 B = unpacked(codes, v, e[None, :], inside_e, width)

@@ -1,4 +1,5 @@
-// Attention on banded codes (see `core.banded`): a tile of 64 keys after the other, of which only fast pairs are rebuilt.
+// Attention on banded codes (see `core.banded`), group by group of heads: a tile of 64 keys after the other, of which only
+// fast pairs are rebuilt.
 //
 // Of a tile, codes become levels once, for scores and for values. Three products are made with sixteen keys in a register:
 // fast pairs of K from their coefficients, and the logits of the absorbed queries at four nodes. Slow pairs are absorbed
@@ -18,15 +19,18 @@ constexpr int LANES = TILE / W;                  // registers of a tile
 constexpr int SPAN = 2 * TILE;                   // keys whose values are summed in one go
 constexpr float MASKED = -2.3819763e38f;
 
-// One layer. Pairs come fast, slow, still; s counts coefficients of K, fast ones first, then those of V. What is multiplied
-// lies in units (of one number in float32, or two in bfloat16), everything else in float32. Columns are fast coefficients,
-// up to an even number, slow ones and the mean, up to whole registers; features of a band fill whole registers, too.
+// One layer. Pairs come fast, slow, still; s counts a group's coefficients of K, fast ones first, then those of V. What is
+// multiplied lies in units (of one number in float32, or two in bfloat16), everything else in float32. Columns are fast
+// coefficients, up to an even number, slow ones and the mean, up to whole registers; features of a band fill whole
+// registers, too.
 struct Bands {
-    int64_t g, d, fast, slow, still;       // KV heads, head size, pairs of each band
-    int64_t fast_rank, key_rank, rank;     // coefficients of fast K, of K, of K and V
-    const Coefficient* of;                 // [rank]; of V: where they lie in V's codes
-    const Unit* rebuild;                   // [g 2 fast, fast columns]: first features of the pairs, then second ones
-    const float* fast_mean;                // [g 2 fast]
+    int64_t g, groups, d;                  // KV heads, groups of them that are coded apart, head size
+    int64_t fast, slow, still;             // pairs of each band
+    int64_t fast_rank, key_rank, rank;     // a group's coefficients of fast K, of K, of K and V
+    int64_t key_bytes, value_bytes;        // of a group's codes
+    const Coefficient* of;                 // [rank]: where they lie in a group's codes, of K or of V
+    const Unit* rebuild;                   // [g, 2 fast, fast columns]: first features of the pairs, then second ones
+    const float* fast_mean;                // [g, 2 fast]
     const Unit* absorb;                    // [g, 2 slow, columns], two features in a unit: basis and mean
     const Unit* absorb_still;              // [g, 2 still, columns]
     const float* tile_turns;               // [TILES, 2, d/2]: cos and sin of theta t from the first key of a run to a tile's
@@ -45,7 +49,7 @@ struct Run {  // keys at consecutive positions, at most a stretch of them; its n
 };
 
 struct Segment {  // what is read, of all rows
-    const uint8_t *keys, *values;  // codes [b,bytes,k]
+    const uint8_t *keys, *values;  // codes [b,groups bytes,k]
     int64_t key_batch, key_row, value_batch, value_row, scale_rows[3];  // rows of the scales of the three strings
     const float* scales;                                                // by first byte
     const float* turns;   // [runs,2,d/2]: cos and sin of theta times the position of each run's first key
@@ -125,8 +129,9 @@ template <class IN> struct Reader {
     const Bands& of;
     const Segment& from;
     const Tables& tables;
-    const int64_t x;  // queries of a KV head
-    const int64_t y = of.g * x, half = of.d / 2, fast_columns = (of.fast_rank + 1) / 2 * 2;
+    const int64_t group, x;  // the group that is read, and the queries of a KV head
+    const int64_t heads = of.g / of.groups, first_head = group * heads, y = heads * x;
+    const int64_t half = of.d / 2, fast_columns = (of.fast_rank + 1) / 2 * 2;
     const int64_t mean = fast_columns + of.key_rank - of.fast_rank;  // its column
     const int64_t fast_units = fast_columns / N, slow_units = (of.key_rank - of.fast_rank + N - 1) / N;
     std::vector<Unit>&keys, &asked, &absorbed;
@@ -134,12 +139,12 @@ template <class IN> struct Reader {
         &total;
     float scales[3][SPAN];
 
-    Reader(const Bands& of, const Segment& from, const Tables& tables, int64_t x, Room& room)
-        : of(of), from(from), tables(tables), x(x), keys(sized(room.keys, of.columns * TILE)),
+    Reader(const Bands& of, const Segment& from, const Tables& tables, int64_t group, int64_t x, Room& room)
+        : of(of), from(from), tables(tables), group(group), x(x), keys(sized(room.keys, of.columns * TILE)),
           asked(sized(room.asked, NODES * x * (2 * of.d + 2 * W))), absorbed(sized(room.absorbed, NODES * y * of.columns)),
           levels(sized(room.levels, of.rank * SPAN)), at_run(sized(room.at_run, y * of.d)),
           at_tile(sized(room.at_tile, y * of.d)), at_node(sized(room.at_node, of.d + W)),
-          fast_keys(sized(room.fast_keys, 2 * of.g * of.fast * TILE)), logits(sized(room.logits, NODES * y * TILE)),
+          fast_keys(sized(room.fast_keys, 2 * heads * of.fast * TILE)), logits(sized(room.logits, NODES * y * TILE)),
           weights(sized(room.weights, 3 * y * SPAN)), sums(sized(room.sums, of.rank * y * W)),
           stretch(sized(room.stretch, NODES * y * of.columns)), node(sized(room.node, NODES * y * of.columns)),
           largest(sized(room.largest, y)), total(sized(room.total, y)) {
@@ -158,8 +163,9 @@ template <class IN> struct Reader {
     // A tile's codes as levels [rank][SPAN], from `at` on, K's also as units; its scales.
     void decode(const Run& run, int at) {
         uint8_t window[TILE] = {};
-        const Codes held[2] = {{from.keys + run.row * from.key_batch, from.key_row},
-                               {from.values + run.row * from.value_batch, from.value_row}};
+        const uint8_t* K = from.keys + run.row * from.key_batch + group * of.key_bytes * from.key_row;
+        const uint8_t* V = from.values + run.row * from.value_batch + group * of.value_bytes * from.value_row;
+        const Codes held[2] = {{K, from.key_row}, {V, from.value_row}};
         for (int string = 0; string < 3; string++) {
             const Codes& codes = held[string == 2];
             const uint8_t* bytes = codes.at + from.scale_rows[string] * codes.row + run.first;
@@ -266,9 +272,9 @@ template <class IN> struct Reader {
     void absorb_stretch() {
         std::fill(stretch.begin(), stretch.begin() + NODES * y * of.columns, 0.0f);
         const int64_t size = features(of.still) / N;
-        for (int64_t head = 0; head < of.g && of.still; head++) {
+        for (int64_t head = 0; head < heads && of.still; head++) {
             ask(at_run.data(), head, of.fast + of.slow, of.still, of.still_turns);
-            times_basis(of.absorb_still + head * size * of.columns, size, &stretch[head * x * NODES * of.columns]);
+            times_basis(of.absorb_still + (first_head + head) * size * of.columns, size, &stretch[head * x * NODES * of.columns]);
         }
     }
 
@@ -288,16 +294,16 @@ template <class IN> struct Reader {
                 }
             }
         }
-        for (int64_t head = 0; head < of.g && of.slow; head++) {
+        for (int64_t head = 0; head < heads && of.slow; head++) {
             ask(at_tile.data(), head, of.fast, of.slow, of.node_turns);
-            times_basis(of.absorb + head * size * of.columns, size, &node[head * x * NODES * of.columns]);
+            times_basis(of.absorb + (first_head + head) * size * of.columns, size, &node[head * x * NODES * of.columns]);
         }
         for (int64_t c = 0; c < y * NODES * of.columns; c += W) IN::save(&absorbed[c / N], load(&node[c]));
     }
 
     // L[y, SPAN], from `at` on: of fast pairs, rebuilt and turned, and of slow ones, interpolated between the nodes.
     void score(float* L, int at) {
-        const int64_t rows = 2 * of.g * of.fast, apart = of.columns / N;
+        const int64_t rows = 2 * heads * of.fast, apart = of.columns / N;
         times_keys(absorbed.data(), apart, NODES * y, 0, fast_units, &scales[0][at], false, logits.data());
         times_keys(&absorbed[fast_units], apart, NODES * y, fast_units, slow_units, &scales[1][at], true, logits.data());
         for (int64_t row = 0; row < y; row++)
@@ -311,21 +317,22 @@ template <class IN> struct Reader {
                 save(L + row * SPAN + at + k, one);
             }
         if (!of.fast) return;
-        times_keys(of.rebuild, fast_units, rows, 0, fast_units, &scales[0][at], false, fast_keys.data());
-        for (int64_t head = 0; head < of.g; head++)
+        times_keys(of.rebuild + group * rows * fast_units, fast_units, rows, 0, fast_units, &scales[0][at], false, fast_keys.data());
+        for (int64_t head = 0; head < heads; head++)
             in_blocks(x, [&](int64_t i, auto count) { add_fast<decltype(count)::value>(head, head * x + i, L + at); });
     }
 
     // The fast pairs of a head: mean added, turned, and multiplied with some of its queries.
     template <int X> void add_fast(int64_t head, int64_t row, float* L) const {
+        const float* mean_of = of.fast_mean + first_head * 2 * of.fast;
         for (int k = 0; k < TILE; k += W) {
             F total[X];
             for (int i = 0; i < X; i++) total[i] = load(L + (row + i) * SPAN + k);
             for (int64_t p = 0; p < of.fast; p++) {
                 const int64_t one_at = head * 2 * of.fast + p, two_at = one_at + of.fast;
                 const float *cosine = of.fast_turns + 2 * p * TILE + k, *sine = cosine + TILE;
-                const F a = fma(all(1), load(&fast_keys[one_at * TILE + k]), all(of.fast_mean[one_at]));
-                const F b = fma(all(1), load(&fast_keys[two_at * TILE + k]), all(of.fast_mean[two_at]));
+                const F a = fma(all(1), load(&fast_keys[one_at * TILE + k]), all(mean_of[one_at]));
+                const F b = fma(all(1), load(&fast_keys[two_at * TILE + k]), all(mean_of[two_at]));
                 const F one = minus(times(a, load(cosine)), times(b, load(sine)));
                 const F two = fma(b, load(cosine), times(a, load(sine)));
                 for (int i = 0; i < X; i++) {
@@ -411,7 +418,7 @@ template <class IN> struct Reader {
     }
 };
 
-// What the threads have found of a row, in one softmax: sums [y, rank] and the logarithm's two parts.
+// What the threads have found of a group, in one softmax: sums [y, rank] and the logarithm's two parts.
 inline void merge(const float* largest, const float* total, const float* sums, int64_t parts, int64_t y, int64_t rank,
                   float* highest, float* whole, float* merged) {
     for (int64_t i = 0; i < y; i++) {
@@ -430,21 +437,22 @@ inline void merge(const float* largest, const float* total, const float* sums, i
 template <class IN>
 void attend(const Bands& of, const Segment& from, const Tables& tables, const Run* runs, const int64_t* first_run,
             const float* Q, float* largest, float* total, float* out, int64_t batch, int64_t x, int64_t threads) {
-    const int64_t y = of.g * x;
-    std::vector<float> found(batch * threads * y * (of.rank + 2)), merged(batch * y * of.rank);
-    float *const most = found.data(), *const whole = most + batch * threads * y, *const sums = whole + batch * threads * y;
+    const int64_t groups = batch * of.groups, y = of.g / of.groups * x;
+    const int64_t parts = groups % threads ? threads : 1;  // into which the keys of a group fall
+    std::vector<float> found(groups * parts * y * (of.rank + 2)), merged(groups * y * of.rank);
+    float *const most = found.data(), *const whole = most + groups * parts * y, *const sums = whole + groups * parts * y;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t part = 0; part < batch * threads; part++) {  // each row in as many parts as there are threads
-            const int64_t row = part / threads, nth = part % threads;
+        for (int64_t part = 0; part < groups * parts; part++) {
+            const int64_t group = part / parts, row = group / of.groups, nth = part % parts;
             int64_t keys = 0, before = 0;  // a run is read by the thread in whose share of the keys its middle lies
             for (int64_t r = first_run[row]; r < first_run[row + 1]; r++) keys += runs[r].count;
             static thread_local Room room;
-            Reader<IN> reader(of, from, tables, x, room);
+            Reader<IN> reader(of, from, tables, group % of.groups, x, room);
             for (int64_t r = first_run[row]; r < first_run[row + 1]; before += runs[r++].count)
-                if ((2 * before + runs[r].count) * threads / (2 * keys) == nth)
-                    reader.read(Q + row * y * of.d, runs[r], sized(room.L, y * SPAN).data());
+                if ((2 * before + runs[r].count) * parts / (2 * keys) == nth)
+                    reader.read(Q + group * y * of.d, runs[r], sized(room.L, y * SPAN).data());
             for (int64_t i = 0; i < y; i++) {
                 const int64_t at = part * y + i;
                 most[at] = std::max(reader.largest[i], MASKED), whole[at] = reader.total[i];
@@ -452,16 +460,16 @@ void attend(const Bands& of, const Segment& from, const Tables& tables, const Ru
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < batch; row++) {
-            const int64_t at = row * threads * y;
-            merge(most + at, whole + at, sums + at * of.rank, threads, y, of.rank, largest + row * y, total + row * y,
-                  &merged[row * y * of.rank]);
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t at = group * parts * y;
+            merge(most + at, whole + at, sums + at * of.rank, parts, y, of.rank, largest + group * y, total + group * y,
+                  &merged[group * y * of.rank]);
         }
-        const int64_t groups = of.d / W;
+        const int64_t registers = of.d / W;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < batch * of.g * threads; item++) {  // a share of the features of a head
             const int64_t head = item / threads, part = item % threads;
-            const int64_t first = groups * part / threads * W, width = groups * (part + 1) / threads * W - first;
+            const int64_t first = registers * part / threads * W, width = registers * (part + 1) / threads * W - first;
             constexpr Kind KIND = IN::NUMBERS == 2 ? BF16 : F32;
             const int64_t bytes = KIND == BF16 ? 2 : 4;
             const uint8_t* basis = (const uint8_t*)of.values + bytes * (head % of.g * of.rank * of.d + first);
@@ -484,7 +492,8 @@ void attend(const Bands& of, const Segment& from, const Tables& tables, const Ru
 }  // namespace banded
 }  // namespace
 
-// Of every row b and query y: the largest logit and the sum of exponentials [b,y], and the weighted sum of values [b,y,d].
+// Of every row, KV head and query of it: the largest logit and the sum of exponentials [b,g,x], and the weighted sum of
+// values [b,g,x,d].
 // rounded: products in bfloat16, where the machine multiplies those.
 extern "C" void tpa_attend_banded(const banded::Bands* of, const banded::Segment* from, const banded::Tables* tables,
                                   const banded::Run* runs, const int64_t* first_run, const float* Q, float* largest,

@@ -1,5 +1,6 @@
-// New tokens into banded codes (see `core.banded`), of a few tokens: string after string, each of what is left when those
-// before it are decoded. Matrices are read by all threads, the best path is found by one.
+// New tokens into banded codes (see `core.banded`), of a few tokens and each of their groups of heads: string after string, each of
+// what is left when those before it are decoded. Where there are fewer of them than threads, all threads read the matrices
+// of one together, and one finds its best path.
 
 #pragma once
 
@@ -18,20 +19,33 @@ struct String {
     int64_t bytes;
 };
 
-struct Side {  // K, or V behind it
-    int64_t strings, before, numbers, bytes;  // coefficients that K has; numbers of a token, flattened; bytes of a token
+struct Side {  // K, or V behind it, a group of which has:
+    int64_t strings, before, rank, numbers, bytes;  // coefficients that K has; its own; numbers; bytes
     const String* of;
-    const float *mean, *encoder, *basis;  // [numbers], [rank, numbers], [before + rank, numbers]
+    const float *mean, *encoder, *basis;  // [groups,numbers], [groups,rank,numbers], [groups,before + rank,numbers]
 };
 
-// One token, by all threads of a region: each has its share of every product. decoded: coefficients, with a minus.
-struct Token {
-    const float *x[2];
-    uint8_t* out[2];
+struct Room {
+    std::vector<float> left, asked, decoded, scaled;  // decoded: coefficients, with a minus
+    std::vector<uint8_t> before, path;
+
+    explicit Room(const Side* sides) : left(sides[0].numbers), decoded(sides[1].before + sides[1].rank) {
+        int64_t most = 0;
+        for (int64_t which = 0; which < 2; which++)
+            for (int64_t n = 0; n < sides[which].strings; n++)
+                most = std::max(most, sides[which].of[n].trellis.coefficients);
+        asked.resize(most), scaled.resize(most), before.resize(most * (WINDOWS / 2)), path.resize(1 + most);
+    }
 };
 
-inline void code(const Side* sides, const Token& token, float* left, float* asked, float* decoded, float* scaled,
-                 uint8_t* before, uint8_t* path, int64_t thread, int64_t threads) {
+// One group of a token, by some threads of a region: each has its share of every product.
+inline void code(const Side* sides, const float* const* x, uint8_t* const* out, int64_t group, Room& room, int64_t thread,
+                 int64_t threads) {
+    const auto together = [&] {
+        if (threads == 1) return;
+#pragma omp barrier
+    };
+    float *left = room.left.data(), *asked = room.asked.data();
     for (int64_t which = 0; which < 2; which++) {
         const Side& side = sides[which];
         const int64_t groups = side.numbers / W, first = groups * thread / threads * W;
@@ -41,29 +55,33 @@ inline void code(const Side* sides, const Token& token, float* left, float* aske
             const Rows<F32> rows{(const uint8_t*)(basis + first), nullptr, nullptr, 4 * side.numbers, 0};
             weigh<1, 8>(rows, C, left + first, count, 0, count, last - first);
         };
-        for (int64_t j = first; j < last; j += W) save(left + j, minus(load(token.x[which] + j), load(side.mean + j)));
-        take(decoded, side.basis, side.before);
-        float* C = decoded + side.before;
-        const float *encoder = side.encoder, *basis = side.basis + side.before * side.numbers;
-        uint8_t* out = token.out[which];
+        const float* mean = side.mean + group * side.numbers;
+        for (int64_t j = first; j < last; j += W) save(left + j, minus(load(x[which] + j), load(mean + j)));
+        const float* basis = side.basis + group * (side.before + side.rank) * side.numbers;
+        take(room.decoded.data(), basis, side.before);
+        basis += side.before * side.numbers;
+        float* C = room.decoded.data() + side.before;
+        const float* encoder = side.encoder + group * side.rank * side.numbers;
+        uint8_t* bytes = out[which];
         for (int64_t n = 0; n < side.strings; n++) {
             const String& string = side.of[n];
             const int64_t count = string.trellis.coefficients;
             const Rows<F32> rows{(const uint8_t*)encoder, nullptr, nullptr, 4 * side.numbers, 0};
-#pragma omp barrier
+            together();
             const int64_t start = count * thread / threads, end = count * (thread + 1) / threads;
             if (end > start) dot<1>(rows, left, asked + start, count, start, end, side.numbers);
-#pragma omp barrier
+            together();
             if (thread == 0 && count) {
                 const Trellis& t = string.trellis;
-                best_path(t, asked, scaled, before, path);
-                pack(t, path, out, string.bytes);
+                const uint8_t* path = room.path.data();
+                best_path(t, asked, room.scaled.data(), room.before.data(), room.path.data());
+                pack(t, path, bytes, string.bytes);
                 for (int64_t s = 0; s < count; s++)
                     C[s] = -t.tables[t.width[s] * WINDOWS + path[s + 1]] * t.scale[path[0]];
             }
-#pragma omp barrier
+            together();
             if (n + 1 < side.strings) take(C, basis, count);
-            C += count, encoder += count * side.numbers, basis += count * side.numbers, out += string.bytes;
+            C += count, encoder += count * side.numbers, basis += count * side.numbers, bytes += string.bytes;
         }
     }
 }
@@ -71,15 +89,16 @@ inline void code(const Side* sides, const Token& token, float* left, float* aske
 }  // namespace coding
 }  // namespace
 
-// K and V [tokens, numbers] -> their bytes [tokens, bytes].
+// K and V [tokens,groups,numbers] -> their bytes [tokens,groups,bytes].
 extern "C" void tpa_code_banded(const coding::Side* sides, const float* K, const float* V, uint8_t* codes_k,
-                                uint8_t* codes_v, int64_t tokens, int64_t threads) {
-    int64_t most = 0, rank = sides[1].before;
-    for (int64_t which = 0; which < 2; which++)
-        for (int64_t n = 0; n < sides[which].strings; n++) most = std::max(most, sides[which].of[n].trellis.coefficients);
-    rank += most;
-    std::vector<float> left(sides[0].numbers), asked(most), decoded(rank), scaled(most);
-    std::vector<uint8_t> before(most * (WINDOWS / 2)), path(1 + most);
+                                uint8_t* codes_v, int64_t tokens, int64_t groups, int64_t threads) {
+    const auto one = [&](int64_t item, coding::Room& room, int64_t thread, int64_t of) {
+        const float* const x[2] = {K + item * sides[0].numbers, V + item * sides[1].numbers};
+        uint8_t* const out[2] = {codes_k + item * sides[0].bytes, codes_v + item * sides[1].bytes};
+        coding::code(sides, x, out, item % groups, room, thread, of);
+    };
+    const int64_t items = tokens * groups;
+    coding::Room shared(sides);
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -87,11 +106,11 @@ extern "C" void tpa_code_banded(const coding::Side* sides, const float* K, const
 #else
         const int64_t thread = 0, count = 1;
 #endif
-        for (int64_t k = 0; k < tokens; k++) {
-            const coding::Token token{{K + k * sides[0].numbers, V + k * sides[1].numbers},
-                                      {codes_k + k * sides[0].bytes, codes_v + k * sides[1].bytes}};
-            coding::code(sides, token, left.data(), asked.data(), decoded.data(), scaled.data(), before.data(), path.data(),
-                         thread, count);
+        if (items < count) {
+            for (int64_t item = 0; item < items; item++) one(item, shared, thread, count);
+        } else {
+            coding::Room own(sides);
+            for (int64_t item = items * thread / count; item < items * (thread + 1) / count; item++) one(item, own, 0, 1);
         }
     }
 }

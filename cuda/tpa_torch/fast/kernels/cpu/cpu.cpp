@@ -10,6 +10,7 @@
 #include "banded.hpp"
 #include "codes.hpp"
 #include "coding.hpp"
+#include "decoder.hpp"
 #include "layer.hpp"
 #include "rotated.hpp"
 #include "trellis.hpp"
