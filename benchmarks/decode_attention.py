@@ -84,7 +84,7 @@ def banded(rate: float, config: GemmaConfig, device: str) -> Pair:
     g, d, theta_p = config.num_kv_heads, config.head_dim, frequencies(config.head_dim, *config.rope(True))
     groups = groups_of_heads(g, d)
     variances = [np.exp(-np.linspace(0, np.log(1000), size)) for size in string_sizes(theta_p, g // groups)]
-    found = allocate_bits(variances, [1, 1, 1], rate * 2 * g // groups * d)
+    found = allocate_bits(variances, [1, 1, 1], rate * 2 * (g // groups) * d)
     strings = [tuple(width for width in widths if width) for widths in found]
     ranks = [len(widths) for widths in strings]
     before, theta = sum(ranks[:2]), torch.from_numpy(theta_p).float()

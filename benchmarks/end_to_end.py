@@ -31,6 +31,7 @@ from tpa_ref import plots
 from tpa_ref.cli.machine import PeakMemory, anonymous_memory
 from tpa_ref.errors import TPAError
 from tpa_ref.gemma.generate import prefill
+from tpa_ref.gemma.texts import shipped
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "contextual, exact": {"mode": "contextual", "k_rank": 99, "v_rank": 99},
@@ -38,9 +39,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact int8 K, spectral V rate 2": {"k_mode": "fixed-a", "rate": 2.0},
     "fixed-a int8 K, latent int8 V": {"k_mode": "fixed-a", "k_rank": 99, "v_mode": "latent", "kv_dtype": "int8"},
     "latent int8": {"mode": "latent", "kv_dtype": "int8"},
+    "spectral rate 2.5": {"rate": 2.5},
     "spectral rate 2": {"rate": 2.0},
     "spectral rate 2, prefer size": {"rate": 2.0, "prefer": "size"},
 }
+CALIBRATION = 16_384  # tokens, as `run_test_tpa_1b.py` reads them
+WITH_CALIBRATION = "the default, calibrated on 16,384 tokens"
 STEPS = 64  # tokens that a cache has room for behind the context
 
 
@@ -74,11 +78,13 @@ def conversions(folder: Path, dtype: str, clock: Clock, settings: dict) -> list[
     def whole(choices: dict) -> None:
         tpa_torch.convert(tpa_torch.load(folder, device=clock.device, dtype=dtype), tpa_torch.TPAConfig(**choices))
 
+    def calibrated() -> None:
+        dense = tpa_torch.load(folder, device=clock.device, dtype=dtype)
+        tpa_torch.convert(dense, None, tpa_torch.calibrate(dense, shipped("calibration"), max_tokens=CALIBRATION))
+
     reading = min(clock(lambda: read_whole(folder)) for _ in range(3))
-    return [
-        {"setting": name, "seconds": clock(partial(whole, choices)), "read_seconds": reading}
-        for name, choices in settings.items()
-    ]
+    works = {name: partial(whole, choices) for name, choices in settings.items()} | {WITH_CALIBRATION: calibrated}
+    return [{"setting": name, "seconds": clock(work), "read_seconds": reading} for name, work in works.items()]
 
 
 def our_step(model: Any, context: int) -> Callable[[], Any]:
@@ -237,7 +243,7 @@ def text(content: dict[str, Any]) -> str:
                 ]
                 for row in found["conversion"]
             ]
-            parts.append(table(["conversion from weights", "s", "reading the file, s", "ratio"], lines))
+            parts.append(table(["conversion, else from weights alone", "s", "reading the file, s", "ratio"], lines))
     if long := content["long_prefill"]:
         parts.append(
             f"Prefill of {long['tokens']:,} tokens of the tiny model, spectral rate 2: {long['seconds']:.0f} s, "

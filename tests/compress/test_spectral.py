@@ -19,6 +19,7 @@ from tpa_ref.cli.options import TINY
 from tpa_ref.compress.bits import allocate_bits, damage, gaussian_bound
 from tpa_ref.compress.config import Side, Spectral, TPAConfig
 from tpa_ref.compress.plan import Curve, planned_pair
+from tpa_ref.core import banded
 from tpa_ref.core.cache import Cache, Exact
 from tpa_ref.core.mode import Tokens
 from tpa_ref.core.transform import spectrum
@@ -244,6 +245,27 @@ def both_cached(models):
     assert relative(logits_t, logits_n) < 1e-9
     assert cache_n.nbytes == cache_t.nbytes == cache_n.nbytes_at(64, batch=2)
     return found
+
+
+@pytest.fixture
+def heads_apart(monkeypatch):
+    """Each KV head is coded by itself."""
+    monkeypatch.setattr(banded, "TOGETHER", 1)
+
+
+def test_heads_apart(heads_apart, twins, tmp_path):
+    """Codes alike in both backends, bytes as planned, saved and loaded."""
+    models = twins(rate=4.0)
+    both_cached(models)
+    config, pairs = models[0].config, models[0].pairs
+    assert {pair.k.groups for pair in pairs} == {config.num_kv_heads} and max(pair.k.rank for pair in pairs) > 4
+    for choice, pair in zip(models[0].choices, pairs, strict=True):
+        assert planned_pair(choice, config).token_bytes == pair.token_bytes
+    expected = models[0](TOKENS)
+    for saver, own in zip(backends(), models, strict=True):
+        for loader in backends():
+            loaded = saved_and_loaded(saver, loader, own, tmp_path / f"{saver.__name__}.pt")
+            assert relative(loaded(TOKENS), expected) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,30 @@ from helpers import relative
 torch = pytest.importorskip("torch")
 
 import tpa_torch
+from tpa_ref.core import banded
 from tpa_ref.trace import Trace
 from tpa_torch.fast import decoder
 from tpa_torch.fast.kernels import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 SIZES = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 80}
+INT8 = {"mode": "fixed-a", "k_rank": 99, "v_rank": 99, "kv_dtype": "int8"}
 TOKENS = helpers.tokens(40)
 
 
 def small(rate=None, **choices):
     """A model, dense or with a cache of bands."""
     model = helpers.model(tpa_torch, helpers.config(**SIZES))
-    return model if rate is None else tpa_torch.convert(model, tpa_torch.TPAConfig(rate=rate, context=60, **choices))
+    if rate is None and not choices:
+        return model
+    return tpa_torch.convert(model, tpa_torch.TPAConfig(rate=rate, context=60, **choices))
+
+
+@pytest.fixture(params=["heads as one", "heads apart"])
+def heads(request, monkeypatch):
+    """How heads are coded."""
+    if request.param == "heads apart":
+        monkeypatch.setattr(banded, "TOGETHER", SIZES["head_dim"])
 
 
 def taken(monkeypatch):
@@ -65,14 +76,26 @@ def check(**choices):
 
 @pytest.mark.parametrize(
     "choices",
-    [{}, {"rate": 4.0}, {"rate": 3.0, "sinks": 0}, {"rate": 3.0, "sinks": 5}, {"rate": 4.0, "layers": "global"}],
+    [{}, INT8, {"rate": 4.0}, {"rate": 3.0, "sinks": 0}, {"rate": 3.0, "sinks": 5}, {"rate": 4.0, "layers": "global"}],
     ids=str,
 )
-def test_as_layer_by_layer(monkeypatch, choices):
+def test_as_layer_by_layer(monkeypatch, choices, heads):
     """Past the window, over the end of its ring, until first tokens are no longer seen; some layers dense."""
     calls = taken(monkeypatch)
     check(**choices)
     assert calls == list(range(12, 40))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("rate", [None, 4.0])
+def test_in_bfloat16(tmp_path, monkeypatch, rate, weights):
+    """Of a step both round the same numbers, so that only sums differ; with weights in 8 bits, too."""
+    calls = taken(monkeypatch)
+    folder = helpers.write_folder(tmp_path / "model", helpers.config(**SIZES | {"intermediate_size": 96}))
+    model = tpa_torch.load(folder, dtype="bfloat16", **({"weights": weights} if weights else {}))
+    model = model if rate is None else tpa_torch.convert(model, tpa_torch.TPAConfig(rate=rate, context=60))
+    found, expected = both(model, filled(model), 12, 13)
+    assert relative(found, expected) < 0.03 and calls == [12]
 
 
 @pytest.mark.parametrize("rate", [None, 4.0])
@@ -128,9 +151,13 @@ MISTAKES = {
     "frequencies of global layers": ("own.is_global ? turns_global : turns_local", "turns_local"),
     "the scale of queries": ("q *= float(scale)", "q *= 1"),
     "K of heads is turned": ("keep(own.K, turned.data()", "keep(own.K, K.data()"),
+    "the scale of int8": ("larger(load(x + j), minus(zero(), load(x + j)))", "load(x + j)"),
     "one softmax": ("} else all_of.add(x, last, x);", "}"),
 }  # fmt: skip
-CHECKS = {name: lambda _: check(rate=4.0, sinks=2) for name in MISTAKES} | {"K of heads is turned": lambda _: check()}
+CHECKS = {name: lambda _: check(rate=4.0, sinks=2) for name in MISTAKES} | {
+    "K of heads is turned": lambda _: check(),
+    "the scale of int8": lambda _: check(**INT8),
+}
 
 
 @pytest.mark.parametrize("name", [None, *MISTAKES])

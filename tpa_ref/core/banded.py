@@ -35,7 +35,7 @@ from .spectral import CodedLatent
 TILE = 64  # keys whose slow pairs are read at once
 NODES = 4  # positions of a tile at which the query absorbs the basis
 STRINGS = 3  # of codes: fast K, slow K, V
-TOGETHER = 256  # numbers of K that are coded as one vector: one head of most Gemmas
+TOGETHER = 256  # numbers of K that are coded as one vector at most: one head of most Gemmas
 
 
 def is_fast(theta_p: Any) -> Any:

@@ -63,7 +63,7 @@ def read(
     queries stand (`gemma.positions`).
     """
     codes = [tokens_last(segment.stored[f"{side}.C.codes"]) for side in "kv"]
-    if not (native.available() and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in codes)):
+    if not (native.available() and all(map(readable, codes))):
         return read_formed(Q_bgxd, segment, seen_bqk)
     rounded = dtype == torch.bfloat16 and native.has_bf16_dot()
     layer = constants(segment.pair, rounded, scratch)
@@ -71,6 +71,11 @@ def read(
     if name not in at.kept:
         at.kept[name] = Runs.of(segment.positions_bk, layer.theta_p)
     return compiled.attend(layer.bands, codes, at.kept[name], Q_bgxd, seen_bqk, rounded)
+
+
+def readable(codes_bck: Tensor) -> bool:
+    """Do the codes lie as the compiled functions read them, tokens side by side?"""
+    return codes_bck.device.type == "cpu" and codes_bck.stride(-1) == 1
 
 
 def constants(pair: Any, rounded: bool, scratch: Scratch) -> Prepared:

@@ -61,8 +61,8 @@ def read_segment(
     Q_bgxd: Tensor, dtype: torch.dtype, segment: Segment, seen_bqk: Tensor | None, q: int, scratch: Scratch
 ) -> Partial:
     """One segment, tile by tile, or in one go. seen [b,q,k], None: all of it."""
-    rows = heads(segment, dtype, scratch) if seen_bqk is None and Q_bgxd.shape[2] <= FEW_QUERIES else None
-    if rows is not None:
+    few = seen_bqk is None and Q_bgxd.shape[2] <= FEW_QUERIES
+    if few and (rows := heads(segment.pair, segment.stored, dtype, scratch)) is not None:
         largest, total, Y = (x.unflatten(0, Q_bgxd.shape[:2]) for x in native.attend(Q_bgxd.flatten(0, 1), *rows))
         return largest, total, Y
     K, V = reader(segment, dtype, scratch)

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.cache import Segment
+from tpa_ref.core.mode import Stored
+
 from ..core.dense import Dense
 from ..core.fixed_a import FixedA
 from .kernels.native import Rows
 from .scratch import Scratch
 
 
-def heads(segment: Segment, dtype: torch.dtype, scratch: Scratch) -> tuple[Rows, Rows] | None:
-    """K and V of a segment [b g,k,d] where they are heads, stored alike, that compiled functions can read."""
-    K, V = segment.pair.modes
+def heads(pair: Any, stored: Stored, dtype: torch.dtype, scratch: Scratch) -> tuple[Rows, Rows] | None:
+    """K and V [b g,k,d] where they are heads, stored alike, that compiled functions can read."""
+    K, V = pair.modes
     fields: dict[str, dict[str, Tensor]] = {"k": {}, "v": {}}
     if K.dtype != V.dtype or not (is_heads(K, scratch) and is_heads(V, scratch)):
         return None
-    for name, array in segment.stored.items():
+    for name, array in stored.items():
         side, _, field = name.split(".")
         fields[side][field] = tokens_last(array).flatten(0, 1)
     rounded = dtype == torch.bfloat16

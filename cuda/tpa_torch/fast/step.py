@@ -34,7 +34,8 @@ class Layers:
             return None
         if model.query_factors[layer] is not None or not isinstance(model.weights.layers, list):
             return None
-        return self._layer(model, layer, w) if native.available() else None
+        found = self._layer(model, layer, w) if native.available() else None
+        return found if found is not None and found.kind == matrices.DTYPES[x_bqm.dtype] else None
 
     def _layer(self, model: Any, layer: int, w: LayerWeights) -> matrices.Layer | None:
         weights, found = tuple(vars(w).values()), self._made.get(layer)

@@ -1,4 +1,4 @@
-"""The compiled function that attends on banded codes (`cpu/banded.hpp`)."""
+"""The compiled functions that code tokens in bands (`cpu/coding.hpp`) and attend on them (`cpu/banded.hpp`)."""
 
 from __future__ import annotations
 

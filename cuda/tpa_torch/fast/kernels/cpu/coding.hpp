@@ -14,6 +14,8 @@
 namespace {
 namespace coding {
 
+constexpr int64_t ENOUGH_CODED = 1 << 16;  // coefficients times numbers from which on threads are worth waiting for
+
 struct String {
     Trellis trellis;
     int64_t bytes;
@@ -48,8 +50,8 @@ inline void code(const Side* sides, const float* const* x, uint8_t* const* out, 
     float *left = room.left.data(), *asked = room.asked.data();
     for (int64_t which = 0; which < 2; which++) {
         const Side& side = sides[which];
-        const int64_t groups = side.numbers / W, first = groups * thread / threads * W;
-        const int64_t last = groups * (thread + 1) / threads * W;
+        const int64_t registers = side.numbers / W, first = registers * thread / threads * W;
+        const int64_t last = registers * (thread + 1) / threads * W;
         // left -= what is decoded times rows of the basis, of this thread's numbers
         const auto take = [&](const float* C, const float* basis, int64_t count) {
             const Rows<F32> rows{(const uint8_t*)(basis + first), nullptr, nullptr, 4 * side.numbers, 0};
@@ -97,7 +99,8 @@ extern "C" void tpa_code_banded(const coding::Side* sides, const float* K, const
         uint8_t* const out[2] = {codes_k + item * sides[0].bytes, codes_v + item * sides[1].bytes};
         coding::code(sides, x, out, item % groups, room, thread, of);
     };
-    const int64_t items = tokens * groups;
+    const int64_t items = tokens * groups, multiplied = (sides[1].before + sides[1].rank) * sides[0].numbers;
+    threads = multiplied * items < coding::ENOUGH_CODED ? 1 : threads;
     coding::Room shared(sides);
 #pragma omp parallel num_threads(threads)
     {

@@ -21,13 +21,13 @@ struct Held {  // what a layer keeps of one text
     int64_t is_global;
 };
 
-struct Stretch {  // neighbours in a ring
+struct Part {  // neighbours in a ring
     int64_t slot, position, count;
 };
 
 // Where the tokens from `first` to `last` lie in a ring, of which they fill at most all.
-inline std::vector<Stretch> stretches(int64_t first, int64_t last, int64_t slots) {
-    std::vector<Stretch> found;
+inline std::vector<Part> parts(int64_t first, int64_t last, int64_t slots) {
+    std::vector<Part> found;
     for (int64_t t = first, count; t <= last; t += count) {
         count = std::min(last - t + 1, slots - t % slots);
         found.push_back({t % slots, t, count});
@@ -65,16 +65,16 @@ struct Asked {
     }
 
     // Tokens in codes. turn: cos and sin of every position, side by side.
-    void see(const Held& held, const banded::Tables& tables, const std::vector<Stretch>& where, const float* turn) {
+    void see(const Held& held, const banded::Tables& tables, const std::vector<Part>& where, const float* turn) {
         constexpr int64_t TILE = banded::TILE;
         int64_t keys = 0, half = d / 2;
-        for (const Stretch& each : where) keys += each.count;
+        for (const Part& each : where) keys += each.count;
         if (!keys) return;
         const int64_t share = (keys + threads * TILE - 1) / (threads * TILE) * TILE;  // as `banded.Runs` has it
         const int64_t most_of = std::min(banded::TILES * TILE, share);
         std::vector<banded::Run> runs;
         std::vector<float> turns;
-        for (const Stretch& each : where)
+        for (const Part& each : where)
             for (int64_t k = 0; k < each.count; k += most_of) {
                 runs.push_back({0, each.slot + k, std::min(most_of, each.count - k), int64_t(runs.size())});
                 const float* at = turn + (each.position + k) * d;
@@ -90,11 +90,39 @@ struct Asked {
     }
 };
 
-// A head's numbers into its slot.
+// A positive number as a half, the nearest there is.
+inline uint16_t to_half(float x) {
+    if (x >= 65504) return 0x7bff;
+    if (x < 0x1p-14f) return uint16_t(std::nearbyint(x * 0x1p24f));
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits += 0xfff + (bits >> 13 & 1);
+    return uint16_t((bits >> 13) - (112 << 10));
+}
+
+// Numbers in int8 with a scale for each group of them, as `quantize.quantize` makes them.
+inline void quantize_int8(const float* x, int64_t d, int8_t* codes, uint16_t* scales) {
+    for (int64_t first = 0; first < d; first += GROUP, scales++) {
+        const int64_t end = std::min(d, first + GROUP);
+        F most = zero();
+        for (int64_t j = first; j < end; j += W) most = larger(most, larger(load(x + j), minus(zero(), load(x + j))));
+        *scales = to_half(largest(most) / 127);
+        const float step = from_half(*scales);
+        for (int64_t j = first; j < end; j++)
+            codes[j] = step > 0 ? int8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(x[j] / step)))) : 0;
+    }
+}
+
+// Heads into their slot, in the format of the array.
 inline void keep(const Array& to, const uint8_t* X, int64_t kind, int64_t slot, int64_t g, int64_t d) {
-    for (int64_t head = 0; head < g; head++)
-        for (int64_t j = 0; j < d; j += W)
-            write((uint8_t*)to.at + head * to.batch + slot * to.row, to.kind, j, read(X, kind, head * d + j));
+    std::vector<float> x(d);
+    for (int64_t head = 0; head < g; head++) {
+        uint8_t* at = (uint8_t*)to.at + head * to.batch + slot * to.row;
+        for (int64_t j = 0; j < d; j += W) save(&x[j], read(X, kind, head * d + j));
+        if (to.kind == INT8)
+            quantize_int8(x.data(), d, (int8_t*)at, (uint16_t*)to.scale + head * to.scale_batch + slot * to.scale_row);
+        else for (int64_t j = 0; j < d; j += W) write(at, to.kind, j, load(&x[j]));
+    }
 }
 
 // The bytes of a token into its slot: codes [bytes,slots].
@@ -136,14 +164,14 @@ extern "C" void tpa_decode(const Layer* const* layers, const decoder::Held* held
             tpa_code_banded(own.sides, K_float.data(), V_float.data(), codes[0].data(), codes[1].data(), 1, groups, threads);
             decoder::keep(codes[0].data(), bytes[0], own.codes.keys, own.codes.key_row, slot);
             decoder::keep(codes[1].data(), bytes[1], own.codes.values, own.codes.value_row, slot);
-            asked.see(own, *tables, decoder::stretches(std::max(first, own.sinks), position, own.slots), turns);
+            asked.see(own, *tables, decoder::parts(std::max(first, own.sinks), position, own.slots), turns);
             asked.see(own.first_K, own.first_V, first, own.sinks - first);
         } else {
             tpa_turn(K.data(), kind, here, 0, turned.data(), 1, 1, g, d, 1);
             decoder::keep(own.K, turned.data(), kind, slot, g, d);
             decoder::keep(own.V, V.data(), kind, slot, g, d);
             if (position - first + 1 == own.slots) asked.see(own.K, own.V, 0, own.slots);  // in whatever order
-            else for (const decoder::Stretch& each : decoder::stretches(first, position, own.slots))
+            else for (const decoder::Part& each : decoder::parts(first, position, own.slots))
                 asked.see(own.K, own.V, each.slot, each.count);
         }
         for (int64_t head = 0; head < any.h; head++) {
