@@ -85,7 +85,7 @@ def watched(model: Any, change: Any) -> Iterator[None]:
 def calibrated(model: Any, parts: list[Tensor]) -> list[LayerMoments]:
     """Second moments, means and Fisher matrices (labels drawn from the model's own predictions), without BOS."""
     torch.manual_seed(0)
-    config, held = model.config, {}
+    config, held = model.config, dict[Any, Tensor]()
     g, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     sums: list[Any] = [0] * config.num_hidden_layers
     tokens = sum(part.shape[1] - 1 for part in parts)
@@ -108,7 +108,8 @@ def calibrated(model: Any, parts: list[Tensor]) -> list[LayerMoments]:
 def coders(layers: list[LayerMoments], theta_p: np.ndarray, rate: float, groups: int) -> tuple[list[Any], float]:
     """(K and V of every layer as they are coded, the predicted damage), with the bits of `convert.allocated`."""
     g, d = layers[0].mean_gd.shape[0] // 2, 2 * len(theta_p)
-    ends, strings = np.cumsum(string_sizes(theta_p, g // groups))[:-1], [()] * len(layers)
+    ends = np.cumsum(string_sizes(theta_p, g // groups))[:-1]
+    strings: list[tuple[tuple[int, ...], ...]] = [()] * len(layers)
     for _ in range(2):
         found = [banded_spectrum(moments, own, theta_p, groups) for moments, own in zip(layers, strings, strict=True)]
         parts = [part for each in found for part in np.split(each.variance_s, ends)]
@@ -136,7 +137,7 @@ def coders(layers: list[LayerMoments], theta_p: np.ndarray, rate: float, groups:
 
 def mean_kl(model: Any, made: list[Any], parts: list[Tensor]) -> float:
     """KL of the predictions on coded K and V, in nats a token."""
-    held, total, tokens = {}, 0.0, 0
+    held, total, tokens = dict[int, Tensor](), 0.0, 0
 
     def coded(layer: int, side: str, X_bkx: Tensor) -> Tensor:
         mode = made[layer][side == "v"]

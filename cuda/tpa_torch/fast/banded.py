@@ -42,7 +42,7 @@ class Banded(pairs.Banded):
         few = K_bkgd.shape[0] * K_bkgd.shape[1] <= FEW_TOKENS and K_bkgd.dtype != torch.float64
         if not (few and K_bkgd.device.type == "cpu" and self.k.d % native.LANES == 0 and native.available()):
             return super().encode(K_bkgd, V_bkge, tokens, trace)
-        codes_k, codes_v = compiled.code(self.coder, *map(self.k.by_group, (K_bkgd, V_bkge)))
+        codes_k, codes_v = compiled.code(self.coder, *(self.k.by_group(X) for X in (K_bkgd, V_bkge)))  # type: ignore[attr-defined]
         return sides({"C.codes": codes_k}, {"C.codes": codes_v})
 
     @cached_property

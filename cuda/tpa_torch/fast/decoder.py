@@ -89,7 +89,9 @@ def take(model: Any, x_bqm: Tensor, at: Any, cache: Any, trace: Tracer) -> Tenso
 
 def made(model: Any, layers: list[Any], arrays: list[Any], cache: Any) -> Decoder:
     """The decoder of a cache; it holds nothing where there is a layer that it does not serve."""
-    rounded, held, kept = model.dtype == "bfloat16" and native.has_bf16_dot(), [], []
+    rounded = model.dtype == "bfloat16" and native.has_bf16_dot()
+    held: list[Held] = []
+    kept: list[Any] = []
     for layer, is_global in zip(cache.layers, model.config.is_global, strict=True):
         found = held_of(model, layer, is_global, rounded, kept)
         if found is None:
@@ -101,11 +103,12 @@ def made(model: Any, layers: list[Any], arrays: list[Any], cache: Any) -> Decode
 def held_of(model: Any, layer: Any, is_global: bool, rounded: bool, kept: list[Any]) -> Held | None:
     """What a layer of a cache keeps; kept: what must stay in memory for it. None: something else."""
     coded, sinks = layer.rings["coded"], layer.rings.get("sinks")
-    if set(layer.rings) - {"coded", "sinks"} or (sinks is not None and not heads_of(sinks, model)):
+    first = None if sinks is None else heads_of(sinks, model)
+    if set(layer.rings) - {"coded", "sinks"} or (sinks is not None and first is None):
         return None
     found = Held(slots=coded.slots, window=layer.window or 0, is_global=is_global)
-    if sinks is not None:
-        found.first_K, found.first_V = heads_of(sinks, model)
+    if first is not None:
+        found.first_K, found.first_V = first
         found.sinks = sinks.slots
     if not isinstance(coded.pair, Banded):
         if sinks is not None or not (rows := heads_of(coded, model)):
