@@ -78,6 +78,7 @@ def conversions(folder: Path, dtype: str, clock: Clock, settings: dict) -> list[
     def whole(choices: dict) -> None:
         tpa_torch.convert(tpa_torch.load(folder, device=clock.device, dtype=dtype), tpa_torch.TPAConfig(**choices))
 
+    @torch.inference_mode(False)  # it goes backwards
     def calibrated() -> None:
         dense = tpa_torch.load(folder, device=clock.device, dtype=dtype)
         tpa_torch.convert(dense, None, tpa_torch.calibrate(dense, shipped("calibration"), max_tokens=CALIBRATION))
@@ -263,13 +264,13 @@ def draw(models: list[dict[str, Any]], axis: Any) -> None:
         axis.plot(
             [row["context"] for row in here],
             [1 / row["seconds"] for row in here],
-            "o" + styles[number % 4],
+            "osD^v<>P*X"[number % 10] + styles[number % 4],
             color=colour,
             label=setting,
         )
     axis.set(xscale="log", xlabel="context (tokens)", ylabel="decode, tokens/s", ylim=(0, None))
     axis.set_title(f"Decode of a whole model: {models[-1]['model']}, {models[-1]['dtype']}")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 @torch.inference_mode()

@@ -222,7 +222,7 @@ def draw(content: dict[str, Any], axis: Any) -> None:
         kind = "tpa" if name in SETTINGS else "windowed" if name in LLAMA_CPP else "full"
         axis.plot([size / 2**20 for size in sizes], speeds, style, color=plots.INK[kind], label=name)
     axis.set(xscale="log", xlabel="KV cache (MiB)", ylabel="decode, tokens/s", ylim=(0, None))
-    axis.set_xticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    axis.set_xticks([3, 5, 10, 20, 40, 100], ["3", "5", "10", "20", "40", "100"])
     axis.minorticks_off()
     axis.set_title("Decode and memory at " + ", ".join(f"{n:,}" for n in content["contexts"]) + " tokens")
     axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
