@@ -98,10 +98,10 @@ def test_in_bfloat16(tmp_path, monkeypatch, rate, weights):
     assert relative(found, expected) < 0.03 and calls == [12]
 
 
-@pytest.mark.parametrize("rate", [None, 4.0])
-def test_rings_with_spare_slots(monkeypatch, rate):
+@pytest.mark.parametrize("choices", [{}, INT8, {"rate": 4.0}], ids=str)
+def test_rings_with_spare_slots(monkeypatch, choices):
     """Slots outside of the window are not read, and tokens that were taken back come again."""
-    calls, model = taken(monkeypatch), small(rate)
+    calls, model = taken(monkeypatch), small(**choices)
     cache = filled(model, spare=3)
     found, expected = both(model, cache, 12, 30)
     assert relative(found, expected) < 1e-3  # a rounding to bfloat16 may go the other way

@@ -59,7 +59,10 @@ struct Asked {
     // Some slots of heads as they are.
     void see(Array K, Array V, int64_t slot, int64_t count) {
         if (count <= 0) return;
-        K.at += slot * K.row, V.at += slot * V.row;
+        for (Array* side : {&K, &V}) {
+            side->at += slot * side->row;
+            if (side->scale) side->scale += slot * side->scale_row;
+        }
         tpa_attend(&K, &V, Q.data(), one_most.data(), one_total.data(), one_Y.data(), g, n, count, d, rounded, threads);
         add();
     }
