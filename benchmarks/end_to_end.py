@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spectral rate 2, prefer size": {"rate": 2.0, "prefer": "size"},
 }
 CALIBRATION = 16_384  # tokens, as `run_test_tpa_1b.py` reads them
-WITH_CALIBRATION = "the default, calibrated on 16,384 tokens"
+WITH_CALIBRATION = f"the default, calibrated on {CALIBRATION:,} tokens"
 STEPS = 64  # tokens that a cache has room for behind the context
 
 

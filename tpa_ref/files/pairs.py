@@ -106,8 +106,12 @@ def saved_banded(model_class: Any, entry: Any, tensors: Mapping[str, Any], confi
         if rank != len(flat) or rank > most:
             raise TPAError(f"{where}: rank of {side} must be that of {len(flat)} widths, at most {most}, got {rank!r}")
         arrays: dict[str, Any] = {x: tensors.get(f"{name}.{x}") for x in BandedLatent.constants}
-        sizes: dict[str, Any] = {"widths": flat, "strings": tuple(map(len, strings)), "before": before}
-        sizes |= {"groups": groups}
+        sizes: dict[str, Any] = {
+            "widths": flat,
+            "strings": tuple(map(len, strings)),
+            "before": before,
+            "groups": groups,
+        }
         modes.append(model_class.BandedLatent(g, d, rank, "spectral", float(described["error"]), **sizes, **arrays))
         before = rank
         if tensors:

@@ -48,8 +48,7 @@ class Decoder:
 
     def serves(self, layers: list[matrices.Layer], arrays: list[Any]) -> bool:
         """Are weights and arrays still those?"""
-        alike = len(arrays) == len(self.arrays) and len(layers) == len(self.layers)
-        return alike and all(map(is_, layers, self.layers)) and all(map(is_, arrays, self.arrays))
+        return same(layers, self.layers) and same(arrays, self.arrays)
 
     def __call__(self, model: Any, x_bqm: Tensor, position: int) -> Tensor:
         """The residual stream of the token at a position behind all layers, [1,1,m]."""
@@ -60,6 +59,11 @@ class Decoder:
             position, ctypes.addressof(compiled.tables()), model.config.query_scale, x_bqm, y_bqm,
         )  # fmt: skip
         return y_bqm
+
+
+def same(found: list[Any], known: list[Any]) -> bool:
+    """Are these the very objects?"""
+    return len(found) == len(known) and all(map(is_, found, known))
 
 
 _known: Any = WeakKeyDictionary()  # cache -> its decoder
@@ -73,15 +77,15 @@ def take(model: Any, x_bqm: Tensor, at: Any, cache: Any, trace: Tracer) -> Tenso
     if cache.batch != 1 or cache.text_bt is not None or not isinstance(model.weights.layers, list):
         _known.pop(cache, None)
         return None
-    position, layers = int(at[0].positions_bq[0, 0]), []
-    if position < cache.exact.sinks:
+    decoder, position, layers = _known.get(cache), int(at[0].positions_bq[0, 0]), []
+    arrays = [ring.arrays for layer in cache.layers for ring in layer.rings.values()]
+    refused = decoder is not None and not len(decoder.held) and same(arrays, decoder.arrays)
+    if refused or position < cache.exact.sinks:
         return None
     for layer, w in enumerate(model.weights.layers):
         if (found := model.compiled.take(model, x_bqm, layer, w, trace)) is None:
             return None
         layers.append(found)
-    arrays = [ring.arrays for layer in cache.layers for ring in layer.rings.values()]
-    decoder = _known.get(cache)
     if decoder is None or not decoder.serves(layers, arrays):
         decoder = _known[cache] = made(model, layers, arrays, cache)
     return decoder(model, x_bqm, position) if len(decoder.held) else None
